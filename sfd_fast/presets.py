@@ -1,0 +1,39 @@
+"""Model sizes as one table: a preset is a readable row, a variant is `replace(XL, ...)`.
+
+Sizes: METHOD 3 (depth x width x heads, patch 1). Parameters include the REPA head.
+"""
+
+from dataclasses import replace
+
+from sfd_fast.config import ModelConfig
+
+#                                                                         parameters   FID no guidance / guided
+S = ModelConfig(depth=12, hidden_size=384, num_heads=6)
+B = ModelConfig(depth=12, hidden_size=768, num_heads=12)                # 137.6M       10.40 at 400K (paper)
+L = ModelConfig(depth=24, hidden_size=1024, num_heads=16)
+XL = ModelConfig(depth=28, hidden_size=1152, num_heads=16)              # 682.8M       2.54 / 1.06 at 800 epochs
+XXL = ModelConfig(depth=24, hidden_size=1536, num_heads=24)             # 1037.2M      2.38 / 1.04 at 800 epochs
+H1P6B = ModelConfig(depth=28, hidden_size=1792, num_heads=28)
+B_GUIDE = B  # the released AutoGuidance guide: B, trained for 60K to 120K steps (METHOD 5)
+DIGITS = ModelConfig(
+    depth=6, hidden_size=128, num_heads=4, patch_size=2, grid_size=8, texture_channels=1, semantic_channels=4,
+    num_classes=10, repa_channels=32, repa_depth=2, repa_hidden=128,
+)  # fmt: skip
+"""The embedded demo: 8 x 8 handwritten digits in pixel space, made to train in minutes on a CPU."""
+
+PRESETS: dict[str, ModelConfig] = {
+    "S": S, "B": B, "L": L, "XL": XL, "XXL": XXL, "1p6B": H1P6B, "B_GUIDE": B_GUIDE, "DIGITS": DIGITS,
+}  # fmt: skip
+
+RELEASED_NAMES = {"S/1": S, "B/1": B, "L/1": L, "XL/1": XL, "1p0B/1": XXL, "1p6B/1": H1P6B} | {
+    f"{name}/2": replace(preset, patch_size=2)
+    for name, preset in {"S": S, "B": B, "L": L, "XL": XL, "1p0B": XXL, "1p6B": H1P6B}.items()
+}
+"""model_type of released configurations, less the prefix `LightningDiT-`."""
+
+
+def preset(name: str) -> ModelConfig:
+    """The row of that name; ValueError lists the names."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset '{name}'; presets: {', '.join(PRESETS)}")
+    return PRESETS[name]

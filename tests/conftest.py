@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests: golden tensors, skips with reasons, and the golden count in the closing lines."""
+
+import os
+
+import pytest
+import torch
+from support import GOLDEN
+
+NO_GOLDEN = f"no golden tensors: {GOLDEN} is absent (they are kept beside the project, never in it)"
+ran = {"golden": 0, "golden skipped": 0}
+
+
+def pytest_configure(config):
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("golden") and not GOLDEN.is_dir():
+            item.add_marker(pytest.mark.skip(reason=NO_GOLDEN))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here"))
+
+
+def pytest_runtest_logreport(report):
+    if "golden" in report.keywords:
+        if report.skipped:
+            ran["golden skipped"] += 1
+        elif report.when == "call":
+            ran["golden"] += 1
+
+
+def pytest_sessionfinish(session, exitstatus):
+    required = os.environ.get("CI") and os.environ.get("ALLOW_NO_GOLDEN") != "1"
+    if required and ran["golden skipped"] and exitstatus == 0:
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"golden tests: {ran['golden']} RAN, {ran['golden skipped']} SKIPPED")
+    if os.environ.get("CI") and os.environ.get("ALLOW_NO_GOLDEN") != "1" and ran["golden skipped"]:
+        terminalreporter.write_line(f"FAILED: golden tests must run in CI ({NO_GOLDEN}); ALLOW_NO_GOLDEN=1 allows it")
