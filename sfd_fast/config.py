@@ -185,9 +185,17 @@ class OptimizerConfig:
     max_grad_norm: float = 0.0
     """0: no clipping (the released recipe); the norm is logged in any case"""
     ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    """decay min(ema_decay, (1 + n) / (10 + n)) at update n, so that early averages follow the weights"""
+    extra_ema_decays: tuple[float, ...] = ()
+    """further averages of the weights, kept in the optimizer's state as ema_1, ema_2, ..."""
+    name: Literal["adamw_ema", "torch_fused", "deepspeed", "apex"] = "adamw_ema"
+    """adamw_ema: AdamW and EMA in one pass; the others: that library's fused AdamW followed by an EMA pass"""
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "eps")
+        for decay in self.extra_ema_decays:
+            require(0 <= decay < 1, f"extra_ema_decays {self.extra_ema_decays} must all be in [0, 1)")
         for name in ("beta1", "beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)} must be in [0, 1)")
         for name in ("weight_decay", "warmup_steps", "max_grad_norm", "decay_start", "final_lr_ratio"):
@@ -208,6 +216,8 @@ class DataConfig:
     """flipped and plain latents with probability 1/2"""
     num_workers: int = 2
     """threads that gather and normalise ahead of the step; the order does not depend on it"""
+    texture_codec: str = ""
+    """texture autoencoder for sample grids during training; empty: texture channels are shown as pixels"""
 
     def __post_init__(self) -> None:
         require_positive(self, "latent_multiplier")
@@ -243,12 +253,21 @@ class TrainConfig:
     """a gradient norm above this multiple of its running median is reported"""
     init_from: str = ""
     """weights to start from (our directory or a released .pt); empty: random"""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """torch: one process; deepspeed: one or many ranks, see `deepspeed`"""
+    num_sample_images: int = 16
+    """images of a sample grid"""
+    tensorboard: bool = True
+    dry_run: bool = False
+    """show the whole plan of the run and train nothing"""
 
     def __post_init__(self) -> None:
         require_positive(
             self, "max_steps", "global_batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
             "max_bad_steps", "spike_factor",
         )  # fmt: skip
+        for name in ("validate_every", "sample_every", "num_sample_images", "micro_batch_size"):
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
         require(
             0 <= self.checkpoint_activations <= 1,
             f"checkpoint_activations {self.checkpoint_activations} is a share of the blocks, 0 to 1",
