@@ -1,0 +1,198 @@
+"""Attention as one function over (B, N, H, d): flash-attn 4, 3, 2, xformers or torch SDPA behind it.
+
+B batch, N tokens, H heads, d head_dim (72 in XL, 64 in XXL and B).
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("sfd_fast.attention")
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output alone: flash-attn 4 and early builds of 3 return (out, log-sum-exp), later ones out."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _call_flash(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _first(function(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=False))
+
+
+def _call_xformers(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return function(q, k, v, scale=q.shape[-1] ** -0.5)
+
+
+def _call_sdpa(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, N, d), as views
+    return function(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+
+
+class Backend(NamedTuple):
+    """One attention library: where its function is, how it is called, what it can run."""
+
+    package: str
+    """what it is called in messages"""
+    module: str
+    function: str
+    call: Callable[..., Tensor]
+    install: str
+    capabilities: tuple[int, ...]
+    """major CUDA compute capabilities it runs on, forward and backward; empty: any device, CPU included"""
+    dtypes: tuple[torch.dtype, ...]
+    """empty: any"""
+    max_head_dim: int
+    traceable: bool
+    """whether torch.compile(fullgraph=True) can trace through it"""
+
+
+# Limits as the libraries' own checks state them: flash-attn 4.0.0b36 flash_attn/cute/interface.py (backward needs
+# capability 9 or more; 8 <= d <= 128, multiples of 8 everywhere), flash-attn README for 2 and 3, xformers 0.0.35
+# ops/fmha/{flash,cutlass}.py. Only flash-attn 2 and 3 register torch operators for both passes.
+BACKENDS: dict[str, Backend] = {
+    "flash4": Backend(
+        "flash-attn 4", "flash_attn.cute", "flash_attn_func", _call_flash, "pip install flash-attn-4",
+        (9, 10, 11, 12), HALF, 128, False,
+    ),
+    "flash3": Backend(
+        "flash-attn 3", "flash_attn_interface", "flash_attn_func", _call_flash,
+        'pip install --no-build-isolation "git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper"',
+        (9,), HALF, 256, True,
+    ),
+    "flash2": Backend(
+        "flash-attn 2", "flash_attn.flash_attn_interface", "flash_attn_func", _call_flash,
+        "pip install --no-build-isolation flash-attn", (8, 9, 10, 11, 12), HALF, 256, True,
+    ),
+    "xformers": Backend(
+        "xformers", "xformers.ops", "memory_efficient_attention", _call_xformers, "pip install xformers",
+        (8, 9, 10, 11, 12), (*HALF, torch.float32), 256, False,
+    ),
+    "sdpa": Backend(
+        "torch SDPA", "torch.nn.functional", "scaled_dot_product_attention", _call_sdpa, "pip install torch",
+        (), (), 65536, True,
+    ),
+}  # fmt: skip
+
+
+# torch.compile evaluates the choice and the look-up once while tracing and keeps the results as constants.
+@torch.compiler.assume_constant_result
+def _function(name: str) -> Callable:
+    backend = BACKENDS[name]
+    return getattr(importlib.import_module(backend.module), backend.function)
+
+
+@functools.cache
+def _not_installed(name: str) -> str:
+    """Why the library cannot be imported, or an empty string."""
+    try:
+        found = importlib.util.find_spec(BACKENDS[name].module) is not None
+    except ImportError:  # a parent package is absent
+        found = False
+    if not found:
+        return "is not installed"
+    try:
+        _function(name)
+    except (ImportError, AttributeError, OSError) as error:  # built for another torch, Python or CUDA
+        return f"is installed but does not import ({error})"
+    return ""
+
+
+def _does_not_fit(name: str, device_type: str, capability: int, dtype: torch.dtype, head_dim: int) -> str:
+    """Why this library cannot run such an attention, or an empty string."""
+    backend = BACKENDS[name]
+    if backend.capabilities and device_type != "cuda":
+        return f"needs a CUDA device, not {device_type}"
+    if backend.capabilities and capability not in backend.capabilities:
+        return f"needs CUDA compute capability {' or '.join(map(str, backend.capabilities))}, not {capability}"
+    if backend.dtypes and dtype not in backend.dtypes:
+        return f"runs {' or '.join(str(d).removeprefix('torch.') for d in backend.dtypes)}, not {dtype}"
+    if head_dim > backend.max_head_dim or (backend.capabilities and head_dim % 8):
+        return f"needs head_dim to be a multiple of 8 up to {backend.max_head_dim}, not {head_dim}"
+    return ""
+
+
+def _order(capability: int) -> tuple[str, ...]:
+    """Best first. flash-attn 3 is written for Hopper (capability 9), 4 for Blackwell (10 and above)."""
+    newest = ("flash3", "flash4") if capability == 9 else ("flash4", "flash3")
+    return (*newest, "flash2", "xformers", "sdpa")
+
+
+def _capability(device_type: str) -> int:
+    return torch.cuda.get_device_capability()[0] if device_type == "cuda" else 0
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, device_type: str, dtype: torch.dtype, head_dim: int, tracing: bool = False) -> str:
+    """Name of the library that runs such an attention; said once through the log of sfd_fast.attention.
+
+    backend: "auto" takes the best that is installed and fits; a name insists on it. tracing: inside torch.compile,
+    where "auto" passes over libraries that would break the graph.
+    Raises ValueError for an unknown name or one that does not fit, ImportError (with the command that installs it) for
+    one that is absent.
+    """
+    capability = _capability(device_type)
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown attention backend '{backend}'; allowed: auto, {', '.join(BACKENDS)}")
+        package, install = BACKENDS[backend].package, BACKENDS[backend].install
+        if missing := _not_installed(backend):
+            raise ImportError(f"attention backend '{backend}': {package} {missing}; install it with: {install}")
+        if reason := _does_not_fit(backend, device_type, capability, dtype, head_dim):
+            raise ValueError(f"attention backend '{backend}': {package} {reason}; use 'auto' or 'sdpa'")
+        _say_once(f"attention: {package} (asked for)")
+        return backend
+    for name in _order(capability):
+        fits = not _does_not_fit(name, device_type, capability, dtype, head_dim)
+        if fits and (BACKENDS[name].traceable or not tracing) and not _not_installed(name):
+            kind = f"{str(dtype).removeprefix('torch.')}, head_dim {head_dim}, {device_type}"
+            _say_once(f"attention: {BACKENDS[name].package} for {kind}")
+            return name
+    raise AssertionError("torch SDPA fits every device and dtype")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for each head, without mask or dropout.
+
+    q, k, v: (B, N, H, d), last dimension contiguous (v may be a strided view of packed qkv), fp32, fp16 or bf16.
+    Returns (B, N, H, d) in the same dtype; under autocast SDPA casts to the autocast dtype first.
+    Raises as `choose`.
+    """
+    name = choose(backend, q.device.type, q.dtype, q.shape[-1], torch.compiler.is_compiling())
+    return BACKENDS[name].call(_function(name), q, k, v)
+
+
+class BackendStatus(NamedTuple):
+    """A row of `sfd doctor`."""
+
+    name: str
+    package: str
+    usable: bool
+    why_not: str
+    install: str
+
+
+def attention_backends(head_dim: int = 72, dtype: torch.dtype = torch.bfloat16) -> list[BackendStatus]:
+    """Every attention library, whether it can run here with such heads, and if not, why and what would install it."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    capability = _capability(device_type)
+    rows = []
+    for name in _order(capability):
+        missing = _not_installed(name)
+        misfit = _does_not_fit(name, device_type, capability, dtype, head_dim)
+        why_not = "; ".join(reason for reason in (missing, misfit) if reason)
+        install = BACKENDS[name].install if missing else ""
+        rows.append(BackendStatus(name, BACKENDS[name].package, not why_not, why_not, install))
+    return rows
