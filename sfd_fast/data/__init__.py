@@ -1,0 +1,1 @@
+"""From images to latents: readers, preparation, shards and the loader."""
