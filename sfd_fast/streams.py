@@ -1,8 +1,9 @@
 """The one table of Philox stream numbers: every random use of the system has its own.
 
-A random number is a function of (seed, sample id, stream number, position) and of nothing else (sfd_kernels.philox_bits):
-no result depends on batch composition, world size or what was drawn before, and resuming needs no generator state. Two
-uses with the same number would be correlated: add a line here, never reuse one, never change one that runs depend on.
+A random number is a function of (seed, sample id, stream number, position) and of nothing else
+(sfd_kernels.philox_bits): no result depends on batch composition, world size or what was drawn before, and resuming
+needs no generator state. Two uses with the same number would be correlated: add a line here, never reuse one, never
+change one that runs depend on.
 """
 
 import torch

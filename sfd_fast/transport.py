@@ -51,12 +51,15 @@ def stage_mask(tau_start: float, tau_end: float, delta_t: float) -> tuple[bool, 
     return middle > delta_t, middle < 1.0
 
 
-def evaluation_mask(tau: float, delta_t: float) -> tuple[bool, bool]:
+def evaluation_mask(tau: float | Tensor, delta_t: float) -> tuple[bool | Tensor, bool | Tensor]:
     """Which streams the released sampler moves at an evaluation at time tau: (tau >= delta_t, tau <= 1).
 
+    With delta_t = 0 there is no mask, also not past the end, where dopri5 evaluates.
     Source: METHOD 5, released grid; a step that straddles a border mixes masks.
     """
-    return tau >= delta_t, tau <= 1.0
+    if delta_t == 0:
+        return True, True
+    return tau >= delta_t, tau <= 1
 
 
 def sample_tau(sample_ids: Tensor, config: TransportConfig, seed: int) -> Tensor:

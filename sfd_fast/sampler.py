@@ -1,0 +1,309 @@
+"""Solvers of the sampling ODE over tau in [0, 1 + delta_t]: time grids with the stage borders on them, plans, one loop.
+
+A fixed-grid solver is a plan: a table with one row per network evaluation, saying at which time to evaluate and how
+each stream's state follows from the result and from earlier ones. One operator, masked_velocity_update, executes a
+row, so Runge-Kutta and multistep methods, stage masks and guidance share one loop, here and under CUDA graphs
+(graphs.py). Letters: B batch, C channels, H height, W width, E evaluations, K earlier velocities kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from sfd_kernels import masked_velocity_update
+from torch import Tensor
+
+from sfd_fast.config import SamplerConfig
+from sfd_fast.guidance import Guided, Velocity, stream_weights
+from sfd_fast.transport import clocks, evaluation_mask, join_latents, split_latents, stage_mask
+
+Callback = Callable[[int, float, Tensor], None]
+"""callback(number of steps done, tau, x) after every step."""
+
+# (nodes c, matrix rows a, weights b) of explicit Runge-Kutta methods. Heun is the trapezoid rule and rk4 the 3/8
+# rule, as in torchdiffeq (heun2, rk4), which the released code calls.
+TABLEAUS = {
+    "euler": ((0.0,), ((),), (1.0,)),
+    "midpoint": ((0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
+    "heun": ((0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
+    "rk4": ((0.0, 1 / 3, 2 / 3, 1.0), ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
+}
+MULTISTEP_ORDERS = {"ab2": 2}
+
+
+def stage_borders(delta_t: float) -> list[float]:
+    """Where streams start or stop to move: [0, delta_t, 1, 1 + delta_t] without repetitions."""
+    return sorted({0.0, float(delta_t), 1.0, 1.0 + delta_t})
+
+
+def _shift(u: Tensor, shift: float) -> Tensor:
+    return u if shift == 1 else shift * u / (1 + (shift - 1) * u)
+
+
+def time_grid(config: SamplerConfig, delta_t: float) -> Tensor:
+    """Global times of the steps' ends, from 0 to 1 + delta_t.
+
+    On normalised time u = tau / (1 + delta_t) points are even before the shift u' = s u / (1 + (s - 1) u).
+    exact: every stage border is a grid point; each stage gets its share of the steps, at least one, and even points
+    between its borders (before the shift). released: linspace(0, 1 + delta_t, num_steps + 1), in float32.
+    Returns (num_steps + 1,) float64, or float32 for the released grid.
+    Raises ValueError where num_steps is smaller than the number of stages.  Source: METHOD 5.
+    """
+    if config.grid == "released":
+        end = 1 + delta_t
+        return _shift(torch.linspace(0, end, config.num_steps + 1) / end, config.timestep_shift) * end
+    borders = stage_borders(delta_t)
+    num_stages = len(borders) - 1
+    if config.num_steps < num_stages:
+        raise ValueError(
+            f"num_steps {config.num_steps} is too small: delta_t {delta_t} has {num_stages} stages and each of them "
+            f"needs a step; use num_steps >= {num_stages}"
+        )
+    s, end = config.timestep_shift, borders[-1]
+    u = [b / end / (s - (s - 1) * b / end) for b in borders]  # the inverse of the shift
+    shares = [(b - a) * config.num_steps for a, b in zip(u, u[1:])]
+    steps = [max(int(share), 1) for share in shares]
+    while sum(steps) != config.num_steps:
+        sign = 1 if sum(steps) < config.num_steps else -1
+        lags = [(share - n) * sign if n + sign >= 1 else float("-inf") for share, n in zip(shares, steps)]
+        steps[max(range(num_stages), key=lags.__getitem__)] += sign
+    points = [torch.zeros(1, dtype=torch.float64)]
+    for i, n in enumerate(steps):
+        inside = _shift(torch.linspace(u[i], u[i + 1], n + 1, dtype=torch.float64)[1:-1], s) * end
+        points += [inside, torch.tensor([borders[i + 1]], dtype=torch.float64)]
+    return torch.cat(points)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row per network evaluation of a fixed-grid solver.
+
+    tau: (E,) float64, when to evaluate; coefficients: (E, 2, 1 + K) float64, weight of the new velocity and of the K
+    kept ones per stream (texture, semantic); write_slot: (E,) int64, where the new velocity is kept (-1: nowhere);
+    commit: (E,) int64, 1 where the row ends a step; moves: (E, 2) bool, which streams' velocities are used at all.
+    has_base: whether rows start from the state at the step's beginning (Runge-Kutta) or from the latest (multistep).
+    """
+
+    tau: Tensor
+    coefficients: Tensor
+    write_slot: Tensor
+    commit: Tensor
+    moves: Tensor
+    has_base: bool
+
+    @property
+    def num_evaluations(self) -> int:
+        return len(self.tau)
+
+    @property
+    def num_history(self) -> int:
+        return self.coefficients.shape[2] - 1
+
+    def float32_coefficients(self) -> Tensor:
+        """The coefficients for a float32 state, so rounded that no displacement is lost over many steps.
+
+        Adding a constant h to a float32 state again and again loses the same part of its last bit each time (1e-5 after
+        250 steps). So what a stream has moved by after each step is rounded to a multiple of 2^-21, which every state
+        below 8 in absolute value takes up exactly: errors stay below 2.4e-7 and do not add up.  Returns (E, 2, 1 + K).
+        """
+        quantum = 2.0**-21
+        rounded = (self.coefficients / quantum).round() * quantum
+        ends = self.commit.bool()
+        moved = (self.coefficients * ends[:, None, None]).sum(2).cumsum(0)
+        target = ((moved / quantum).round() * quantum).diff(dim=0, prepend=torch.zeros(1, 2, dtype=torch.float64))
+        largest = self.coefficients.abs().argmax(2, keepdim=True)
+        rounded.scatter_add_(2, largest, (target - rounded.sum(2))[:, :, None])
+        return torch.where(ends[:, None, None], rounded, self.coefficients).float()
+
+
+def _masks(start: float, end: float, times: list[float], delta_t: float, released: bool) -> list[tuple[bool, bool]]:
+    """Masks of the evaluations of one interval: of the interval (exact grid) or of each time (released)."""
+    if not released:
+        return [stage_mask(start, end, delta_t)] * len(times)
+    border = torch.tensor(delta_t, dtype=torch.float32).item()  # the released comparison happens in float32
+    return [evaluation_mask(time, border) for time in times]
+
+
+def _runge_kutta_plan(solver: str, grid: Tensor, delta_t: float, released: bool) -> Plan:
+    nodes, matrix, weights = TABLEAUS[solver]
+    num_stages = len(nodes)
+    num_steps = len(grid) - 1
+    tau = torch.zeros(num_steps, num_stages, dtype=torch.float64)
+    coefficients = torch.zeros(num_steps, num_stages, 2, num_stages, dtype=torch.float64)
+    moves = torch.zeros(num_steps, num_stages, 2, dtype=torch.bool)
+    for n in range(num_steps):
+        start, end = grid[n].item(), grid[n + 1].item()
+        times = [(grid[n] + c * (grid[n + 1] - grid[n])).item() for c in nodes[:-1]] if num_stages > 1 else []
+        times.append(end if nodes[-1] == 1 else (grid[n] + nodes[-1] * (grid[n + 1] - grid[n])).item())
+        tau[n] = torch.tensor(times)
+        masks = _masks(start, end, times, delta_t, released)
+        moves[n] = torch.tensor(masks)
+        for j in range(num_stages):
+            row = matrix[j + 1] if j + 1 < num_stages else weights
+            scaled = [(end - start) * a * moves[n, i].double() for i, a in enumerate(row)]
+            coefficients[n, j, :, 0] = scaled[j]
+            for i in range(j):
+                coefficients[n, j, :, 1 + i] = scaled[i]
+    slots = torch.tensor([*range(num_stages - 1), -1])
+    commit = torch.tensor([0] * (num_stages - 1) + [1])
+    return Plan(
+        tau.flatten(),
+        coefficients.flatten(0, 1),
+        slots.repeat(num_steps),
+        commit.repeat(num_steps),
+        moves.flatten(0, 1),
+        has_base=num_stages > 1,
+    )
+
+
+def adams_weights(times: list[float], start: float, end: float) -> list[float]:
+    """Integrals over [start, end] of the Lagrange polynomials through the given times (Adams-Bashforth, any steps).
+
+    The weights sum to end - start.  Raises nothing; the times must differ.
+    """
+    centred = [t - start for t in times]
+    weights = []
+    for i, node in enumerate(centred):
+        polynomial, scale = [1.0], 1.0  # coefficients of prod_j (t - t_j), lowest power first
+        for j, other in enumerate(centred):
+            if j != i:
+                shifted = [0.0, *polynomial]
+                polynomial = [a - other * b for a, b in zip(shifted, [*polynomial, 0.0])]
+                scale *= node - other
+        h = end - start
+        weights.append(sum(c * h ** (p + 1) / (p + 1) for p, c in enumerate(polynomial)) / scale)
+    return weights
+
+
+def _multistep_plan(order: int, grid: Tensor, delta_t: float, released: bool) -> Plan:
+    num_steps, num_history = len(grid) - 1, order - 1
+    coefficients = torch.zeros(num_steps, 2, 1 + num_history, dtype=torch.float64)
+    moves = torch.zeros(num_steps, 2, dtype=torch.bool)
+    times = [t.item() for t in grid.double()]
+    first = [0, 0]  # the step from which each stream's history counts
+    for n in range(num_steps):
+        (mask,) = _masks(times[n], times[n + 1], [times[n]], delta_t, released)
+        moves[n] = torch.tensor(mask)
+        for s in range(2):
+            if not released and (n == 0 or moves[n].tolist() != moves[n - 1].tolist()):
+                first[s] = n
+            used = list(range(n, max(first[s], n - num_history) - 1, -1))
+            weights = adams_weights([times[i] for i in used], times[n], times[n + 1])
+            for age, (i, weight) in enumerate(zip(used, weights)):
+                column = 0 if age == 0 else 1 + i % num_history
+                coefficients[n, s, column] = weight * moves[i, s]
+    slots = torch.arange(num_steps) % num_history
+    return Plan(
+        grid[:-1].double(), coefficients, slots, torch.ones(num_steps, dtype=torch.int64), moves, has_base=False
+    )
+
+
+def make_plan(config: SamplerConfig, delta_t: float) -> Plan:
+    """The rows of a fixed-grid solver (every one but dopri5).
+
+    Exact grid: the mask belongs to the interval, for all its Runge-Kutta stages, and a multistep method's history
+    starts anew at each border. Released grid: the mask of each evaluation belongs to its time.
+    """
+    grid = time_grid(config, delta_t)
+    released = config.grid == "released"
+    if config.solver in MULTISTEP_ORDERS:
+        return _multistep_plan(MULTISTEP_ORDERS[config.solver], grid, delta_t, released)
+    return _runge_kutta_plan(config.solver, grid, delta_t, released)
+
+
+def guidance_table(plan: Plan, velocity: Velocity, delta_t: float) -> tuple[Tensor, Tensor]:
+    """Weights of every evaluation, and whether the weak velocity is needed there at all.
+
+    A stream that does not move needs no guidance, and where no moving stream has a weight other than 1 the weak
+    evaluation is left out.  Returns (E, 2) float64 and (E,) bool.
+    """
+    if not isinstance(velocity, Guided):
+        return torch.ones(plan.num_evaluations, 2, dtype=torch.float64), torch.zeros(
+            plan.num_evaluations, dtype=torch.bool
+        )
+    weights = torch.stack(stream_weights(*clocks(plan.tau, delta_t), velocity.config, delta_t), dim=1)
+    weights = torch.where(plan.moves, weights, 1.0)
+    return weights, (weights != 1).any(dim=1)
+
+
+def _sample_fixed(
+    velocity: Velocity, x0: Tensor, delta_t: float, config: SamplerConfig, num_texture_channels: int, callback: Callback
+) -> Tensor:
+    plan = make_plan(config, delta_t)
+    weights, needs_weak = guidance_table(plan, velocity, delta_t)
+    main, weak = (velocity.main, velocity.weak) if isinstance(velocity, Guided) else (velocity, None)
+    x = x0.clone()
+    base = x0.clone() if plan.has_base else None
+    history = x0.new_zeros(plan.num_history, *x0.shape) if plan.num_history else None
+    as_state = {"device": x.device, "dtype": x.dtype}
+    exact = x.dtype == torch.float64 or config.grid == "released"
+    coefficients = (plan.coefficients if exact else plan.float32_coefficients()).to(**as_state)
+    weights = weights.to(**as_state)
+    slots, commits = plan.write_slot.to(x.device)[:, None], plan.commit.to(x.device)[:, None]
+    t_tex, t_sem = (t.to(**as_state) for t in clocks(plan.tau, delta_t))
+    ends = plan.commit.tolist()
+    grid = time_grid(config, delta_t).tolist()
+    done = 0
+    for e in range(plan.num_evaluations):
+        times = t_tex[e].expand(len(x)), t_sem[e].expand(len(x))
+        masked_velocity_update(
+            x,
+            base,
+            history,
+            main(x, *times),
+            weak(x, *times) if needs_weak[e] else None,
+            weights[e] if needs_weak[e] else None,
+            coefficients[e],
+            slots[e] if plan.num_history else None,
+            commits[e] if plan.has_base else None,
+            num_texture_channels,
+        )
+        if ends[e]:
+            done += 1
+            callback(done, grid[done], x)
+    return x
+
+
+def _sample_released_dopri5(
+    velocity: Velocity, x0: Tensor, delta_t: float, config: SamplerConfig, num_texture_channels: int
+) -> Tensor:
+    """Dormand-Prince exactly as released: torchdiffeq over the whole interval, one error norm for the batch."""
+    from torchdiffeq import odeint
+
+    def drift(tau: Tensor, x: Tensor) -> Tensor:
+        velocities = velocity(x, *(t.to(x.dtype) for t in clocks(tau.expand(len(x)), delta_t)))
+        mask = evaluation_mask(tau, delta_t)
+        return join_latents(
+            *(part * moves for part, moves in zip(split_latents(velocities, num_texture_channels), mask))
+        )
+
+    grid = time_grid(config, delta_t).to(x0.device)
+    return odeint(drift, x0, grid, method="dopri5", atol=config.atol, rtol=config.rtol)[-1]
+
+
+@torch.no_grad()
+def sample(
+    velocity: Velocity,
+    x0: Tensor,
+    *,
+    delta_t: float,
+    config: SamplerConfig,
+    num_texture_channels: int,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Integrate dx/dtau = mask * v(x, t_tex, t_sem) from noise at tau = 0 to data at tau = 1 + delta_t.
+
+    velocity: a velocity function, plain or from guidance.cfg / guidance.autoguidance; x0: (B, C, H, W) noise, float32
+    or float64. callback(number of steps done, tau, x) follows every step of a fixed-grid solver; it must not keep x
+    itself, which the next step overwrites.
+    Returns (B, C, H, W) of x0's dtype; x0 is left as it is.
+    Raises ValueError where num_steps cannot serve every stage.  Source: SFD (arXiv 2512.04926), METHOD 5.
+    """
+    callback = callback or (lambda step, tau, x: None)
+    if config.solver != "dopri5":
+        return _sample_fixed(velocity, x0, delta_t, config, num_texture_channels, callback)
+    if config.grid == "released":
+        return _sample_released_dopri5(velocity, x0, delta_t, config, num_texture_channels)
+    from sfd_fast.adaptive import sample_dopri5
+
+    return sample_dopri5(velocity, x0, delta_t, config, num_texture_channels, callback)
