@@ -1,0 +1,180 @@
+"""Checkpoints that count only when complete: temporary folder, fsync, rename, and the pointer `latest` moved last.
+
+    <out>/checkpoints/00001000/   state.json, *.safetensors; state.json lists every file with its size
+    <out>/checkpoints/latest      the name of the folder to resume from
+
+A process killed at any moment leaves either the old pointer with its folder or the new one.
+"""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+POINTER = "latest"
+STATE = "state.json"
+TEMPORARY = ".writing-"
+
+
+class Checkpoints:
+    """The checkpoint folder of a run.
+
+    save(step, write, state): `write(folder)` puts the files into a temporary folder; then it is made durable and
+    renamed, the pointer moves, and all but the newest `keep` folders are deleted. With background=True this happens in
+    a thread; the next save or `wait` raises what went wrong there. At most one save runs at a time.
+    Raises OSError naming the step that did not get saved and the one that is still good.
+    """
+
+    def __init__(self, root: Path, *, keep: int):
+        self.root = root
+        self.keep = keep
+        self.thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+
+    def clean(self) -> None:
+        """Removes what an interrupted save left behind."""
+        for path in self.root.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def folder(self, step: int) -> Path:
+        return self.root / f"{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        if not self.root.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit() and (p / STATE).is_file())
+
+    def pointed_step(self) -> int | None:
+        pointer = self.root / POINTER
+        return int(pointer.read_text()) if pointer.is_file() else None
+
+    def latest(self) -> Path | None:
+        """The folder that the pointer names, or None before the first checkpoint; ValueError where it is damaged."""
+        pointer = self.root / POINTER
+        if not pointer.is_file():
+            return None
+        folder = self.root / pointer.read_text().strip()
+        problem = damage(folder)
+        if problem:
+            others = [f"{s:08d}" for s in self.steps() if self.folder(s) != folder and not damage(self.folder(s))]
+            raise ValueError(
+                f"checkpoint {folder} is damaged ({problem}); intact checkpoints: {', '.join(others) or 'none'}; "
+                f"to resume from one of them, write its name into {pointer}"
+            )
+        return folder
+
+    def save(self, step: int, write: Callable[[Path], None], state: dict, *, background: bool = False) -> None:
+        self.wait()
+        if background:
+            self.thread = threading.Thread(target=self.try_write, args=(step, write, state), name="checkpoint")
+            self.thread.start()
+        else:
+            self.write(step, write, state)
+
+    def try_write(self, step: int, write: Callable[[Path], None], state: dict) -> None:
+        try:
+            self.write(step, write, state)
+        except BaseException as error:
+            self.failure = error
+
+    def wait(self) -> None:
+        """Waits for a save in the background and raises its error."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def write(self, step: int, write: Callable[[Path], None], state: dict) -> None:
+        temporary = self.root / f"{TEMPORARY}{step:08d}"
+        if self.pointed_step() == step and not damage(self.folder(step)):
+            return
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write(temporary)
+            self.publish(step, temporary, state)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise self.explained(step, error) from error
+
+    def publish(self, step: int, temporary: Path, state: dict) -> None:
+        """Makes a filled temporary folder durable, renames it, moves the pointer and deletes old checkpoints."""
+        files = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
+        (temporary / STATE).write_text(json.dumps({**state, "step": step, "files": files}, indent=1))
+        for path in [*temporary.rglob("*"), temporary]:
+            fsync(path)
+        folder = self.folder(step)
+        if folder.exists():
+            # left by a run that was killed between the rename and the pointer's move
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        fsync(self.root)
+        write_atomically(self.root / POINTER, folder.name)
+        for old in self.steps()[: -self.keep]:
+            if old != step:
+                shutil.rmtree(self.folder(old), ignore_errors=True)
+
+    def explained(self, step: int, error: Exception) -> OSError:
+        good = self.pointed_step()
+        good = "there is none yet" if good is None else f"the checkpoint of step {good} is intact"
+        return OSError(
+            f"the checkpoint of step {step} could not be written to {self.root} ({error}); {good}; "
+            "free some space or choose another train.out, then start again: it resumes by itself"
+        )
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder: None where every file listed in its state.json has its size."""
+    state = folder / STATE
+    if not state.is_file():
+        return f"{STATE} is missing"
+    try:
+        files = json.loads(state.read_text())["files"]
+    except (ValueError, KeyError) as error:
+        return f"{STATE} cannot be read: {error}"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def read_state(folder: Path) -> dict:
+    return json.loads((folder / STATE).read_text())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file; every tensor is stored with its own dtype."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a small file in one step: readers see the old content or the new, also after a crash."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Forces a file's or a folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,229 @@
+"""The engine interface of the training loop, and its plain torch implementation for one process.
+
+An engine owns the network, the optimizer and the devices; the loop owns data, schedule, logs and checkpoints' timing.
+Letters: B batch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sfd_fast.config import OptimizerConfig, TrainConfig
+from sfd_fast.training.checkpoints import Checkpoints, write_tensors
+from sfd_fast.training.optimizer import build_optimizer, ema_names
+
+Batch = Mapping[str, Tensor]
+Objective = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
+"""(network, batch) -> (scalar to differentiate, terms per sample {name: (B,)})"""
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step reports, all on the device: nothing here has been read by the host."""
+
+    loss: Tensor
+    """0-dim: mean over this rank's samples"""
+    terms: list[dict[str, Tensor]]
+    """per micro-batch and sample"""
+    grad_norm: Tensor
+    """0-dim: norm of the gradient of the global batch, before clipping"""
+    skipped: Tensor
+    """0-dim float: 1 where loss or gradient was not finite and the step was skipped"""
+
+
+class Engine(Protocol):
+    """What the loop needs. Every method is called by all ranks alike."""
+
+    model: nn.Module
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Forward, backward and update over this rank's micro-batches of one global batch."""
+
+    def evaluate(self, batch: Batch, objective: Objective) -> dict[str, Tensor]:
+        """Terms per sample without gradients, in the training precision."""
+
+    def ema_weights(self, index: int = 0) -> AbstractContextManager[nn.Module]:
+        """While inside, the network's weights are the average number `index`."""
+
+    def eval_mode(self) -> AbstractContextManager[None]:
+        """While inside, the network is in evaluation mode."""
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Elementwise sum of a small tensor over all ranks."""
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Elementwise mean of a small tensor over all ranks."""
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank (each rank gets the same answer)."""
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+
+    def autocast(self) -> torch.autocast:
+        """The precision of a forward pass."""
+
+    def notes(self, state: dict) -> list[str]:
+        """What is worth saying when a checkpoint with this state is resumed here."""
+
+    def save(self, checkpoints: Checkpoints, step: int, state: dict) -> None:
+        """Writes model, averages and optimizer state as the checkpoint of `step`."""
+
+    def load(self, folder: Path) -> None:
+        """Restores what save wrote; bit-exact."""
+
+    def export(self, index: int = 0) -> dict[str, Tensor] | None:
+        """Full state dict with the averaged weights on the CPU; None on ranks other than 0."""
+
+
+def check_precision(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype of a precision mode for the torch engine, or None for fp32."""
+    if precision == "fp32":
+        return None
+    if precision == "bf16":
+        return torch.bfloat16
+    raise ValueError(
+        f"train.precision '{precision}' is not available with train.engine 'torch' (fp32, bf16); use engine 'deepspeed'"
+    )
+
+
+class TorchEngine:
+    """One process, one device: autocast or fp32, accumulation, clipping folded into the optimizer's gradient scale."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        optimizer: OptimizerConfig,
+        train: TrainConfig,
+        device: torch.device,
+    ):
+        self.device = device
+        self.model = model.to(device)
+        self.objective = objective
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.autocast_dtype = check_precision(train.precision, device)
+        self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = build_optimizer(self.named.values(), optimizer)
+        self.network = torch.compile(self.model) if train.compile else self.model
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        total = sum(batch_size(b) for b in batches)
+        loss, terms = None, []
+        for batch in batches:
+            with self.autocast():
+                part, part_terms = self.objective(self.network, batch)
+            part = part * (batch_size(batch) / total)
+            part.backward()
+            loss = part.detach() if loss is None else loss + part.detach()
+            terms.append({name: value.detach() for name, value in part_terms.items()})
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
+        bad = ~(torch.isfinite(grad_norm) & torch.isfinite(loss))
+        if self.max_grad_norm > 0:
+            scale = (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+            self.optimizer.grad_scale.copy_(torch.where(bad, 1.0, scale))
+        self.optimizer.skip.copy_(bad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss=loss, terms=terms, grad_norm=grad_norm, skipped=bad.float())
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, objective: Objective) -> dict[str, Tensor]:
+        # the plain network: validation batches of other sizes must not compile again
+        with self.autocast():
+            return objective(self.model, batch)[1]
+
+    @contextmanager
+    def ema_weights(self, index: int = 0) -> Iterator[nn.Module]:
+        name = ema_names(self.optimizer)[index]
+        swapped = [(p, p.data) for p in self.named.values() if name in self.optimizer.state.get(p, {})]
+        for param, _ in swapped:
+            param.data = self.optimizer.state[param][name]
+        try:
+            yield self.model
+        finally:
+            for param, data in swapped:
+                param.data = data
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+    def barrier(self) -> None:
+        return None
+
+    def notes(self, state: dict) -> list[str]:
+        if state["world_size"] != 1:
+            return [f"saved by {state['world_size']} ranks, resumed by one: equal to rounding, not to the bit"]
+        return []
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": torch.as_tensor(value)
+            for name, param in self.named.items()
+            for key, value in self.optimizer.state.get(param, {}).items()
+        }
+
+    def save(self, checkpoints: Checkpoints, step: int, state: dict) -> None:
+        # a copy, so that training goes on while a thread writes; contiguous clones also undo shared step tensors
+        model = {name: snapshot(value) for name, value in self.model.state_dict().items()}
+        optimizer = {name: snapshot(value) for name, value in self.optimizer_tensors().items()}
+
+        def write(folder: Path) -> None:
+            write_tensors(folder / "model.safetensors", model)
+            write_tensors(folder / "optimizer.safetensors", optimizer)
+
+        checkpoints.save(step, write, state, background=True)
+
+    def load(self, folder: Path) -> None:
+        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            name, _, field = key.rpartition(".")
+            self.optimizer.state[self.named[name]][field] = value.to(self.device)
+        self.optimizer.share_steps()
+
+    def export(self, index: int = 0) -> dict[str, Tensor]:
+        with self.ema_weights(index):
+            return {name: snapshot(value) for name, value in self.model.state_dict().items()}
+
+
+
+def batch_size(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]
+
+
+def snapshot(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU that later steps do not touch."""
+    return tensor.detach().to("cpu", copy=True).contiguous()

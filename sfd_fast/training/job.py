@@ -1,0 +1,43 @@
+"""What the training loop is given: everything that differs between training the transformer and training SemVAE."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from sfd_fast.config import OptimizerConfig, TrainConfig
+from sfd_fast.training.engine import Batch, Engine, Objective
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network, its objective and its data, ready for any engine."""
+
+    config: object
+    """the whole configuration dataclass; saved with every checkpoint"""
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    model: nn.Module
+    objective: Objective
+    terms: tuple[str, ...]
+    """names of the loss terms that the objective returns"""
+    batches: Callable[[int, "Engine"], Iterator[Batch]]
+    """(start step, engine) -> this rank's share of the batch of every step from there on, on the engine's device"""
+    export: Callable[[Path, dict[str, Tensor]], None]
+    """(folder, state dict) -> writes a loadable model"""
+    evaluate: Callable[[Engine], dict[str, float]] | None = None
+    """figures on held-out data, or None where there is none"""
+    samples: Callable[[Engine], Tensor] | None = None
+    """a picture (3, H, W) uint8 made with the averaged weights"""
+    bins: Callable[[Batch], Tensor] | None = None
+    """clock bin of every sample, (B,) int64"""
+    num_bins: int = 0
+    identity: dict = field(default_factory=dict)
+    """what a resumed run must find again, for example the fingerprint of the statistics"""
+    free_keys: frozenset[str] = frozenset()
+    """configuration keys that may differ when a run is resumed; "x.*" frees a whole section"""
+    num_samples: int = 0
+    """size of the training set, for epochs"""
+    flops_per_sample: float = 0.0
+    unit: str = "step"

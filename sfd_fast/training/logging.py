@@ -1,0 +1,196 @@
+"""What a run reports: metrics.jsonl, TensorBoard, a progress bar, and the statistics of the steps between two rows."""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from sfd_fast.training.checkpoints import write_atomically
+
+METRICS = "metrics.jsonl"
+RECENT_NORMS = 100
+"""gradient norms whose median is the measure of a spike"""
+SPIKE_NEEDS = 20
+"""norms that must have been seen before a spike is called one"""
+
+
+class StepLog:
+    """Values of every step, kept on the device and read by the host once per `capacity` steps.
+
+    add(values, bad) writes one row; read() moves the rows into host sums. Rows of skipped steps (bad = 1) do not enter
+    the means. Its state is plain numbers, so a resumed run reports what an unbroken one does.
+    """
+
+    def __init__(self, names: list[str], capacity: int, device: torch.device, *, num_bins: int = 0):
+        self.names = names
+        self.rows = torch.zeros(capacity, len(names) + 1, device=device)
+        self.filled = 0
+        self.sums = [0.0] * len(names)
+        self.count = 0
+        self.num_bins = num_bins
+        self.bins = torch.zeros(2, num_bins, device=device) if num_bins else None
+
+    def add(self, values: list[Tensor], bad: Tensor) -> None:
+        torch.stack([*values, bad], out=self.rows[self.filled])
+        self.filled += 1
+
+    def add_bins(self, bins: Tensor, values: Tensor, bad: Tensor) -> None:
+        """Adds per-sample values (B,) to their bins (B,) int64, unless the step is bad."""
+        good = (bad == 0).to(values.dtype)
+        self.bins[0].index_add_(0, bins, torch.where(bad == 0, values, torch.zeros_like(values)))
+        self.bins[1].index_add_(0, bins, good.expand_as(values))
+
+    @property
+    def full(self) -> bool:
+        return self.filled == len(self.rows)
+
+    def read(self, reduce: Callable[[Tensor], Tensor]) -> list[list[float]]:
+        """The rows since the last read, [values..., bad] each, after `reduce` over ranks: the log's one host read."""
+        rows = reduce(self.rows[: self.filled]).tolist()
+        self.filled = 0
+        for row in rows:
+            if not row[-1]:
+                self.count += 1
+                self.sums = [s + v for s, v in zip(self.sums, row)]
+        return rows
+
+    def means(self) -> dict[str, float]:
+        """Means over the good steps since the last call (NaN where there was none), then starts anew."""
+        means = {n: s / self.count if self.count else math.nan for n, s in zip(self.names, self.sums)}
+        self.sums, self.count = [0.0] * len(self.names), 0
+        return means
+
+    def bin_means(self, sums: Tensor) -> list[float | None]:
+        """Means per bin from summed `bins` (2, num_bins); None for an empty bin. Starts anew."""
+        total, count = sums.tolist()
+        self.bins.zero_()
+        return [t / c if c else None for t, c in zip(total, count)]
+
+    def state(self) -> dict:
+        bins = [] if self.bins is None else self.bins.tolist()
+        return {"sums": self.sums, "count": self.count, "bins": bins}
+
+    def restore(self, state: dict) -> None:
+        if len(state["sums"]) == len(self.names):
+            self.sums, self.count = list(state["sums"]), state["count"]
+        if self.bins is not None and state["bins"]:
+            self.bins.copy_(torch.tensor(state["bins"]))
+
+
+class GradNormWatch:
+    """Calls a gradient norm a spike where it exceeds `factor` times the median of the last norms."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+        self.recent: list[float] = []
+
+    def spike(self, norm: float) -> float | None:
+        """The median that the norm exceeds, or None; then remembers the norm."""
+        median = statistics.median(self.recent) if len(self.recent) >= SPIKE_NEEDS else math.inf
+        self.recent = [*self.recent, norm][-RECENT_NORMS:]
+        return median if norm > self.factor * median else None
+
+
+class RunLog:
+    """Rows of a run: appended to metrics.jsonl, drawn in TensorBoard, said on the terminal. Only rank 0 writes.
+
+    Rows are dictionaries with "kind" (train, validation, event) and "step". On resume, rows after the checkpoint's step
+    are removed, so that every step stands there once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start_step: int,
+        max_steps: int,
+        write: bool,
+        progress: bool,
+        tensorboard: bool,
+        unit: str,
+    ):
+        self.folder = folder
+        self.path = folder / METRICS
+        self.write = write
+        self.rows: list[dict] = []
+        self.bar = self.board = self.file = None
+        if not write:
+            return
+        if self.path.is_file():
+            self.rows = [row for row in read_rows(self.path) if row["step"] <= start_step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.file = open(self.path, "a")  # noqa: SIM115 (open for the whole run)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        if progress:
+            self.bar = tqdm(total=max_steps, initial=start_step, unit=unit, file=sys.stderr, dynamic_ncols=True)
+
+    def row(self, kind: str, step: int, values: Mapping) -> None:
+        """One row; numbers also go to TensorBoard under kind/name. NaN and infinity are stored as null."""
+        if not self.write:
+            return
+        row = {"kind": kind, "step": step} | {name: storable(value) for name, value in values.items()}
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in row.items():
+                if isinstance(value, float) or (isinstance(value, int) and name != "step"):
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def event(self, step: int, message: str) -> None:
+        """Something worth a line: said on the terminal and kept as a row."""
+        if not self.write:
+            return
+        self.row("event", step, {"message": message})
+        say = self.bar.write if self.bar is not None else print
+        say(f"step {step}: {message}", file=sys.stderr)
+
+    def images(self, name: str, step: int, grid: Tensor) -> None:
+        """A picture (3, H, W) uint8: samples/<step>.png, and TensorBoard."""
+        if not self.write:
+            return
+        target = self.folder / name
+        target.mkdir(exist_ok=True)
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(target / f"{step:08d}.png")
+        if self.board is not None:
+            self.board.add_image(name, grid, step)
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, **values: str) -> None:
+        """Figures behind the progress bar, which itself shows the time left."""
+        if self.bar is not None:
+            self.bar.set_postfix(values, refresh=False)
+
+    def close(self) -> None:
+        for resource in (self.bar, self.board, self.file):
+            if resource is not None:
+                resource.close()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a metrics file; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def storable(value: object) -> object:
+    """JSON has no NaN or infinity: they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

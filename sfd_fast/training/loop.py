@@ -1,0 +1,399 @@
+"""The training loop: one function for every engine and every network, and `run_train` for the diffusion transformer.
+
+    <out>/config.json  metrics.jsonl  tensorboard/  checkpoints/  model/   (model: averaged weights, ready to sample)
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfd_fast.config import SFDConfig, to_dict
+from sfd_fast.training.checkpoints import Checkpoints, read_state, write_atomically
+from sfd_fast.training.engine import Batch, Engine, TorchEngine, batch_size
+from sfd_fast.training.job import Job
+from sfd_fast.training.logging import GradNormWatch, RunLog, StepLog
+from sfd_fast.training.optimizer import learning_rate
+
+STOP_FILE = "STOP"
+PREEMPTED = 75
+"""exit code of a run that saved and stopped on a signal or a STOP file (EX_TEMPFAIL: start it again)"""
+
+
+class NonFiniteError(ValueError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+@dataclass
+class TrainResult:
+    """How a run ended."""
+
+    directory: Path
+    step: int
+    model: Path | None
+    """folder of the averaged weights, None where the run was stopped before its end"""
+    metrics: list[dict] = field(default_factory=list)
+    """rows of metrics.jsonl"""
+    preempted: bool = False
+
+    @property
+    def loss(self) -> float:
+        """The last logged training loss."""
+        losses = [row["loss"] for row in self.metrics if row["kind"] == "train"]
+        return losses[-1] if losses else math.nan
+
+    @property
+    def exit_code(self) -> int:
+        return PREEMPTED if self.preempted else 0
+
+
+class Stop:
+    """Remembers SIGTERM, SIGUSR1 and the file STOP; inside the main thread it handles the signals while active."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / STOP_FILE
+        self.reason = ""
+        self.checked = 0.0
+        self.previous: dict = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self.previous[number] = signal.signal(number, self.remember)
+        return self
+
+    def remember(self, number: int, frame: object) -> None:
+        self.reason = signal.Signals(number).name
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop; looks for the file once a second."""
+        now = time.monotonic()
+        if not self.reason and now - self.checked > 1.0:
+            self.checked = now
+            if self.file.exists():
+                self.reason = f"the file {STOP_FILE}"
+        return bool(self.reason)
+
+
+def prepare_directory(folder: Path, config: object, *, resume: bool, write: bool) -> None:
+    """Creates the run directory with config.json. OSError where it cannot be written, ValueError where it is taken."""
+    if not resume and (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"{folder} already holds a run; resume it (resume=True), choose another train.out, or delete the folder"
+        )
+    if not write:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+        (folder / STOP_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"the run directory {folder} cannot be written ({error}); choose another train.out") from error
+
+
+def check_resumable(job: Job, state: dict) -> None:
+    """Raises ValueError where a checkpoint belongs to another configuration or other data."""
+    old, new = flatten(state["config"]), flatten(json.loads(json.dumps(to_dict(job.config))))
+    keys = [k for k in sorted(old.keys() | new.keys()) if not is_free(k, job.free_keys)]
+    different = [k for k in keys if old.get(k) != new.get(k)]
+    if different:
+        pairs = ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in different)
+        raise ValueError(
+            f"the checkpoint in {job.train.out} belongs to another configuration: {pairs}; set them back, or choose "
+            "another train.out (train.init_from starts a new run from these weights)"
+        )
+    for key, value in job.identity.items():
+        if state["identity"].get(key) != value:
+            raise ValueError(
+                f"the checkpoint in {job.train.out} was trained on other data: {key} was {state['identity'].get(key)} "
+                f"and is {value}; give the data it was trained on, or choose another train.out"
+            )
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def is_free(key: str, free: frozenset[str]) -> bool:
+    return key in free or any(f.endswith(".*") and key.startswith(f[:-1]) for f in free)
+
+
+def micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """The batch in pieces of `size` samples (0: in one piece); the last may be smaller."""
+    total = batch_size(batch)
+    if size == 0 or size >= total:
+        return [batch]
+    return [{name: value[i : i + size] for name, value in batch.items()} for i in range(0, total, size)]
+
+
+class Run:
+    """The counters of a run in progress, and what a checkpoint stores of them."""
+
+    def __init__(self, job: Job, engine: Engine):
+        train = job.train
+        self.job, self.engine = job, engine
+        # a divisor of neither would delay the count of bad steps past max_bad_steps
+        self.read_every = min(train.log_every, train.max_bad_steps)
+        names = ["loss", *job.terms, "grad_norm"]
+        self.steps = StepLog(names, self.read_every, engine.device, num_bins=job.num_bins)
+        self.norms = GradNormWatch(train.spike_factor)
+        self.bad_in_row = 0
+        self.skipped = 0
+        self.step = 0
+        self.wall_s = 0.0
+
+    def state(self) -> dict:
+        return {
+            "config": to_dict(self.job.config),
+            "identity": self.job.identity,
+            "world_size": self.engine.world_size,
+            "bad_in_row": self.bad_in_row,
+            "skipped": self.skipped,
+            "wall_s": self.wall_s,
+            "interval": self.steps.state(),
+            "recent_norms": self.norms.recent,
+        }
+
+    def restore(self, state: dict) -> None:
+        self.step = state["step"]
+        self.bad_in_row, self.skipped, self.wall_s = state["bad_in_row"], state["skipped"], state["wall_s"]
+        self.norms.recent = state["recent_norms"]
+        self.steps.restore(state["interval"])
+
+    def record(self, batch: Batch, result) -> None:
+        """Adds a step's results to the device-side log: no host read."""
+        terms = {n: torch.cat([t[n] for t in result.terms]) for n in self.job.terms}
+        self.steps.add([result.loss, *(t.mean() for t in terms.values()), result.grad_norm], result.skipped)
+        if self.job.bins is not None:
+            self.steps.add_bins(self.job.bins(batch), sum(terms.values()), result.skipped)
+
+    def read(self, log: RunLog) -> None:
+        """Reads the steps since the last read; counts and says bad steps and spikes. Raises NonFiniteError."""
+        first = self.step - self.steps.filled + 1
+        for step, row in enumerate(self.steps.read(self.engine.mean_over_ranks), start=first):
+            *values, bad = row
+            if bad:
+                self.skipped += 1
+                self.bad_in_row += 1
+                log.event(step, f"loss {values[0]:g} or gradient norm {values[-1]:g} is not finite: step skipped")
+                if self.bad_in_row >= self.job.train.max_bad_steps:
+                    raise NonFiniteError(
+                        f"{self.bad_in_row} steps in a row, up to step {step}, had a loss or gradient that was not "
+                        "finite. Weights, moments and averages are as before them, and the last checkpoint is intact. Look for "
+                        "NaN in the data (`sfd inspect`), lower optimizer.lr, or set optimizer.max_grad_norm; "
+                        "train.max_bad_steps is the limit"
+                    )
+                continue
+            self.bad_in_row = 0
+            median = self.norms.spike(values[-1])
+            if median is not None:
+                log.event(step, f"gradient norm {values[-1]:.4g} is a spike: the median is {median:.4g}")
+
+
+class Clock:
+    """Seconds of training since the last row, less validation and checkpoints, and how many went into data waits."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.start = time.perf_counter()
+        self.paused = self.waited = 0.0
+        self.steps = 0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start - self.paused
+
+
+def log_row(run: Run, log: RunLog, clock: Clock, lr: float) -> None:
+    """The row of the steps since the last one."""
+    job, engine = run.job, run.engine
+    means = run.steps.means()
+    seconds = max(clock.seconds, 1e-9)
+    images_per_s = clock.steps * job.train.global_batch_size / seconds
+    row = means | {
+        "lr": lr,
+        "images_per_s": images_per_s,
+        "data_wait": clock.waited / seconds,
+        "skipped": run.skipped,
+        "wall_s": run.wall_s,
+    }
+    if job.num_samples:
+        row["epoch"] = run.step * job.train.global_batch_size / job.num_samples
+    if job.flops_per_sample:
+        row["tflops"] = images_per_s * job.flops_per_sample / 1e12
+    if engine.device.type == "cuda":
+        row["memory_gib"] = torch.cuda.max_memory_allocated(engine.device) / 2**30
+    if job.num_bins:
+        row["loss_by_clock"] = run.steps.bin_means(engine.sum_over_ranks(run.steps.bins))
+    log.row("train", run.step, row)
+    log.show(loss=f"{means['loss']:.4f}", images_per_s=f"{images_per_s:.1f}")
+    clock.restart()
+
+
+def due(step: int, every: int, last: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def run_job(job: Job, engine: Engine, *, resume: bool = True, progress: bool = True) -> TrainResult:
+    """Trains job.model from the latest checkpoint, or from the start, to train.max_steps.
+
+    Raises ValueError for a checkpoint of another configuration or other data, NonFiniteError after max_bad_steps bad
+    steps in a row, OSError where the run directory or a checkpoint cannot be written; earlier checkpoints stay intact.
+    """
+    train = job.train
+    folder = Path(train.out)
+    leader = engine.rank == 0
+    checkpoints = Checkpoints(folder / "checkpoints", keep=train.keep_checkpoints)
+    run = Run(job, engine)
+    latest = checkpoints.latest() if resume else None
+    if latest is not None:
+        state = read_state(latest)
+        check_resumable(job, state)
+        engine.load(latest)
+        run.restore(state)
+    prepare_directory(folder, job.config, resume=resume, write=leader)
+    if leader:
+        checkpoints.clean()
+    log = RunLog(
+        folder, start_step=run.step, max_steps=train.max_steps, write=leader, progress=progress,
+        tensorboard=train.tensorboard, unit=job.unit,
+    )  # fmt: skip
+    try:
+        if latest is not None and run.step < train.max_steps:
+            log.event(run.step, f"resumed from {latest}")
+            for event in engine.notes(read_state(latest)):
+                log.event(run.step, event)
+        stopped = train_steps(run, log, checkpoints, Stop(folder))
+        checkpoints.wait()
+        model = None if stopped else export_model(run, folder)
+    finally:
+        log.close()
+        with contextlib.suppress(OSError):  # an error of the loop itself matters more than that of a write behind it
+            checkpoints.wait()
+    return TrainResult(folder, run.step, model, log.rows, preempted=stopped)
+
+
+def train_steps(run: Run, log: RunLog, checkpoints: Checkpoints, stop: Stop) -> bool:
+    """Steps until max_steps or until any rank is asked to stop; returns whether it was stopped."""
+    job, engine, train = run.job, run.engine, run.job.train
+    last = train.max_steps
+    if run.step >= last:
+        return False
+    clock = Clock()
+    begin, before = time.perf_counter(), run.wall_s
+    run_steps = iter(job.batches(run.step, engine))
+    with stop, contextlib.closing(run_steps):
+        while run.step < last:
+            waiting = time.perf_counter()
+            batch = next(run_steps)
+            clock.waited += time.perf_counter() - waiting
+            lr = learning_rate(job.optimizer, run.step, last)
+            result = engine.train_step(micro_batches(batch, train.micro_batch_size), lr)
+            run.step += 1
+            clock.steps += 1
+            run.record(batch, result)
+            log.advance()
+            stopping = engine.any_rank(stop.requested())
+            step = run.step
+            saving = stopping or due(step, train.checkpoint_every, last)
+            logging = due(step, train.log_every, last)
+            if run.steps.full or saving or logging:
+                run.read(log)
+                run.wall_s = before + time.perf_counter() - begin
+            if logging:
+                log_row(run, log, clock, lr)
+            with clock.pause():
+                if job.evaluate is not None and due(step, train.validate_every, last):
+                    log.row("validation", step, job.evaluate(engine))
+                if job.samples is not None and due(step, train.sample_every, last):
+                    picture = job.samples(engine)
+                    log.images("samples", step, picture)
+                if saving:
+                    engine.save(checkpoints, step, run.state())
+            if stopping:
+                log.event(step, f"stopped by {stop.reason or 'another rank'}; saved, start again to go on")
+                return True
+    return False
+
+
+def export_model(run: Run, folder: Path) -> Path:
+    """Writes the averaged weights as a loadable model, replacing an earlier one only when complete."""
+    target, temporary = folder / "model", folder / ".writing-model"
+    state = run.engine.export()
+    if run.engine.rank == 0:
+        import shutil
+
+        shutil.rmtree(temporary, ignore_errors=True)
+        run.job.export(temporary, state)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    run.engine.barrier()
+    return target
+
+
+def build_engine(job: Job, device: torch.device | str | None) -> Engine:
+    """The engine that train.engine names, on `device` (None: CUDA where there is one, else the CPU)."""
+    if job.train.engine == "deepspeed":
+        from sfd_fast.training.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(job, device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise ValueError(
+            f"train.engine 'torch' runs in one process, but {world_size} ranks were launched; set train.engine to "
+            "'deepspeed'"
+        )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TorchEngine(
+        job.model, job.objective, optimizer=job.optimizer, train=job.train, device=torch.device(device)
+    )
+
+
+def run_train(
+    config: SFDConfig,
+    *,
+    device: torch.device | str | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> TrainResult:
+    """Trains the two-clock diffusion transformer on latent shards; a killed run goes on from its last checkpoint.
+
+    config.data.path: folder of shards with their statistics; config.train.out: run directory. decode: texture latents
+    (B, C_t, h, w) -> images (B, 1 or 3, H, W) in [-1, 1] for sample grids (None: data.texture_codec, or the channels
+    themselves). progress=False shows no bar.
+    Raises as run_job does, and ValueError where model, data and transport contradict each other.
+    """
+    from sfd_fast.training.diffusion import diffusion_job
+
+    job = diffusion_job(config, decode=decode)
+    return run_job(job, build_engine(job, device), resume=resume, progress=progress)
