@@ -241,6 +241,10 @@ class TrainConfig:
     """torch.compile the network"""
     checkpoint_activations: float = 0.0
     """share of the blocks whose activations are recomputed"""
+    residual: Precision = "fp32"
+    """dtype of the residual stream; fp32 is the released network's, bf16 moves fewer bytes"""
+    attention: Literal["auto", "flash4", "flash3", "flash2", "xformers", "sdpa"] = "auto"
+    """library behind attention; auto takes the best that is installed and fits"""
     log_every: int = 50
     validate_every: int = 5_000
     sample_every: int = 10_000
@@ -283,22 +287,49 @@ class TrainConfig:
 class SemVAEConfig:
     """The semantic autoencoder of VFM features (METHOD 2)."""
 
-    architecture: Literal["transformer", "linear", "mlp", "pca"] = "transformer"
+    architecture: Literal["transformer", "linear", "mlp", "resnet", "pca"] = "transformer"
     feature_channels: int = 768
     hidden_size: int = 768
     num_heads: int = 6
     encoder_depth: int = 4
+    """transformer or residual blocks"""
     decoder_depth: int = 4
+    num_layers: int = 2
+    """layers of the MLP (architectures mlp and resnet)"""
     latent_channels: int = 16
     kl_weight: float = 1e-7
 
     def __post_init__(self) -> None:
-        require_positive(self, "feature_channels", "hidden_size", "num_heads", "latent_channels")
+        require_positive(self, "feature_channels", "hidden_size", "num_heads", "latent_channels", "num_layers")
         require(
             self.hidden_size % self.num_heads == 0,
             f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}",
         )
         require(self.kl_weight >= 0, f"kl_weight {self.kl_weight} must not be negative")
+
+
+@dataclass(frozen=True)
+class TextureConfig:
+    """The KL autoencoder of the LDM family; the defaults are the released f16d32 one (METHOD 2)."""
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """one level each; every level but the last halves height and width"""
+    num_res_blocks: int = 2
+    latent_channels: int = 32
+
+    def __post_init__(self) -> None:
+        require_positive(self, "channels", "num_res_blocks", "latent_channels")
+        # a JSON or YAML file gives a list
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        require(
+            self.channels % 32 == 0,
+            f"channels {self.channels} must be a multiple of 32 (GroupNorm has 32 groups)",
+        )
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.channel_multipliers) - 1)
 
 
 @dataclass(frozen=True)
