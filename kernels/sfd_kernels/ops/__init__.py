@@ -1,0 +1,1 @@
+"""One file per operator: what it computes, its reference in plain PyTorch, example inputs, least bytes and flops."""

@@ -1,0 +1,294 @@
+"""One torch operator per kernel: schema, reference, fake kernel, gradient and the hooks of the backends.
+
+`Op(reference, ...)` defines torch.ops.sfd.NAME from the reference's annotations. The dispatcher then picks the kernel
+by device: C++ for CPU tensors (cpu/NAME.cpp), Triton for CUDA tensors (triton/NAME.py), and for everything else, or
+where a kernel lacks a dtype, the reference. The reference is reachable by itself as torch.ops.sfd_reference.NAME, so
+that C++ can hand a call back to it.
+
+Host time: an eager call skips torch's generated autograd wrapper (about 15 us a call) for an autograd.Function of our
+own and enters the dispatcher below autograd; under torch.compile the call is the registered operator itself. See
+benchmarks/registration.py.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfd_kernels.examples import MODES, SIZES, Make, Size, num_bytes
+
+OPS: dict[str, "Op"] = {}
+"""every operator by name, in the order of definition"""
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton reads it when a kernel is decorated; with it the Triton kernels run in the interpreter on CPU tensors"""
+
+_library = torch.library.Library("sfd", "FRAGMENT")
+_reference_library = torch.library.Library("sfd_reference", "FRAGMENT")
+_only_reference = False
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Inside, every operator is its reference in plain PyTorch, differentiated by autograd: no kernel of ours runs."""
+    global _only_reference
+    before, _only_reference = _only_reference, True
+    try:
+        yield
+    finally:
+        _only_reference = before
+
+
+def is_reference_only() -> bool:
+    """Whether `reference_only` is in force."""
+    return _only_reference
+
+
+def _fresh(outputs: Any) -> Any:
+    """Outputs made contiguous, as every kernel returns them and the fake kernel promises them."""
+    if isinstance(outputs, Tensor):
+        return outputs.contiguous()
+    return None if outputs is None else tuple(output.contiguous() for output in outputs)
+
+
+class Op:
+    """An operator: call it, ask what it costs, attach kernels and a gradient to it.
+
+    reference: plain PyTorch; its annotations are the schema, its name the operator's name.
+    examples: function (make, size) -> iterator of (label, args), the one worth measuring first.
+    mutates: names of the arguments that are written; such an operator has no gradient and refuses to need one.
+    backward: the fused backward operator, if there is one. least_bytes, flops: functions of the arguments;
+    least_bytes defaults to every tensor argument once and every output once.
+    """
+
+    def __init__(
+        self,
+        reference: Callable,
+        *,
+        examples: Callable[[Make, Size], Iterator[tuple[str, tuple]]],
+        flops: Callable[..., int],
+        least_bytes: Callable[..., int] | None = None,
+        mutates: tuple[str, ...] = (),
+        backward: "Op | None" = None,
+    ) -> None:
+        self.reference = reference
+        self.name = reference.__name__
+        self.module = reference.__module__.rsplit(".", 1)[-1]
+        self.mutates = mutates
+        self.backward = backward
+        self.flops = flops
+        self.triton_kernel: Callable | None = None
+        self._examples = examples
+        self._least_bytes = least_bytes
+        self._triton_loaded = False
+        self._function: Any = None
+        self._names = tuple(inspect.signature(reference).parameters)
+        self.__doc__ = reference.__doc__
+        self.__name__ = self.name
+        self.__signature__ = inspect.signature(reference)
+        self._define()
+        OPS[self.name] = self
+
+    def __repr__(self) -> str:
+        return f"<operator sfd::{self.name}{self.__signature__}>"
+
+    @property
+    def is_backward(self) -> bool:
+        return self.name.endswith("_backward")
+
+    # Definition ------------------------------------------------------------------------------------------------------
+
+    def _define(self) -> None:
+        name, qualified = self.name, f"sfd::{self.name}"
+        schema = torch.library.infer_schema(self.reference, mutates_args=self.mutates)
+        _reference_library.define(name + schema)
+        _reference_library.impl(name, self._run_reference, "CompositeImplicitAutograd")
+        if self.mutates:
+            # custom_op bumps the version counters of what is written; a kernel registered through Library does not, and
+            # autograd would then use overwritten saved tensors without an error.
+            operator = torch.library.custom_op(qualified, self.reference, mutates_args=self.mutates, schema=schema)
+            operator.register_fake(lambda *args: None)
+            self.overload = getattr(torch.ops.sfd, name).default
+            _library.impl(name, self._refuse_gradients, "Autograd", with_keyset=True, allow_override=True)
+        else:
+            _library.define(name + schema)
+            _library.impl(name, self._run_reference, "CompositeExplicitAutograd")
+            torch.library.register_fake(qualified, self._run_reference, lib=_library)
+            self.overload = getattr(torch.ops.sfd, name).default
+            self.register_autograd(_recompute_backward(self), setup_context=_recompute_setup)
+        _library.impl(name, self._run_triton, "CUDA")
+        if INTERPRET:
+            _library.impl(name, self._run_triton, "CPU")
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """Sets the gradient: backward(ctx, *grads), setup_context(ctx, inputs, output) as of torch.autograd.Function.
+
+        Without it the gradient is that of the reference, recomputed in the backward pass.
+        """
+        torch.library.register_autograd(f"sfd::{self.name}", backward, setup_context=setup_context, lib=_library)
+        overload = self.overload
+
+        def forward(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+
+        self._function = type(
+            self.name,
+            (torch.autograd.Function,),
+            {
+                "forward": staticmethod(forward),
+                "setup_context": staticmethod(setup_context),
+                "backward": staticmethod(backward),
+            },
+        )
+
+    # Calls -----------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            args = self._positional(args, kwargs)
+        if _only_reference:
+            return self.reference(*args)
+        if self.mutates or torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+            return self.overload(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
+    def _positional(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        rest = self._names[len(args) :]
+        if len(rest) != len(kwargs) or any(name not in kwargs for name in rest):
+            raise TypeError(
+                f"{self.name} takes {', '.join(self._names)}; "
+                f"given {len(args)} by position and {', '.join(kwargs)} by name"
+            )
+        return args + tuple([kwargs[name] for name in rest])
+
+    def _run_reference(self, *args: Any) -> Any:
+        return _fresh(self.reference(*args))
+
+    def _refuse_gradients(self, keyset: Any, *args: Any) -> None:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise ValueError(
+                f"{self.name} writes {', '.join(self.mutates)} in place and has no gradient, "
+                "but an input requires grad; call it under torch.no_grad() or detach the inputs"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    # Kernels ---------------------------------------------------------------------------------------------------------
+
+    def triton(self, kernel: Callable) -> Callable:
+        """Decorator: kernel(*args) serves CUDA tensors. What it lacks it hands to the reference by NotImplemented."""
+        self.triton_kernel = kernel
+        return kernel
+
+    def load_triton(self) -> Callable | None:
+        """The function given to `triton`, after importing triton/NAME.py; None without such a file or Triton."""
+        if not self._triton_loaded:
+            self._triton_loaded = True
+            path = Path(__file__).parent / "triton" / f"{self.module}.py"
+            if path.exists() and importlib.util.find_spec("triton") is not None:
+                importlib.import_module(f"sfd_kernels.triton.{self.module}")
+        return self.triton_kernel
+
+    def _run_triton(self, *args: Any) -> Any:
+        kernel = self.triton_kernel or self.load_triton()
+        outputs = NotImplemented if kernel is None else kernel(*args)
+        return self._run_reference(*args) if outputs is NotImplemented else outputs
+
+    # What it costs ---------------------------------------------------------------------------------------------------
+
+    def examples(
+        self, mode: str = "fp32", size: str = "tiny", batch: int | None = None, device: str = "cpu", seed: int = 0
+    ) -> Iterator[tuple[str, tuple]]:
+        """Yields (label, args), reproducible from the seed; the first is the one to measure.
+
+        mode: fp32, bf16, fp16, mix (autocast), fp64. size: tiny (odd shapes, all variants), B, XL, XXL. batch overrides
+        the size's own batch. ValueError for an unknown mode or size.
+        """
+        for given, known, what in ((mode, MODES, "mode"), (size, SIZES, "size")):
+            if given not in known:
+                raise ValueError(f"unknown {what} '{given}'; allowed: {', '.join(known)}")
+        chosen = SIZES[size] if batch is None else SIZES[size].with_batch(batch)
+        yield from self._examples(Make(MODES[mode], device, seed), chosen)
+
+    def bytes(self, *args: Any) -> int:
+        """Least bytes moved: every input once, every output once."""
+        if self._least_bytes is not None:
+            return self._least_bytes(*args)
+        meta = [arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args]
+        return num_bytes(args) + num_bytes(self._run_reference(*meta))
+
+
+def _recompute_setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.save_for_backward(*[value for value in inputs if isinstance(value, Tensor)])
+
+
+def _recompute_backward(op: Op) -> Callable:
+    """Gradient of the reference by recomputation: the default of operators without a fused backward."""
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        tensors = iter(ctx.saved_tensors)
+        values = [next(tensors) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others)]
+        with torch.enable_grad():
+            leaves = [
+                value.detach().requires_grad_() if isinstance(value, Tensor) and needed else value
+                for value, needed in zip(values, ctx.needs_input_grad)
+            ]
+            outputs = op.reference(*leaves)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        pairs = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
+        wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad) if needed]
+        found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+    return backward
+
+
+# Backends ------------------------------------------------------------------------------------------------------------
+
+_cpu_error: str | None = None
+
+
+def load_cpu_kernels() -> None:
+    """Loads the C++ kernels where they were built; otherwise remembers why not (see `backends`)."""
+    global _cpu_error
+    folder = Path(__file__).parent
+    built = sorted(path for path in folder.glob("_cpu*") if path.suffix in (".so", ".dylib"))
+    stored = folder / "build_error.txt"
+    if INTERPRET:
+        _cpu_error = "not loaded: TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors"
+    elif os.environ.get("SFD_KERNELS_CPU") == "reference":
+        _cpu_error = "not loaded: SFD_KERNELS_CPU=reference"
+    elif not built:
+        _cpu_error = stored.read_text() if stored.exists() else "not built: `make setup` builds it with a C++ compiler"
+    else:
+        try:
+            torch.ops.load_library(str(built[0]))
+        except OSError as error:
+            _cpu_error = f"{built[0].name} does not load: {error}"
+
+
+def backends() -> dict[str, str]:
+    """What serves tensors of each device and, where it is the reference, why: for `sfd doctor`."""
+    if _cpu_error is not None:
+        cpu = "triton interpreter" if INTERPRET else f"reference (plain PyTorch); {_cpu_error}"
+    else:
+        cpu = f"C++ ({torch.ops.sfd_cpu.capability()})" if hasattr(torch.ops.sfd_cpu, "capability") else "C++"
+    if importlib.util.find_spec("triton") is None:
+        cuda = "reference (plain PyTorch); Triton is not installed: pip install triton"
+    else:
+        cuda = f"Triton {importlib.metadata.version('triton')}"
+    return {"cpu": cpu, "cuda": cuda}
