@@ -357,6 +357,40 @@ class SFDConfig:
         )
 
 
+@dataclass(frozen=True)
+class FeatureDataConfig:
+    """Shards of VFM features to train SemVAE on."""
+
+    path: str = ""
+    """folder of *.safetensors shards with feats_dino (N, F, h, w); `sfd features` makes them, latent shards do as well"""
+    validation_samples: int = 0
+    """the last so many samples are held out"""
+    flip: bool = True
+    """flipped and plain features with probability 1/2, where the shards have both"""
+
+    def __post_init__(self) -> None:
+        require(self.validation_samples >= 0, "validation_samples must not be negative")
+
+
+@dataclass(frozen=True)
+class SemVAETrainingConfig:
+    """All that one SemVAE training run is made from. Defaults: the released recipe (METHOD 2)."""
+
+    semvae: SemVAEConfig = field(default_factory=SemVAEConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            lr=5e-5, weight_decay=0.01, warmup_steps=500, schedule="cosine", decay_start=800_000, final_lr_ratio=0.1,
+            ema_decay=0.0,
+        )
+    )  # fmt: skip
+    data: FeatureDataConfig = field(default_factory=FeatureDataConfig)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            out="runs/semvae", max_steps=1_000_000, global_batch_size=64, sample_every=0, checkpoint_every=20_000
+        )
+    )
+
+
 def to_dict(config: object) -> dict:
     """A dataclass tree as plain dictionaries, ready for JSON or YAML."""
     return dataclasses.asdict(config)

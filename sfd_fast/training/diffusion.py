@@ -83,7 +83,7 @@ def check_data(config: SFDConfig, shards: LatentShards) -> None:
             f"VFM features of {config.data.path} have shape {tuple(shape)}; the REPA head predicts "
             f"model.repa_channels = {model.repa_channels} on {model.num_tokens} tokens",
         )
-    labels = shards.max_label() if hasattr(shards, "max_label") else max(int(part.max()) for part in shards._labels)
+    labels = max(int(part.max()) for part in shards._labels)
     require(
         labels < model.num_classes,
         f"{config.data.path} has label {labels}, but model.num_classes is {model.num_classes} (labels 0 to "

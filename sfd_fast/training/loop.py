@@ -198,9 +198,9 @@ class Run:
                 if self.bad_in_row >= self.job.train.max_bad_steps:
                     raise NonFiniteError(
                         f"{self.bad_in_row} steps in a row, up to step {step}, had a loss or gradient that was not "
-                        "finite. Weights, moments and averages are as before them, and the last checkpoint is intact. Look for "
-                        "NaN in the data (`sfd inspect`), lower optimizer.lr, or set optimizer.max_grad_norm; "
-                        "train.max_bad_steps is the limit"
+                        "finite. Weights, moments and averages are as before them, and the last checkpoint is "
+                        "intact. Look for NaN in the data (`sfd inspect`), lower optimizer.lr, or set "
+                        "optimizer.max_grad_norm; train.max_bad_steps is the limit"
                     )
                 continue
             self.bad_in_row = 0
