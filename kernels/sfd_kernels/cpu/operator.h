@@ -1,0 +1,128 @@
+// The operators' side of a kernel file: tensors, allocation, threads, and the way back to the reference.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "vec.h"
+
+namespace sfd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- instruction set ----
+
+enum class Isa { baseline, avx2, avx512 };
+
+Isa isa();  // the best of this machine, or a lesser one that SFD_KERNELS_ISA names
+
+template <class Args>
+struct Kernel {
+  using Function = void (*)(const Args&, i64, i64);
+  Function avx512, avx2, baseline;
+  Function get() const { return isa() == Isa::avx512 ? avx512 : isa() == Isa::avx2 ? avx2 : baseline; }
+};
+
+// Runs tasks 0 to count - 1 on torch's threads, `grain` of them at least on each.
+template <class Args>
+void run(const Kernel<Args>& kernel, const Args& args, i64 count, i64 grain) {
+  if (count <= 0) return;
+  const auto function = kernel.get();
+  if (count <= grain) {
+    function(args, 0, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, [&](i64 begin, i64 end) { function(args, begin, end); });
+  }
+}
+
+// Tasks per thread that are worth waking one, if a task moves `elements` elements.
+inline i64 grain(i64 elements) { return std::max<i64>(1, 32768 / std::max<i64>(1, elements)); }
+
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// ---- tensors ----
+
+inline bool is_kernel_dtype(const Tensor& t) {
+  const auto type = t.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+inline Dtype dtype_of(const Tensor& t) {
+  const auto type = t.scalar_type();
+  return type == ScalarType::Float ? Dtype::f32 : type == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
+}
+
+inline bool is_float(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
+inline bool same_dtype(const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); }
+
+inline bool has_shape(const Tensor& t, std::initializer_list<i64> shape) {
+  const auto sizes = t.sizes();
+  return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+// The tensor itself, or a contiguous copy: expanded gradients and odd strides are rare and not worth a kernel.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// (B, D) whose rows may lie apart, as slices of one packed tensor do.
+inline Tensor dense_rows(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
+
+template <class T = void>
+const T* pointer(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T = void>
+T* output(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Uninitialised and contiguous.
+Tensor fresh(const i64* sizes, i64 dim, ScalarType dtype);
+inline Tensor fresh(std::initializer_list<i64> sizes, ScalarType dtype) {
+  return fresh(sizes.begin(), static_cast<i64>(sizes.size()), dtype);
+}
+inline Tensor fresh_like(const Tensor& t) { return fresh(t.sizes().data(), t.dim(), t.scalar_type()); }
+
+// ---- the reference ----
+
+template <class R>
+struct Unpack {
+  static R from(StableIValue* stack) { return torch::stable::detail::to<R>(stack[0]); }
+};
+template <>
+struct Unpack<void> {
+  static void from(StableIValue*) {}
+};
+template <class... T>
+struct Unpack<std::tuple<T...>> {
+  template <size_t... I>
+  static std::tuple<T...> from(StableIValue* stack, std::index_sequence<I...>) {
+    return {torch::stable::detail::to<T>(stack[I])...};
+  }
+  static std::tuple<T...> from(StableIValue* stack) { return from(stack, std::index_sequence_for<T...>{}); }
+};
+
+// sfd_reference::NAME of the same arguments: for dtypes and shapes that a kernel leaves out.
+template <class R, class... A>
+R reference(const char* name, const A&... args) {
+  StableIValue stack[sizeof...(A) + 8] = {torch::stable::detail::from(args)...};
+  const std::string qualified = std::string("sfd_reference::") + name;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(qualified.c_str(), "", stack, TORCH_ABI_VERSION));
+  return Unpack<R>::from(stack);
+}
+
+}  // namespace sfd

@@ -1,0 +1,296 @@
+// SIMD vectors of one instruction set. A kernel file is compiled once per instruction set, with SFD_ISA naming the
+// namespace (avx512, avx2, baseline) and -march giving the width; cpu.h picks the one for this machine at run time.
+//
+// GCC vector extensions carry the arithmetic, so that a kernel reads like its formula; intrinsics appear only where the
+// extensions have no operator. No standard container or other inline function with external linkage may be used in a
+// kernel: the linker keeps one copy of such a function, and that copy might use instructions that this machine lacks.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace sfd {
+
+using i64 = int64_t;
+
+enum class Dtype : int { f32, bf16, f16 };
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+#ifdef SFD_ISA
+namespace SFD_ISA {
+
+#define SFD_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define SFD_AVX512 1
+inline constexpr int W = 16;
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define SFD_AVX2 1
+inline constexpr int W = 8;
+#else
+inline constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef double vd __attribute__((vector_size(W * 4)));   // W / 2 lanes
+typedef int64_t vl __attribute__((vector_size(W * 4)));  // W / 2 lanes
+
+template <class To, class From>
+SFD_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+SFD_INLINE vf splat(float x) { return x - vf{}; }
+SFD_INLINE vd splat_d(double x) { return x - vd{}; }
+
+// ---- memory: a full vector, or the first n elements with zeros behind them ----
+
+struct Full {};
+struct Part {
+  int n;
+};
+
+template <class T>
+SFD_INLINE T load_raw(const void* p) {
+  T v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+SFD_INLINE vf widen(vh h, const BF16*) { return bits<vf>(__builtin_convertvector(h, vu) << 16); }
+
+// Round to nearest, ties to even; a NaN keeps its sign and becomes quiet.
+SFD_INLINE vh narrow(vf v, const BF16*) {
+  const vu u = bits<vu>(v);
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vu nan = (u >> 16) | 0x40u;
+  return __builtin_convertvector(v == v ? rounded : nan, vh);
+}
+
+SFD_INLINE vf widen(vh h, const F16*) {
+#if SFD_AVX512
+  return bits<vf>(_mm512_cvtph_ps(bits<__m256i>(h)));
+#elif SFD_AVX2
+  return bits<vf>(_mm256_cvtph_ps(bits<__m128i>(h)));
+#else
+  vf v;
+  for (int i = 0; i < W; ++i) {
+    _Float16 x;
+    const uint16_t b = h[i];
+    __builtin_memcpy(&x, &b, 2);
+    v[i] = static_cast<float>(x);
+  }
+  return v;
+#endif
+}
+
+SFD_INLINE vh narrow(vf v, const F16*) {
+#if SFD_AVX512
+  return bits<vh>(_mm512_cvtps_ph(bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif SFD_AVX2
+  return bits<vh>(_mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  vh h;
+  for (int i = 0; i < W; ++i) {
+    const _Float16 x = static_cast<_Float16>(v[i]);
+    uint16_t b;
+    __builtin_memcpy(&b, &x, 2);
+    h[i] = b;
+  }
+  return h;
+#endif
+}
+
+SFD_INLINE vf load(const float* p, Full) { return load_raw<vf>(p); }
+template <class T>
+SFD_INLINE vf load(const T* p, Full) {
+  return widen(load_raw<vh>(p), p);
+}
+
+SFD_INLINE void store(float* p, vf v, Full) { __builtin_memcpy(p, &v, sizeof v); }
+template <class T>
+SFD_INLINE void store(T* p, vf v, Full) {
+  const vh h = narrow(v, p);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+SFD_INLINE vf load(const float* p, Part part) {
+#if SFD_AVX512
+  return bits<vf>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << part.n) - 1u), p));
+#else
+  vf v = {};
+  std::memcpy(&v, p, part.n * sizeof(float));
+  return v;
+#endif
+}
+template <class T>
+SFD_INLINE vf load(const T* p, Part part) {
+  vh h = {};
+  std::memcpy(&h, p, part.n * sizeof(T));
+  return widen(h, p);
+}
+
+SFD_INLINE void store(float* p, vf v, Part part) {
+#if SFD_AVX512
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << part.n) - 1u), bits<__m512>(v));
+#else
+  std::memcpy(p, &v, part.n * sizeof(float));
+#endif
+}
+template <class T>
+SFD_INLINE void store(T* p, vf v, Part part) {
+  const vh h = narrow(v, p);
+  std::memcpy(p, &h, part.n * sizeof(T));
+}
+
+// f(i, full or part) for every vector of n elements, the part last.
+template <class F>
+SFD_INLINE void sweep(i64 n, F&& f) {
+  i64 i = 0;
+  for (; i + W <= n; i += W) f(i, Full{});
+  if (i < n) f(i, Part{static_cast<int>(n - i)});
+}
+
+// The same, U vectors a turn: f(i, full or part, k) with k < U known to the compiler, so that k may index a small array
+// of accumulators that stays in registers. The order of additions depends on n alone.
+template <int U, class F>
+SFD_INLINE void sweep(i64 n, F&& f) {
+  i64 i = 0;
+  for (; i + U * W <= n; i += U * W) {
+#pragma GCC unroll 8
+    for (int k = 0; k < U; ++k) f(i + k * W, Full{}, k);
+  }
+  for (; i + W <= n; i += W) f(i, Full{}, 0);
+  if (i < n) f(i, Part{static_cast<int>(n - i)}, 0);
+}
+
+SFD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// ---- arithmetic without an operator ----
+
+// Both keep a NaN of x, as (x op bound) is then false.
+SFD_INLINE vf at_most(vf x, float bound) {
+#if SFD_AVX512
+  return bits<vf>(_mm512_min_ps(_mm512_set1_ps(bound), bits<__m512>(x)));
+#elif SFD_AVX2
+  return bits<vf>(_mm256_min_ps(_mm256_set1_ps(bound), bits<__m256>(x)));
+#else
+  const vf b = splat(bound);
+  return b < x ? b : x;
+#endif
+}
+SFD_INLINE vf at_least(vf x, float bound) {
+#if SFD_AVX512
+  return bits<vf>(_mm512_max_ps(_mm512_set1_ps(bound), bits<__m512>(x)));
+#elif SFD_AVX2
+  return bits<vf>(_mm256_max_ps(_mm256_set1_ps(bound), bits<__m256>(x)));
+#else
+  const vf b = splat(bound);
+  return b > x ? b : x;
+#endif
+}
+
+SFD_INLINE vf sqrt(vf x) {
+#if SFD_AVX512
+  return bits<vf>(_mm512_sqrt_ps(bits<__m512>(x)));
+#elif SFD_AVX2
+  return bits<vf>(_mm256_sqrt_ps(bits<__m256>(x)));
+#else
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+SFD_INLINE vd sqrt(vd x) {
+#if SFD_AVX512
+  return bits<vd>(_mm512_sqrt_pd(bits<__m512d>(x)));
+#elif SFD_AVX2
+  return bits<vd>(_mm256_sqrt_pd(bits<__m256d>(x)));
+#else
+  for (int i = 0; i < W / 2; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+#endif
+}
+
+// Sum of the lanes, as a tree.
+SFD_INLINE float sum(vf v) {
+#if SFD_AVX512
+  return _mm512_reduce_add_ps(bits<__m512>(v));
+#elif SFD_AVX2
+  const __m256 x = bits<__m256>(v);
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+template <int U>
+SFD_INLINE float sum(const vf (&parts)[U]) {
+  vf total = parts[0];
+  for (int k = 1; k < U; ++k) total += parts[k];
+  return sum(total);
+}
+
+// (a, b) -> (b, a) for every pair of neighbouring lanes.
+SFD_INLINE vf swap_pairs(vf x) {
+#if SFD_AVX512
+  return bits<vf>(_mm512_permute_ps(bits<__m512>(x), 0xb1));
+#elif SFD_AVX2
+  return bits<vf>(_mm256_permute_ps(bits<__m256>(x), 0xb1));
+#else
+  return __builtin_shuffle(x, vi{1, 0, 3, 2});
+#endif
+}
+
+// e^x to about 1 ulp; e^x saturates near the ends of fp32's normal range; NaN stays NaN.
+// Cody-Waite reduction by n ln 2, then the degree-6 minimax polynomial of Cephes expf.
+SFD_INLINE vf exp(vf x) {
+  x = at_most(at_least(x, -87.336544f), 88.3762626f);
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const vf shifted = x * 1.44269504088896341f + magic;
+  const vf n = shifted - magic;
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const vf power = bits<vf>((bits<vi>(shifted) << 23) + 0x3f800000);
+  return p * power;
+}
+
+SFD_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+// Calls f with a null pointer of the element type.
+template <class F>
+SFD_INLINE void with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f32: return f(static_cast<float*>(nullptr));
+    case Dtype::bf16: return f(static_cast<BF16*>(nullptr));
+    case Dtype::f16: return f(static_cast<F16*>(nullptr));
+  }
+}
+
+}  // namespace SFD_ISA
+#endif  // SFD_ISA
+}  // namespace sfd
