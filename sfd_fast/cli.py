@@ -1,0 +1,177 @@
+"""The command `sfd`: one table of commands; every field of a command's configuration is a flag and a YAML key."""
+
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from sfd_fast import __version__
+from sfd_fast.presets import PRESETS, preset
+
+
+@dataclass(frozen=True)
+class Command:
+    """A configuration dataclass and the function that takes it, both as "module:name", imported when chosen."""
+
+    config: str
+    run: str
+    summary: str
+    presets: bool = False
+    """offer --preset, which fills in `model`"""
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "sfd_fast.demo:DemoConfig", "sfd_fast.demo:run_demo",
+        "everything once on embedded images: train all parts, sample, judge, draw (about three minutes on a CPU)",
+    ),
+    "train": Command(
+        "sfd_fast.config:SFDConfig", "sfd_fast.training.loop:run_train", "train the diffusion transformer", presets=True
+    ),
+    "train-semvae": Command(
+        "sfd_fast.training.semvae:SemVAETrainingConfig", "sfd_fast.training.semvae:run_train_semvae",
+        "train the semantic autoencoder on VFM features",
+    ),
+    "sample": Command("sfd_fast.generate:SampleConfig", "sfd_fast.generate:run_sample", "generate images"),
+    "convert": Command(
+        "sfd_fast.convert:ConvertConfig", "sfd_fast.convert:run_convert", "released formats to ours and back"
+    ),
+    "doctor": Command(
+        "sfd_fast.doctor:DoctorConfig", "sfd_fast.doctor:run_doctor",
+        "what is installed, what is usable here, and how to install the rest",
+    ),
+}  # fmt: skip
+
+
+class Parser(ArgumentParser):
+    """Errors are one line that names the nearest valid option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        keys = [a.dest for a in self._actions if a.dest not in ("help", "config", "print_config")]
+        for word in message.replace("'", " ").replace("=", " ").replace(":", " ").split():
+            name = word.lstrip("-").replace("-", "_").strip(".,\"")
+            if name and name not in keys and ("." in name or word.startswith("--") or "option" in message):
+                near = nearest_key(name, keys)
+                if near:
+                    message += f"\n  did you mean '{near}'?"
+                    break
+        sys.stderr.write(f"{self.prog}: error: {message}\n  all options: {self.prog} --help\n")
+        raise SystemExit(2)
+
+
+def nearest_key(name: str, keys: list[str]) -> str | None:
+    """The valid key closest to a mistyped one, by its full path first and by its last word second."""
+    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    last = {key.rsplit(".", 1)[-1]: key for key in keys}
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)
+    return last[close[0]] if close else None
+
+
+def load(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"sfd_fast {__version__}: Semantics-First Diffusion, trained and sampled fast\n\n"
+        f"usage: sfd COMMAND [--config FILE.yaml ...] [--key value ...]\n\ncommands:\n{rows}\n\n"
+        "`sfd COMMAND --help` lists its options; `--print-config` shows the configuration that would run.\n"
+    )
+
+
+def chosen_preset(argv: list[str]) -> str | None:
+    """The preset named on the command line, or else in the last configuration file that has one."""
+    name = None
+    for i, word in enumerate(argv):
+        key, _, value = word.partition("=")
+        value = value or (argv[i + 1] if i + 1 < len(argv) else "")
+        if key == "--preset":
+            return value
+        if key == "--config" and os.path.isfile(value):
+            with open(value) as file:
+                content = yaml.safe_load(file)
+            if isinstance(content, dict):
+                name = content.get("preset", name)
+    return name
+
+
+def build_parser(name: str, argv: list[str]) -> Parser:
+    """The parser of one command; a preset becomes the defaults, below files and flags."""
+    command = COMMANDS[name]
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    kind = load(command.config)
+    parser = Parser(prog=f"sfd {name}", description=command.summary)
+    parser.add_argument("--config", action="config", help="YAML file; repeatable, later files and flags win")
+    parser.add_class_arguments(kind)
+    if command.presets:
+        parser.add_argument("--preset", type=str, default=None, help=f"model size: {', '.join(PRESETS)}")
+        chosen = chosen_preset(argv)
+        if chosen is not None:
+            parser.set_defaults({"model": dataclasses.asdict(preset(chosen))})
+    return parser
+
+
+def parse(name: str, argv: list[str]) -> Any:
+    """The configuration object of command `name` from its command line."""
+    argv = [normalized(word) for word in argv]
+    parser = build_parser(name, argv)
+    values = parser.parse_args(argv)
+    values.pop("config", None)
+    values.pop("preset", None)
+    return load(COMMANDS[name].config)(**vars(parser.instantiate(values)))
+
+
+def normalized(word: str) -> str:
+    """--max-steps is --max_steps; values are left alone."""
+    if not word.startswith("--"):
+        return word
+    key, equals, value = word[2:].partition("=")
+    return "--" + key.replace("-", "_") + equals + value
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. User mistakes (ValueError, OSError, ImportError) are one line and exit code 1; bugs keep their trace.
+
+    SFD_TRACEBACK=1 keeps every trace.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    # launchers put --local_rank before the command's own flags
+    argv = [word for word in argv if not word.startswith("--local_rank=")]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return
+    name = argv[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        sys.stderr.write(f"sfd: error: unknown command '{name}'{hint}; commands: {', '.join(COMMANDS)}\n")
+        raise SystemExit(2)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        config = parse(name, argv[1:])
+        result = load(COMMANDS[name].run)(config)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("SFD_TRACEBACK") == "1":
+            raise
+        sys.stderr.write(f"sfd {name}: error: {error}\n")
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"sfd {name}: interrupted\n")
+        raise SystemExit(130) from None
+    if isinstance(result, int) and not isinstance(result, bool) and result:
+        raise SystemExit(result)
