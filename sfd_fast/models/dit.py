@@ -8,11 +8,6 @@ kernel adds the branch and applies the next norm.
 """
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from sfd_fast.config import ModelConfig
-from sfd_fast.models.attention import attention
 from sfd_kernels import (
     condition_silu,
     gated_residual_norm_modulate,
@@ -21,6 +16,11 @@ from sfd_kernels import (
     swiglu,
     timestep_features,
 )
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sfd_fast.config import ModelConfig
+from sfd_fast.models.attention import attention
 
 TIMESTEP_FEATURES = 256  # METHOD 3
 EPS = 1e-6  # of every RMSNorm, METHOD 3
