@@ -7,6 +7,7 @@ import re
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from sfd_fast.config import TextureConfig
 
@@ -145,29 +146,35 @@ class TextureCodec(nn.Module):
 
 
 class IdentityCodec(nn.Module):
-    """Pixel space: the latent is the image itself, as one grey or three colour channels."""
+    """Pixel space: the latent is the image itself, grey or in colour, its s x s squares folded into channels.
 
-    downsampling = 1
+    latent_channels: s^2 for grey, 3 s^2 for colour.
+    """
 
-    def __init__(self, latent_channels: int = 3) -> None:
+    def __init__(self, latent_channels: int = 3, downsampling: int = 1) -> None:
         super().__init__()
-        if latent_channels not in (1, 3):
-            raise ValueError(f"latent_channels {latent_channels} of pixel space must be 1 (grey) or 3 (colour)")
-        self.latent_channels = latent_channels
+        if downsampling < 1 or latent_channels not in (downsampling**2, 3 * downsampling**2):
+            raise ValueError(
+                f"latent_channels {latent_channels} of pixel space with downsampling {downsampling} must be "
+                f"{downsampling**2} (grey) or {3 * downsampling**2} (colour)"
+            )
+        self.latent_channels, self.downsampling = latent_channels, downsampling
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> (mean, logvar), each (B, 1 or 3, H, W); grey is the mean of the colours, logvar is -30."""
-        mean = images.mean(dim=1, keepdim=True) if self.latent_channels == 1 else images.clone()
+        """(B, 3, H, W) -> (mean, logvar), each (B, C, H/s, W/s); grey is the mean of the colours, logvar is -30."""
+        if self.latent_channels == self.downsampling**2:
+            images = images.mean(dim=1, keepdim=True)
+        mean = pixel_unshuffle(images, self.downsampling).clone()
         return mean, torch.full_like(mean, LOGVAR_RANGE[0])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 1 or 3, H, W) -> (B, 3, H, W)."""
+        """(B, C, H/s, W/s) -> (B, 3, H, W)."""
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(
                 f"latents of shape {tuple(latents.shape)} were given; this pixel space takes "
                 f"(B, {self.latent_channels}, H, W)"
             )
-        return latents.expand(-1, 3, -1, -1).clone()
+        return pixel_shuffle(latents, self.downsampling).expand(-1, 3, -1, -1).clone()
 
 
 def to_uint8(images: Tensor) -> Tensor:
