@@ -194,6 +194,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "eps")
+        object.__setattr__(self, "extra_ema_decays", tuple(self.extra_ema_decays))  # a JSON or YAML file gives a list
         for decay in self.extra_ema_decays:
             require(0 <= decay < 1, f"extra_ema_decays {self.extra_ema_decays} must all be in [0, 1)")
         for name in ("beta1", "beta2", "ema_decay"):
@@ -362,7 +363,7 @@ class FeatureDataConfig:
     """Shards of VFM features to train SemVAE on."""
 
     path: str = ""
-    """folder of *.safetensors shards with feats_dino (N, F, h, w); `sfd features` makes them, latent shards do as well"""
+    """folder of *.safetensors shards with feats_dino (N, F, h, w), of `sfd features` or latent shards"""
     validation_samples: int = 0
     """the last so many samples are held out"""
     flip: bool = True

@@ -171,6 +171,16 @@ def write_atomically(path: Path, text: str) -> None:
     fsync(path.parent)
 
 
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """write(folder) fills a folder that then takes the place of `target`: never half a model under that name."""
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+
+
 def fsync(path: Path) -> None:
     """Forces a file's or a folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

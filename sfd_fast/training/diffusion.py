@@ -23,20 +23,18 @@ from sfd_fast.transport import noise, sample_tau, split_latents, training_loss
 VALIDATION_IDS = 2**40
 """first sample id of held-out data: no position of a run comes near it, so its noise and times are its own and fixed"""
 CLOCK_BINS = 10
-FREE_KEYS = frozenset(
-    {
-        "data.path", "data.validation_path", "data.num_workers", "data.texture_codec", "sampler.*", "guidance.*",
-        "deepspeed.*",
-    }
-    | {
-        f"train.{key}"
-        for key in (
-            "out", "max_steps", "micro_batch_size", "compile", "checkpoint_activations", "log_every", "validate_every",
-            "sample_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "spike_factor", "init_from",
-            "engine", "num_sample_images", "tensorboard", "dry_run",
-        )
-    }
+FREE_TRAIN_KEYS = frozenset(
+    f"train.{key}"
+    for key in (
+        "out", "max_steps", "micro_batch_size", "compile", "checkpoint_activations", "attention", "log_every",
+        "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "spike_factor",
+        "init_from", "engine", "num_sample_images", "tensorboard", "dry_run",
+    )
 )  # fmt: skip
+FREE_KEYS = FREE_TRAIN_KEYS | {
+    "data.path", "data.validation_path", "data.num_workers", "data.texture_codec", "sampler.*", "guidance.*",
+    "deepspeed.*",
+}  # fmt: skip
 """what may differ between a run and its continuation"""
 
 
@@ -104,7 +102,12 @@ def initial_model(config: SFDConfig) -> LightningDiT:
     """The network at step 0: from train.init_from, or random as a function of train.seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        model = LightningDiT(config.model, checkpoint_activations=config.train.checkpoint_activations)
+        model = LightningDiT(
+            config.model,
+            residual=config.train.residual,
+            attention_backend=config.train.attention,
+            checkpoint_activations=config.train.checkpoint_activations,
+        )
     if config.train.init_from:
         load_initial_weights(model, config)
     return model

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.config import SFDConfig, to_dict
-from sfd_fast.training.checkpoints import Checkpoints, read_state, write_atomically
+from sfd_fast.training.checkpoints import Checkpoints, read_state, replace_folder, write_atomically
 from sfd_fast.training.engine import Batch, Engine, TorchEngine, batch_size
 from sfd_fast.training.job import Job
 from sfd_fast.training.logging import GradNormWatch, RunLog, StepLog
@@ -345,16 +345,10 @@ def train_steps(run: Run, log: RunLog, checkpoints: Checkpoints, stop: Stop) -> 
 
 def export_model(run: Run, folder: Path) -> Path:
     """Writes the averaged weights as a loadable model, replacing an earlier one only when complete."""
-    target, temporary = folder / "model", folder / ".writing-model"
+    target = folder / "model"
     state = run.engine.export()
     if run.engine.rank == 0:
-        import shutil
-
-        shutil.rmtree(temporary, ignore_errors=True)
-        run.job.export(temporary, state)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+        replace_folder(target, lambda temporary: run.job.export(temporary, state))
     run.engine.barrier()
     return target
 

@@ -1,0 +1,158 @@
+"""SemVAE as a training job, and `run_train_semvae`.
+
+Letters: B batch, N tokens, F channels of a feature, C latent channels.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from sfd_kernels import feature_alignment_loss
+from torch import Tensor, nn
+
+from sfd_fast import streams
+from sfd_fast.config import SemVAETrainingConfig, require
+from sfd_fast.models.semvae import SemVAE, kl_divergence
+from sfd_fast.training.checkpoints import replace_folder
+from sfd_fast.training.diffusion import FREE_TRAIN_KEYS, VALIDATION_IDS
+from sfd_fast.training.engine import Batch, Engine
+from sfd_fast.training.features import FeatureLoader, FeatureShards
+from sfd_fast.training.job import Job
+from sfd_fast.training.loop import TrainResult, build_engine, prepare_directory, run_job
+from sfd_fast.transport import noise
+
+TERMS = ("mse", "cosine", "kl")
+
+
+def semvae_terms(network: nn.Module, batch: Batch, config: SemVAETrainingConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss MSE + (1 - cosine) + kl_weight * KL at s = mean + std * eps, eps from (seed, sample id); METHOD 2.
+
+    batch: features (B, N, F), sample_ids (B,).  Returns the scalar and the terms per sample, kl weighted.
+    """
+    features, ids = batch["features"], batch["sample_ids"]
+    shape = (features.shape[1], config.semvae.latent_channels)
+    eps = noise(ids, shape, config.train.seed, streams.SEMVAE_NOISE)
+    reconstruction, mean, logvar = network(features, eps)
+    mse, cosine = feature_alignment_loss(reconstruction, features)
+    terms = {"mse": mse, "cosine": cosine, "kl": config.semvae.kl_weight * kl_divergence(mean, logvar)}
+    return sum(terms.values()).mean(), terms
+
+
+def validation_loss(engine: Engine, config: SemVAETrainingConfig, shards: FeatureShards) -> dict[str, float]:
+    """Mean loss terms over held-out features at fixed noise; every rank takes an equal share."""
+    size = max(1, min(config.train.global_batch_size // engine.world_size, len(shards)))
+    sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=engine.device)
+    stride = size * engine.world_size
+    with engine.eval_mode():
+        for start in range(engine.rank * size, -(-len(shards) // stride) * stride, stride):
+            ids = torch.arange(start, start + size)
+            features = shards.gather(ids % len(shards), torch.zeros(size, dtype=torch.bool))
+            batch = {"features": features, "sample_ids": ids + VALIDATION_IDS}
+            batch = {name: value.to(engine.device) for name, value in batch.items()}
+            terms = engine.evaluate(batch, lambda network, b: semvae_terms(network, b, config))
+            counts = (ids < len(shards)).to(engine.device)
+            sums += torch.stack([*((terms[n] * counts).sum() for n in TERMS), counts.sum()]).double()
+    *totals, count = engine.sum_over_ranks(sums).tolist()
+    means = {name: total / count for name, total in zip(TERMS, totals)}
+    return {"loss": sum(means.values())} | means
+
+
+def save_semvae(folder: Path, model: SemVAE) -> None:
+    from sfd_fast.checkpoint import save_model
+
+    save_model(folder, model)
+
+
+def load_features(config: SemVAETrainingConfig) -> tuple[FeatureShards, FeatureShards | None]:
+    """(training set, held-out set or None); ValueError where they do not fit the model."""
+    data = config.data
+    require(bool(data.path), "data.path is empty; give the folder of feature shards (`sfd features` makes them)")
+    shards = FeatureShards(data.path)
+    require(
+        shards.channels == config.semvae.feature_channels,
+        f"{data.path} has features of {shards.channels} channels, semvae.feature_channels is "
+        f"{config.semvae.feature_channels}: set it to {shards.channels}",
+    )
+    require(
+        data.validation_samples < len(shards),
+        f"data.validation_samples {data.validation_samples} leaves nothing of the {len(shards)} samples to train on",
+    )
+    if data.validation_samples == 0:
+        return shards, None
+    border = len(shards) - data.validation_samples
+    return shards.slice(0, border), shards.slice(border, len(shards))
+
+
+def semvae_job(config: SemVAETrainingConfig) -> Job:
+    """The job of training config.semvae on config.data."""
+    shards, held_out = load_features(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = SemVAE(config.semvae)
+
+    def batches(start_step: int, engine: Engine) -> Iterator[Batch]:
+        return iter(
+            FeatureLoader(
+                shards,
+                config.train.global_batch_size,
+                config.train.seed,
+                engine.rank,
+                engine.world_size,
+                start_step,
+                flip=config.data.flip,
+                device=engine.device,
+            )
+        )
+
+    def export(folder: Path, state: dict[str, Tensor]) -> None:
+        averaged = SemVAE(config.semvae)
+        averaged.load_state_dict(state)
+        save_semvae(folder, averaged)
+
+    return Job(
+        config=config,
+        train=config.train,
+        optimizer=config.optimizer,
+        model=model,
+        objective=lambda network, batch: semvae_terms(network, batch, config),
+        terms=TERMS,
+        batches=batches,
+        export=export,
+        evaluate=None if held_out is None else lambda engine: validation_loss(engine, config, held_out),
+        identity={"num_samples": len(shards)},
+        free_keys=FREE_TRAIN_KEYS | {"data.path"},
+        num_samples=len(shards),
+    )
+
+
+def fit_pca(config: SemVAETrainingConfig) -> TrainResult:
+    """PCA has nothing to train: one exact pass over the training features."""
+    shards, _ = load_features(config)
+    folder = Path(config.train.out)
+    prepare_directory(folder, config, resume=True, write=True)
+    model = SemVAE(config.semvae)
+    size = config.train.global_batch_size
+    plain = torch.zeros(size, dtype=torch.bool)
+    starts = range(0, len(shards), size)
+    chunks = (torch.arange(start, min(start + size, len(shards))) for start in starts)
+    model.pca.fit(shards.gather(indices, plain[: len(indices)]) for indices in chunks)
+    replace_folder(folder / "model", lambda temporary: save_semvae(temporary, model))
+    return TrainResult(folder, 0, folder / "model")
+
+
+def run_train_semvae(
+    config: SemVAETrainingConfig,
+    *,
+    device: torch.device | str | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains SemVAE on shards of VFM features, which are streamed; resumes as run_train does.
+
+    The exported model holds the averaged weights; the default ema_decay 0 makes them the last ones, as released.
+    Raises as run_job does, and ValueError where features and model do not fit.
+    """
+    if config.semvae.architecture == "pca":
+        return fit_pca(config)
+    job = semvae_job(config)
+    return run_job(job, build_engine(job, device), resume=resume, progress=progress)
