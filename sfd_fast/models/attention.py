@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 log = logging.getLogger("sfd_fast.attention")
@@ -18,22 +19,39 @@ log = logging.getLogger("sfd_fast.attention")
 HALF = (torch.float16, torch.bfloat16)
 
 
+# Each adapter imports its library where it calls it: torch.compile traces such an import, but no stored function.
+def _call_flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    return _first(flash_attn_func(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=False))
+
+
+def _call_flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    return _first(flash_attn_func(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=False))
+
+
+def _call_flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.flash_attn_interface import flash_attn_func
+
+    return flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=q.shape[-1] ** -0.5, causal=False)
+
+
+def _call_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+
+
+def _call_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, N, d), as views
+    return F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+
+
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The output alone: flash-attn 4 and early builds of 3 return (out, log-sum-exp), later ones out."""
     return out[0] if isinstance(out, tuple) else out
-
-
-def _call_flash(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _first(function(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=False))
-
-
-def _call_xformers(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return function(q, k, v, scale=q.shape[-1] ** -0.5)
-
-
-def _call_sdpa(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, N, d), as views
-    return function(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2)
 
 
 class Backend(NamedTuple):
@@ -42,7 +60,6 @@ class Backend(NamedTuple):
     package: str
     """what it is called in messages"""
     module: str
-    function: str
     call: Callable[..., Tensor]
     install: str
     capabilities: tuple[int, ...]
@@ -59,34 +76,27 @@ class Backend(NamedTuple):
 # ops/fmha/{flash,cutlass}.py. Only flash-attn 2 and 3 register torch operators for both passes.
 BACKENDS: dict[str, Backend] = {
     "flash4": Backend(
-        "flash-attn 4", "flash_attn.cute", "flash_attn_func", _call_flash, "pip install flash-attn-4",
+        "flash-attn 4", "flash_attn.cute", _call_flash4, "pip install flash-attn-4",
         (9, 10, 11, 12), HALF, 128, False,
     ),
     "flash3": Backend(
-        "flash-attn 3", "flash_attn_interface", "flash_attn_func", _call_flash,
+        "flash-attn 3", "flash_attn_interface", _call_flash3,
         'pip install --no-build-isolation "git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper"',
         (9,), HALF, 256, True,
     ),
     "flash2": Backend(
-        "flash-attn 2", "flash_attn.flash_attn_interface", "flash_attn_func", _call_flash,
+        "flash-attn 2", "flash_attn.flash_attn_interface", _call_flash2,
         "pip install --no-build-isolation flash-attn", (8, 9, 10, 11, 12), HALF, 256, True,
     ),
     "xformers": Backend(
-        "xformers", "xformers.ops", "memory_efficient_attention", _call_xformers, "pip install xformers",
+        "xformers", "xformers.ops", _call_xformers, "pip install xformers",
         (8, 9, 10, 11, 12), (*HALF, torch.float32), 256, False,
     ),
     "sdpa": Backend(
-        "torch SDPA", "torch.nn.functional", "scaled_dot_product_attention", _call_sdpa, "pip install torch",
+        "torch SDPA", "torch.nn.functional", _call_sdpa, "pip install torch",
         (), (), 65536, True,
     ),
 }  # fmt: skip
-
-
-# torch.compile evaluates the choice and the look-up once while tracing and keeps the results as constants.
-@torch.compiler.assume_constant_result
-def _function(name: str) -> Callable:
-    backend = BACKENDS[name]
-    return getattr(importlib.import_module(backend.module), backend.function)
 
 
 @functools.cache
@@ -99,8 +109,8 @@ def _not_installed(name: str) -> str:
     if not found:
         return "is not installed"
     try:
-        _function(name)
-    except (ImportError, AttributeError, OSError) as error:  # built for another torch, Python or CUDA
+        importlib.import_module(BACKENDS[name].module)
+    except (ImportError, OSError) as error:  # built for another torch, Python or CUDA
         return f"is installed but does not import ({error})"
     return ""
 
@@ -134,6 +144,7 @@ def _say_once(message: str) -> None:
     log.info(message)
 
 
+# torch.compile evaluates the choice once while tracing and keeps the name as a constant.
 @torch.compiler.assume_constant_result
 def choose(backend: str, device_type: str, dtype: torch.dtype, head_dim: int, tracing: bool = False) -> str:
     """Name of the library that runs such an attention; said once through the log of sfd_fast.attention.
@@ -171,7 +182,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
     Raises as `choose`.
     """
     name = choose(backend, q.device.type, q.dtype, q.shape[-1], torch.compiler.is_compiling())
-    return BACKENDS[name].call(_function(name), q, k, v)
+    return BACKENDS[name].call(q, k, v)
 
 
 class BackendStatus(NamedTuple):
