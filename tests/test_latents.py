@@ -11,7 +11,9 @@ from sfd_fast.data.shards import write_json, write_shard
 from sfd_fast.data.statistics import LatentStatistics
 
 
-def make_cache(folder, sizes=(7, 5, 11), *, texture=3, semantic=2, grid=4, features=None, dtype=torch.float32, flip=True):
+def make_cache(
+    folder, sizes=(7, 5, 11), *, texture=3, semantic=2, grid=4, features=None, dtype=torch.float32, flip=True
+):
     """A cache in the released layout, written by safetensors itself; returns the concatenated tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(0)

@@ -37,7 +37,7 @@ def test_files_are_fetched_once(remote, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert fetch_folder(address, tmp_path / "local") == folder
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    assert set(before) == {"a.safetensors", "latents_stats.pt", "latents_sv_stats.pt"}
+    assert set(before) == {"a.safetensors", "latents_stats.pt"}
 
 
 def test_a_remote_address_needs_a_local_folder(remote):

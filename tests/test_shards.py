@@ -80,9 +80,9 @@ def test_a_shard_appears_only_when_it_is_complete(tmp_path):
 
 
 def test_rows_of_another_shape_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="do not fit tensor 'latents'"):
-        with ShardWriter(tmp_path / "a", {"latents": (torch.float32, (4, 2, 2, 2))}) as writer:
-            writer.write("latents", 0, torch.ones(1, 3, 2, 2))
+    layout = {"latents": (torch.float32, (4, 2, 2, 2))}
+    with pytest.raises(ValueError, match="do not fit tensor 'latents'"), ShardWriter(tmp_path / "a", layout) as writer:
+        writer.write("latents", 0, torch.ones(1, 3, 2, 2))
 
 
 def test_unequal_counts_are_refused(tmp_path):

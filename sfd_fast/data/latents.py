@@ -103,7 +103,7 @@ class LatentShards:
 
     def statistics(self, multiplier: float = 1.0) -> LatentStatistics:
         """The statistics beside the cache. Raises ValueError where they have other channel counts than the latents."""
-        statistics = LatentStatistics.load(self.folder, multiplier)
+        statistics = LatentStatistics.load(self.folder, multiplier, semantic=self.semantic_channels > 0)
         have = (statistics.texture_channels, statistics.semantic_channels)
         if have != (self.texture_channels, self.semantic_channels):
             raise ValueError(
@@ -140,12 +140,13 @@ class LatentShards:
     def _fill(self, slot: dict[str, Tensor], indices: Tensor, flip: Tensor) -> None:
         positions = indices.numpy()
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
-            raise IndexError(f"sample indices {positions.min()} to {positions.max()}; the cache has {len(self)} samples")
+            raise IndexError(f"sample indices {positions.min()} to {positions.max()}; there are {len(self)} samples")
         positions = positions + self._range[0]
         shard_numbers = np.searchsorted(self._ends, positions, side="right")
         starts = np.concatenate([[0], self._ends])[shard_numbers]
         shards, rows, flip_list = shard_numbers.tolist(), (positions - starts).tolist(), flip.tolist()
-        for stream, pieces in zip(split_latents(slot["latents"], self.texture_channels), (self._texture, self._semantic)):
+        streams = split_latents(slot["latents"], self.texture_channels)
+        for stream, pieces in zip(streams, (self._texture, self._semantic)):
             channel = 0
             for piece in pieces:
                 target = stream[:, channel : channel + piece.shape[0]]
@@ -246,13 +247,13 @@ class LatentLoader:
             raise ValueError("the cache holds no samples")
         if flip and not shards.has_flips:
             raise ValueError(
-                f"{shards.paths[0]} has no flipped latents (latents_flip, latents_sv_flip): pass flip=False (data.flip), "
-                "or encode both flips"
+                f"{shards.paths[0]} has no flipped latents (latents_flip, latents_sv_flip): pass flip=False "
+                "(data.flip), or encode both flips"
             )
         if features and shards.feature_shape is None:
             raise ValueError(
-                f"{shards.paths[0]} has no VFM features (feats_dino): encode them, use online or semvae targets, or set "
-                "the REPA weight to 0"
+                f"{shards.paths[0]} has no VFM features (feats_dino): encode them, use online or semvae targets, or "
+                "set the REPA weight to 0"
             )
         self.shards, self.global_batch_size, self.seed = shards, global_batch_size, seed
         self.rank, self.world_size, self.step = rank, world_size, start_step

@@ -1,7 +1,7 @@
 """Which sample stands at which position of a run: a seeded permutation per epoch, computed, never stored.
 
-A run is one endless sequence of positions p = 0, 1, 2, ...; epoch p // N shows every sample of the set once. A batch may
-therefore span two epochs, and nothing is dropped or repeated where N is no multiple of the batch size.
+A run is one endless sequence of positions p = 0, 1, 2, ...; epoch p // N shows every sample of the set once. A batch
+may therefore span two epochs, and nothing is dropped or repeated where N is no multiple of the batch size.
 """
 
 import math

@@ -58,7 +58,7 @@ def read_header(path: str | Path) -> Header:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= size - 8:
-            raise ValueError(f"{path} is no safetensors file or is truncated: {size} bytes, header of {length} expected")
+            raise ValueError(f"{path} is no safetensors file or is truncated: {size} bytes, a header of {length}")
         try:
             table = json.loads(file.read(length))
         except ValueError as error:
@@ -229,6 +229,7 @@ def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
 def write_json(path: str | Path, content: Mapping) -> None:
     """Sorted JSON, written atomically."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     os.replace(temporary, path)

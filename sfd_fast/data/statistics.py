@@ -186,8 +186,8 @@ class LatentStatistics:
         expected = len(getattr(self, f"{stream}_mean"))
         if values.shape[1] != expected:
             raise ValueError(
-                f"{stream} latents have {values.shape[1]} channels, their statistics {expected}: latents and statistics "
-                "come from different caches"
+                f"{stream} latents have {values.shape[1]} channels, their statistics {expected}: latents and "
+                "statistics belong to different caches"
             )
 
     def save(self, folder: str | Path) -> None:
@@ -196,24 +196,26 @@ class LatentStatistics:
             (TEXTURE_FILE, self.texture_mean, self.texture_std),
             (SEMANTIC_FILE, self.semantic_mean, self.semantic_std),
         ):
+            if len(mean) == 0:
+                continue
             temporary = Path(folder, f".{name}.{os.getpid()}.tmp")
             torch.save({"mean": mean.cpu().view(1, -1, 1, 1), "std": std.cpu().view(1, -1, 1, 1)}, temporary)
             os.replace(temporary, Path(folder, name))
 
     @classmethod
-    def load(cls, folder: str | Path, multiplier: float = 1.0) -> "LatentStatistics":
-        """Reads the statistics beside a cache (the released form).
+    def load(cls, folder: str | Path, multiplier: float = 1.0, *, semantic: bool = True) -> "LatentStatistics":
+        """Reads the statistics beside a cache (the released form); semantic=False: of a cache of texture alone.
 
         Raises FileNotFoundError naming the file and how to make it.
         """
         values = []
-        for name in (TEXTURE_FILE, SEMANTIC_FILE):
+        for name in (TEXTURE_FILE, SEMANTIC_FILE) if semantic else (TEXTURE_FILE,):
             path = Path(folder, name)
             if not path.is_file():
                 raise FileNotFoundError(
-                    f"{path} is missing: compute it with `sfd inspect {folder} --statistics true`, or copy it from where "
-                    "the cache was made"
+                    f"{path} is missing: compute it with `sfd inspect {folder} --statistics true`, or copy it from "
+                    "where the cache was made"
                 )
             values.append(torch.load(path, map_location="cpu", weights_only=True))
-        texture, semantic = values
+        texture, semantic = values if semantic else (*values, {"mean": torch.empty(0), "std": torch.empty(0)})
         return cls(texture["mean"], texture["std"], semantic["mean"], semantic["std"], multiplier)

@@ -1,0 +1,104 @@
+"""Screening finds every damaged file once; the index remembers and notices changes."""
+
+import json
+
+import numpy as np
+import pytest
+from image_trees import crops, encoded, write_tree
+
+from sfd_fast.data import index as index_module
+from sfd_fast.data.index import INDEX_FILE, REPORT_FILE, open_index
+
+
+def silent(_):
+    pass
+
+
+def test_an_index_knows_labels_sizes_and_bytes(tmp_path):
+    tree = write_tree(tmp_path / "tree")
+    index = open_index(tree, tmp_path / "out", report=silent)
+    assert len(index) == 13 and index.classes == ["china", "flower", "hopper"]
+    assert np.bincount(index.labels).tolist() == [5, 4, 4]
+    assert index.key(5) == "flower/000.jpg"
+    assert index.read(5) == (tree / "flower" / "000.jpg").read_bytes()
+    assert [(int(index.widths[i]), int(index.heights[i])) for i in range(5)] == [c.size for c in crops("china", 5)]
+    assert index.plain.all()
+
+
+def test_a_second_run_decodes_nothing(tmp_path, monkeypatch):
+    tree = write_tree(tmp_path / "tree")
+    first = open_index(tree, tmp_path / "out", report=silent)
+    monkeypatch.setattr(index_module, "examine", lambda data: pytest.fail("decoded again"))
+    second = open_index(tree, tmp_path / "out", report=silent)
+    assert second.fingerprint() == first.fingerprint()
+
+
+def test_the_fingerprint_is_of_contents_not_of_the_place(tmp_path):
+    a = open_index(write_tree(tmp_path / "a"), tmp_path / "x", report=silent)
+    b = open_index(write_tree(tmp_path / "b"), tmp_path / "y", report=silent)
+    c = open_index(write_tree(tmp_path / "c", seed=1), tmp_path / "z", report=silent)
+    assert a.fingerprint() == b.fingerprint() != c.fingerprint()
+
+
+def damage(tree):
+    whole = (tree / "china" / "001.jpg").read_bytes()
+    (tree / "china" / "001.jpg").write_bytes(whole[: len(whole) // 2])
+    (tree / "hopper" / "zzz.png").write_text("no image")
+
+
+def test_damaged_files_are_listed_and_skipped(tmp_path):
+    tree = write_tree(tmp_path / "tree")
+    damage(tree)
+    lines = []
+    index = open_index(tree, tmp_path / "out", report=lines.append)
+    assert len(index) == 12
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert set(report) == {str(tree / "china" / "001.jpg"), str(tree / "hopper" / "zzz.png")}
+    assert "truncated" in report[str(tree / "china" / "001.jpg")]
+    assert lines == [f"2 of 14 images are unreadable, listed in {tmp_path / 'out' / REPORT_FILE}"]
+
+
+def test_damaged_files_are_fatal_where_asked_for_also_on_a_second_run(tmp_path):
+    tree = write_tree(tmp_path / "tree")
+    damage(tree)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="2 images are unreadable, the first is .*001.jpg .*truncated"):
+            open_index(tree, tmp_path / "out", on_bad="fail", report=silent)
+
+
+def test_a_class_of_damaged_files_alone_is_an_error(tmp_path):
+    tree = write_tree(tmp_path / "tree")
+    (tree / "odd").mkdir()
+    (tree / "odd" / "0.jpg").write_text("")
+    with pytest.raises(ValueError, match="class 'odd' of .* has no readable image"):
+        open_index(tree, tmp_path / "out", report=silent)
+
+
+def test_a_file_that_changed_since_is_named(tmp_path):
+    tree = write_tree(tmp_path / "tree")
+    index = open_index(tree, tmp_path / "out", report=silent)
+    (tree / "china" / "002.jpg").write_bytes(b"other")
+    with pytest.raises(OSError, match="002.jpg changed since it was screened .*delete the index"):
+        index.read(2)
+    (tree / "china" / "003.jpg").unlink()
+    with pytest.raises(OSError, match="003.jpg cannot be read any more"):
+        index.read(3)
+
+
+def test_an_index_of_another_source_is_refused(tmp_path):
+    open_index(write_tree(tmp_path / "tree"), tmp_path / "out", report=silent)
+    with pytest.raises(ValueError, match=f"{INDEX_FILE} is the index of .*tree, not of .*other"):
+        open_index(write_tree(tmp_path / "other"), tmp_path / "out", report=silent)
+
+
+def test_unusual_files_are_not_plain(tmp_path):
+    tree = write_tree(tmp_path / "tree", {"china": 1})
+    image = crops("china", 1)[0]
+    folder = tree / "china"
+    (folder / "a.png").write_bytes(encoded(image, "png"))
+    (folder / "b.jpg").write_bytes(encoded(image.convert("CMYK")))
+    (folder / "c.png").write_bytes(encoded(image.convert("RGBA"), "png"))
+    (folder / "d.gif").write_bytes(encoded(image, "gif"))
+    (folder / "e.webp").write_bytes(encoded(image, "webp"))
+    index = open_index(tree, tmp_path / "out", report=silent)
+    assert index.plain.tolist() == [True, True, False, False, False, False]
