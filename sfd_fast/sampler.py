@@ -116,41 +116,34 @@ class Plan:
         return torch.where(ends[:, None, None], rounded, self.coefficients).float()
 
 
-def _masks(start: float, end: float, times: list[float], delta_t: float, released: bool) -> list[tuple[bool, bool]]:
-    """Masks of the evaluations of one interval: of the interval (exact grid) or of each time (released)."""
-    if not released:
-        return [stage_mask(start, end, delta_t)] * len(times)
-    border = torch.tensor(delta_t, dtype=torch.float32).item()  # the released comparison happens in float32
-    return [evaluation_mask(time, border) for time in times]
+def _masks(grid: Tensor, times: Tensor, delta_t: float, released: bool) -> Tensor:
+    """Which streams each evaluation moves: the mask of its interval (exact grid) or of its own time (released).
+
+    grid: (T + 1,); times: (T, S) of the evaluations of each interval.  Returns (T, S, 2) bool.
+    """
+    if released:  # compared in float32, as the released code does
+        masks = evaluation_mask(times.float(), torch.tensor(delta_t, dtype=torch.float32))
+    else:
+        masks = stage_mask(grid[:-1, None].expand_as(times), grid[1:, None].expand_as(times), delta_t)
+    return torch.stack([torch.as_tensor(mask).expand_as(times) for mask in masks], dim=-1)
 
 
 def _runge_kutta_plan(solver: str, grid: Tensor, delta_t: float, released: bool) -> Plan:
     nodes, matrix, weights = TABLEAUS[solver]
-    num_stages = len(nodes)
-    num_steps = len(grid) - 1
-    tau = torch.zeros(num_steps, num_stages, dtype=torch.float64)
+    num_steps, num_stages = len(grid) - 1, len(nodes)
+    steps = grid.diff()
+    times = torch.stack([grid[1:] if c == 1 else grid[:-1] + c * steps for c in nodes], dim=1)
+    moves = _masks(grid, times, delta_t, released)
     coefficients = torch.zeros(num_steps, num_stages, 2, num_stages, dtype=torch.float64)
-    moves = torch.zeros(num_steps, num_stages, 2, dtype=torch.bool)
-    for n in range(num_steps):
-        start, end = grid[n].item(), grid[n + 1].item()
-        times = [(grid[n] + c * (grid[n + 1] - grid[n])).item() for c in nodes[:-1]] if num_stages > 1 else []
-        times.append(end if nodes[-1] == 1 else (grid[n] + nodes[-1] * (grid[n + 1] - grid[n])).item())
-        tau[n] = torch.tensor(times)
-        masks = _masks(start, end, times, delta_t, released)
-        moves[n] = torch.tensor(masks)
-        for j in range(num_stages):
-            row = matrix[j + 1] if j + 1 < num_stages else weights
-            scaled = [(end - start) * a * moves[n, i].double() for i, a in enumerate(row)]
-            coefficients[n, j, :, 0] = scaled[j]
-            for i in range(j):
-                coefficients[n, j, :, 1 + i] = scaled[i]
-    slots = torch.tensor([*range(num_stages - 1), -1])
-    commit = torch.tensor([0] * (num_stages - 1) + [1])
+    for j in range(num_stages):
+        row = matrix[j + 1] if j + 1 < num_stages else weights
+        for i, a in enumerate(row):  # the latest velocity stands in column 0, velocity i < j in column 1 + i
+            coefficients[:, j, :, 0 if i == j else 1 + i] = a * steps[:, None].double() * moves[:, i]
     return Plan(
-        tau.flatten(),
+        times.double().flatten(),
         coefficients.flatten(0, 1),
-        slots.repeat(num_steps),
-        commit.repeat(num_steps),
+        torch.tensor([*range(num_stages - 1), -1]).repeat(num_steps),
+        torch.tensor([0] * (num_stages - 1) + [1]).repeat(num_steps),
         moves.flatten(0, 1),
         has_base=num_stages > 1,
     )
@@ -159,7 +152,7 @@ def _runge_kutta_plan(solver: str, grid: Tensor, delta_t: float, released: bool)
 def adams_weights(times: list[float], start: float, end: float) -> list[float]:
     """Integrals over [start, end] of the Lagrange polynomials through the given times (Adams-Bashforth, any steps).
 
-    The weights sum to end - start.  Raises nothing; the times must differ.
+    Returns one weight per time, in the same order; they sum to end - start. The times must differ.
     """
     centred = [t - start for t in times]
     weights = []
@@ -177,24 +170,25 @@ def adams_weights(times: list[float], start: float, end: float) -> list[float]:
 
 def _multistep_plan(order: int, grid: Tensor, delta_t: float, released: bool) -> Plan:
     num_steps, num_history = len(grid) - 1, order - 1
+    moves = _masks(grid, grid[:-1, None], delta_t, released)[:, 0]
     coefficients = torch.zeros(num_steps, 2, 1 + num_history, dtype=torch.float64)
-    moves = torch.zeros(num_steps, 2, dtype=torch.bool)
-    times = [t.item() for t in grid.double()]
-    first = [0, 0]  # the step from which each stream's history counts
+    times = grid.tolist()
+    first = 0  # the step from which the history counts
     for n in range(num_steps):
-        (mask,) = _masks(times[n], times[n + 1], [times[n]], delta_t, released)
-        moves[n] = torch.tensor(mask)
-        for s in range(2):
-            if not released and (n == 0 or moves[n].tolist() != moves[n - 1].tolist()):
-                first[s] = n
-            used = list(range(n, max(first[s], n - num_history) - 1, -1))
-            weights = adams_weights([times[i] for i in used], times[n], times[n + 1])
-            for age, (i, weight) in enumerate(zip(used, weights)):
-                column = 0 if age == 0 else 1 + i % num_history
-                coefficients[n, s, column] = weight * moves[i, s]
-    slots = torch.arange(num_steps) % num_history
+        if not released and n > 0 and not torch.equal(moves[n], moves[n - 1]):
+            first = n
+        used = range(n, max(first, n - num_history) - 1, -1)
+        for i, weight in zip(used, adams_weights([times[i] for i in used], times[n], times[n + 1])):
+            coefficients[n, :, 0 if i == n else 1 + i % num_history] = (
+                weight * moves[i].double()
+            )  # bool alone would make it float32
     return Plan(
-        grid[:-1].double(), coefficients, slots, torch.ones(num_steps, dtype=torch.int64), moves, has_base=False
+        grid[:-1].double(),
+        coefficients,
+        torch.arange(num_steps) % num_history,
+        torch.ones(num_steps, dtype=torch.int64),
+        moves,
+        has_base=False,
     )
 
 
