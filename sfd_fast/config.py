@@ -186,7 +186,7 @@ class OptimizerConfig:
     """0: no clipping (the released recipe); the norm is logged in any case"""
     ema_decay: float = 0.9999
     ema_warmup: bool = False
-    """decay min(ema_decay, (1 + n) / (10 + n)) at update n, so that early averages follow the weights"""
+    """decay min(ema_decay, (1 + n) / (10 + n)) at update n = 0, 1, ...: early averages follow the weights"""
     extra_ema_decays: tuple[float, ...] = ()
     """further averages of the weights, kept in the optimizer's state as ema_1, ema_2, ..."""
     name: Literal["adamw_ema", "torch_fused", "deepspeed", "apex"] = "adamw_ema"

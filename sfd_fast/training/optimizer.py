@@ -27,7 +27,7 @@ class AdamWEMA(torch.optim.Optimizer):
       grad_scale   every gradient is multiplied by it (clipping, loss scale);  1 at first
       skip         != 0 leaves weights, moments, averages and the step number untouched
     `before_step`, where set, is called at the start of step() and may write both (DeepSpeed calls step() itself).
-    Source: AdamW (arXiv 1711.05101); EMA decay min(d, (1 + n) / (10 + n)) with ema_warmup.
+    Source: AdamW (arXiv 1711.05101); with ema_warmup the decay of update n = 0, 1, ... is min(d, (1 + n) / (10 + n)).
     """
 
     def __init__(

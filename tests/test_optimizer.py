@@ -1,0 +1,236 @@
+"""AdamW with the averages in its state: against torch.optim.AdamW and closed forms."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sfd_fast.config import OptimizerConfig
+from sfd_fast.training.optimizer import AdamWEMA, WithEMA, build_optimizer, learning_rate
+
+SHAPES = [(7, 5), (13,), (), (3, 2, 4)]
+
+
+def parameters(dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype)) for s in SHAPES]
+
+
+def gradients(step, params):
+    generator = torch.Generator().manual_seed(100 + step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param)
+
+
+def expected(num_steps, decay, lr=1e-2, weight_decay=0.1, scale=1.0):
+    """torch.optim.AdamW in float64, then the average by its definition."""
+    params = parameters(torch.float64)
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    emas = [p.detach().clone() for p in params]
+    for step in range(num_steps):
+        gradients(step, params)
+        for param in params:
+            param.grad *= scale
+        optimizer.step()
+        d = decay(step)
+        emas = [d * e + (1 - d) * p.detach() for e, p in zip(emas, params)]
+    return params, emas, optimizer
+
+
+def close(actual, wanted, tolerance=2e-6):
+    for a, w in zip(actual, wanted):
+        torch.testing.assert_close(a.detach().double().cpu(), w.detach().double(), rtol=tolerance, atol=tolerance)
+
+
+def ours(params, **settings):
+    return AdamWEMA(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, **settings)
+
+
+def run(optimizer, params, steps):
+    for step in steps:
+        gradients(step, params)
+        optimizer.step()
+
+
+def test_trajectory_equals_torch_adamw_followed_by_an_ema():
+    params = parameters()
+    optimizer = ours(params, ema_decay=0.9)
+    run(optimizer, params, range(20))
+    wanted, emas, reference = expected(20, lambda n: 0.9)
+    close(params, wanted)
+    close([optimizer.state[p]["ema"] for p in params], emas)
+    close([optimizer.state[p]["exp_avg"] for p in params], [reference.state[p]["exp_avg"] for p in wanted])
+    close([optimizer.state[p]["exp_avg_sq"] for p in params], [reference.state[p]["exp_avg_sq"] for p in wanted])
+
+
+def test_ema_warmup_follows_its_formula():
+    params = parameters()
+    optimizer = ours(params, ema_decay=0.5, ema_warmup=True)
+    run(optimizer, params, range(12))
+    _, emas, _ = expected(12, lambda n: min(0.5, (1 + n) / (10 + n)))
+    close([optimizer.state[p]["ema"] for p in params], emas)
+
+
+def test_several_averages_each_follow_their_own_decay():
+    params = parameters()
+    optimizer = ours(params, ema_decay=0.9, extra_ema_decays=(0.5, 0.99))
+    run(optimizer, params, range(10))
+    for name, decay in (("ema", 0.9), ("ema_1", 0.5), ("ema_2", 0.99)):
+        _, emas, _ = expected(10, lambda n, d=decay: d)
+        close([optimizer.state[p][name] for p in params], emas)
+
+
+@pytest.mark.parametrize("name", ["adamw_ema", "torch_fused"])
+def test_gradients_are_multiplied_by_grad_scale(name):
+    params = parameters()
+    config = OptimizerConfig(lr=1e-2, beta2=0.95, weight_decay=0.1, ema_decay=0.9, name=name)
+    optimizer = build_optimizer(params, config)
+    optimizer.grad_scale.fill_(0.25)
+    run(optimizer, params, range(8))
+    wanted, emas, _ = expected(8, lambda n: 0.9, scale=0.25)
+    close(params, wanted)
+    close([optimizer.state[p]["ema"] for p in params], emas)
+
+
+@pytest.mark.parametrize("name", ["adamw_ema", "torch_fused"])
+def test_skip_leaves_everything_untouched_even_with_nan_gradients(name):
+    params = parameters()
+    config = OptimizerConfig(lr=1e-2, beta2=0.95, weight_decay=0.1, ema_decay=0.9, extra_ema_decays=(0.5,), name=name)
+    optimizer = build_optimizer(params, config)
+    run(optimizer, params, range(3))
+    before = copy.deepcopy([(p.detach(), dict(optimizer.state[p])) for p in params])
+    for param in params:
+        param.grad = torch.full_like(param, float("nan"))
+    optimizer.skip.fill_(1)
+    optimizer.step()
+    for param, (value, state) in zip(params, before):
+        assert torch.equal(param, value)
+        for key, was in state.items():
+            assert torch.equal(torch.as_tensor(optimizer.state[param][key]), torch.as_tensor(was)), key
+    optimizer.skip.zero_()
+    run(optimizer, params, range(3, 6))
+    wanted, emas, _ = expected(6, lambda n: 0.9)
+    close(params, wanted)
+    close([optimizer.state[p]["ema"] for p in params], emas)
+
+
+def test_torch_fused_adamw_with_an_ema_pass_equals_the_definition():
+    params = parameters()
+    config = OptimizerConfig(
+        lr=1e-2, beta2=0.95, weight_decay=0.1, ema_decay=0.8, ema_warmup=True, name="torch_fused"
+    )
+    optimizer = build_optimizer(params, config)
+    assert isinstance(optimizer, WithEMA)
+    run(optimizer, params, range(10))
+    wanted, emas, _ = expected(10, lambda n: min(0.8, (1 + n) / (10 + n)))
+    close(params, wanted)
+    close([optimizer.state[p]["ema"] for p in params], emas)
+
+
+def test_state_dict_continues_to_the_same_bits():
+    params, copies = parameters(), parameters()
+    optimizer, restored = (ours(p, ema_decay=0.9, extra_ema_decays=(0.5,)) for p in (params, copies))
+    run(optimizer, params, range(5))
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for target, source in zip(copies, params):
+        target.data.copy_(source.data)
+    run(optimizer, params, range(5, 9))
+    run(restored, copies, range(5, 9))
+    for a, b in zip(params, copies):
+        assert torch.equal(a, b)
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(value, restored.state[b][key]), key
+
+
+def test_restored_state_keeps_its_dtypes():
+    params, copies = parameters(), parameters()
+    optimizer, restored = (ours(p, moment_dtype=torch.bfloat16) for p in (params, copies))
+    run(optimizer, params, range(2))
+    restored.load_state_dict(optimizer.state_dict())
+    for param in copies:
+        assert restored.state[param]["exp_avg"].dtype == torch.bfloat16
+        assert restored.state[param]["ema"].dtype == torch.float32
+
+
+def test_a_parameter_without_gradient_keeps_its_own_step_number():
+    params = parameters()
+    optimizer = ours(params, ema_decay=0.9)
+    wanted = parameters(torch.float64)
+    reference = torch.optim.AdamW(wanted, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(6):
+        for group, stepper in ((params, optimizer), (wanted, reference)):
+            gradients(step, group)
+            if step in (0, 3):
+                group[1].grad = None
+            stepper.step()
+    close(params, wanted)
+    assert float(optimizer.state[params[0]]["step"]) == 6
+    assert float(optimizer.state[params[1]]["step"]) == 4
+
+
+def test_before_step_may_set_the_scalars():
+    params = parameters()
+    optimizer = ours(params, ema_decay=0.9)
+    optimizer.before_step = lambda: optimizer.grad_scale.fill_(0.5)
+    run(optimizer, params, range(4))
+    close(params, expected(4, lambda n: 0.9, scale=0.5)[0])
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "apex"])
+def test_a_fused_adam_that_cannot_run_here_says_why(name):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device: the error is about its absence")
+    with pytest.raises(ValueError, match=f"'{name}'.*CUDA only.*adamw_ema or torch_fused"):
+        build_optimizer(parameters(), OptimizerConfig(name=name))
+
+
+def test_schedule_warms_up_and_decays_by_its_formula():
+    config = OptimizerConfig(lr=2.0, warmup_steps=4, schedule="cosine", decay_start=10, final_lr_ratio=0.1)
+    rates = [learning_rate(config, step, 20) for step in range(20)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4:11] == [2.0] * 7
+    assert math.isclose(rates[15], 2.0 * (0.1 + 0.9 * 0.5))
+    assert math.isclose(learning_rate(config, 20, 20), 0.2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.gpu
+def test_trajectory_on_cuda_equals_the_definition():
+    params = parameters(device="cuda")
+    optimizer = ours(params, ema_decay=0.9)
+    run(optimizer, params, range(20))
+    wanted, emas, _ = expected(20, lambda n: 0.9)
+    close(params, wanted, 1e-5)
+    close([optimizer.state[p]["ema"] for p in params], emas, 1e-5)
+
+
+@pytest.mark.gpu
+def test_a_step_on_cuda_never_reads_from_the_device():
+    params = parameters(device="cuda")
+    optimizer = ours(params, ema_decay=0.9, extra_ema_decays=(0.5,), ema_warmup=True)
+    run(optimizer, params, range(2))
+    gradients(2, params)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["deepspeed", "apex"])
+def test_another_librarys_fused_adam_follows_the_same_trajectory(name):
+    params = parameters(device="cuda")
+    try:
+        optimizer = build_optimizer(
+            params, OptimizerConfig(lr=1e-2, beta2=0.95, weight_decay=0.1, ema_decay=0.9, name=name)
+        )
+    except ValueError as error:
+        pytest.skip(str(error))
+    run(optimizer, params, range(10))
+    wanted, emas, _ = expected(10, lambda n: 0.9)
+    close(params, wanted, 1e-5)
+    close([optimizer.state[p]["ema"] for p in params], emas, 1e-5)
