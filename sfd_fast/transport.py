@@ -40,7 +40,9 @@ def clocks(tau: Tensor, delta_t: float) -> tuple[Tensor, Tensor]:
     return (tau - delta_t).clamp(0, 1), tau.clamp(0, 1)
 
 
-def stage_mask(tau_start: float, tau_end: float, delta_t: float) -> tuple[bool, bool]:
+def stage_mask(
+    tau_start: float | Tensor, tau_end: float | Tensor, delta_t: float
+) -> tuple[bool | Tensor, bool | Tensor]:
     """Which streams move during the interval [tau_start, tau_end]: (texture, semantic).
 
     Texture moves after delta_t and semantics move up to 1. The mask belongs to the whole interval, whose inside must
@@ -51,7 +53,7 @@ def stage_mask(tau_start: float, tau_end: float, delta_t: float) -> tuple[bool, 
     return middle > delta_t, middle < 1.0
 
 
-def evaluation_mask(tau: float | Tensor, delta_t: float) -> tuple[bool | Tensor, bool | Tensor]:
+def evaluation_mask(tau: float | Tensor, delta_t: float | Tensor) -> tuple[bool | Tensor, bool | Tensor]:
     """Which streams the released sampler moves at an evaluation at time tau: (tau >= delta_t, tau <= 1).
 
     With delta_t = 0 there is no mask, also not past the end, where dopri5 evaluates.
