@@ -6,6 +6,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace sfd {
@@ -59,6 +60,21 @@ Tensor fresh(const i64* sizes, i64 dim, ScalarType dtype) {
   }
 #endif
   return tensor;
+}
+
+bool should_stream(const Tensor& out, i64 row) {
+  // A quarter of the last-level cache: what is written first would be gone when the next operator reads it.
+  static const i64 limit = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const i64 cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+    const i64 cache = 0;
+#endif
+    return cache > 0 ? cache / 4 : i64{8} << 20;
+  }();
+  const i64 element = static_cast<i64>(out.element_size());
+  return out.numel() * element >= limit && row * element % 64 == 0 &&
+         reinterpret_cast<uint64_t>(out.data_ptr()) % 64 == 0;
 }
 
 }  // namespace sfd

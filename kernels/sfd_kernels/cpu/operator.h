@@ -65,6 +65,11 @@ inline Dtype dtype_of(const Tensor& t) {
 inline bool is_float(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
 inline bool same_dtype(const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); }
 
+// The pairs for which kernels of two dtypes are compiled: see with_mix in vec.h.
+inline bool is_mix(const Tensor& wide, const Tensor& narrow) {
+  return is_kernel_dtype(wide) && is_kernel_dtype(narrow) && (same_dtype(wide, narrow) || is_float(wide));
+}
+
 inline bool has_shape(const Tensor& t, std::initializer_list<i64> shape) {
   const auto sizes = t.sizes();
   return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
@@ -96,6 +101,12 @@ inline Tensor fresh(std::initializer_list<i64> sizes, ScalarType dtype) {
   return fresh(sizes.begin(), static_cast<i64>(sizes.size()), dtype);
 }
 inline Tensor fresh_like(const Tensor& t) { return fresh(t.sizes().data(), t.dim(), t.scalar_type()); }
+
+// Rows of the kernels that keep whole rows on the stack; wider ones go to the reference.
+inline constexpr i64 kMaxWidth = 8192;
+
+// Whether an output is too large to wait in a cache for its reader, and its rows are aligned as streaming stores want it.
+bool should_stream(const Tensor& out, i64 row);
 
 // ---- the reference ----
 

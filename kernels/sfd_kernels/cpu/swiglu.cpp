@@ -7,6 +7,7 @@ struct SwigluArgs {
   const void *x, *dy;  // (rows, 2 hidden), (rows, hidden)
   void* out;           // y (rows, hidden), or dx (rows, 2 hidden)
   i64 hidden;
+  bool stream;
 };
 }  // namespace sfd
 
@@ -16,36 +17,55 @@ SFD_KERNEL(swiglu_backward_rows, SwigluArgs)
 #ifdef SFD_ISA
 namespace sfd::SFD_ISA {
 
+template <bool Stream, class T>
+static void forward(const SwigluArgs& a, i64 begin, i64 end) {
+  const i64 h = a.hidden;
+  for (i64 row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(a.x) + row * 2 * h;
+    const T* up = gate + h;
+    T* y = static_cast<T*>(a.out) + row * h;
+    sweep(h, [&](i64 i, auto lanes) {
+      prefetch(gate + 2 * h + i);
+      prefetch(up + 2 * h + i);
+      const vf g = load(gate + i, lanes);
+      put<Stream>(y + i, g * load(up + i, lanes) / (1.0f + exp(-g)), lanes);
+    });
+  }
+}
+
+template <bool Stream, class T>
+static void backward(const SwigluArgs& a, i64 begin, i64 end) {
+  const i64 h = a.hidden;
+  for (i64 row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(a.x) + row * 2 * h;
+    const T* up = gate + h;
+    const T* dy = static_cast<const T*>(a.dy) + row * h;
+    T* dgate = static_cast<T*>(a.out) + row * 2 * h;
+    T* dup = dgate + h;
+    sweep(h, [&](i64 i, auto lanes) {
+      prefetch(gate + 2 * h + i);
+      prefetch(up + 2 * h + i);
+      prefetch(dy + h + i);
+      const vf g = load(gate + i, lanes), d = load(dy + i, lanes);
+      const vf s = sigmoid(g), ds = d * s;
+      put<Stream>(dgate + i, ds * load(up + i, lanes) * (1.0f + g * (1.0f - s)), lanes);
+      put<Stream>(dup + i, ds * g, lanes);
+    });
+  }
+}
+
 void swiglu_rows(const SwigluArgs& a, i64 begin, i64 end) {
   with_type(a.dtype, [&]<class T>(T*) {
-    for (i64 row = begin; row < end; ++row) {
-      const T* gate = static_cast<const T*>(a.x) + row * 2 * a.hidden;
-      const T* up = gate + a.hidden;
-      T* y = static_cast<T*>(a.out) + row * a.hidden;
-      sweep(a.hidden, [&](i64 i, auto lanes) {
-        const vf g = load(gate + i, lanes);
-        store(y + i, g * load(up + i, lanes) / (1.0f + exp(-g)), lanes);
-      });
-    }
+    with_bool(a.stream, [&]<bool Stream>(Bool<Stream>) { forward<Stream, T>(a, begin, end); });
   });
+  fence();
 }
 
 void swiglu_backward_rows(const SwigluArgs& a, i64 begin, i64 end) {
   with_type(a.dtype, [&]<class T>(T*) {
-    for (i64 row = begin; row < end; ++row) {
-      const T* gate = static_cast<const T*>(a.x) + row * 2 * a.hidden;
-      const T* up = gate + a.hidden;
-      const T* dy = static_cast<const T*>(a.dy) + row * a.hidden;
-      T* dgate = static_cast<T*>(a.out) + row * 2 * a.hidden;
-      T* dup = dgate + a.hidden;
-      sweep(a.hidden, [&](i64 i, auto lanes) {
-        const vf g = load(gate + i, lanes), d = load(dy + i, lanes);
-        const vf s = sigmoid(g), ds = d * s;
-        store(dgate + i, ds * load(up + i, lanes) * (1.0f + g * (1.0f - s)), lanes);
-        store(dup + i, ds * g, lanes);
-      });
-    }
+    with_bool(a.stream, [&]<bool Stream>(Bool<Stream>) { backward<Stream, T>(a, begin, end); });
   });
+  fence();
 }
 
 }  // namespace sfd::SFD_ISA
@@ -61,7 +81,8 @@ static Tensor swiglu(Tensor x) {
   shape.back() = hidden;
   const Tensor y = fresh(shape.data(), dim, x.scalar_type());
   const i64 rows = width == 0 ? 0 : x.numel() / width;
-  run(swiglu_rows, SwigluArgs{dtype_of(x), pointer(dense_x), nullptr, output(y), hidden}, rows, grain(hidden));
+  run(swiglu_rows, SwigluArgs{dtype_of(x), pointer(dense_x), nullptr, output(y), hidden,
+                              should_stream(y, hidden)}, rows, grain(hidden));
   return y;
 }
 
@@ -72,7 +93,8 @@ static Tensor swiglu_backward(Tensor dy, Tensor x) {
   const Tensor dense_x = dense(x), dense_dy = dense(dy), dx = fresh_like(x);
   const i64 width = x.size(dim - 1), hidden = width / 2;
   const i64 rows = width == 0 ? 0 : x.numel() / width;
-  run(swiglu_backward_rows, SwigluArgs{dtype_of(x), pointer(dense_x), pointer(dense_dy), output(dx), hidden}, rows,
+  run(swiglu_backward_rows, SwigluArgs{dtype_of(x), pointer(dense_x), pointer(dense_dy), output(dx), hidden,
+                                       should_stream(dx, hidden)}, rows,
       grain(hidden));
   return dx;
 }

@@ -159,6 +159,51 @@ SFD_INLINE void store(T* p, vf v, Part part) {
   std::memcpy(p, &h, part.n * sizeof(T));
 }
 
+// Past the caches (non-temporal): the line is neither read before the write nor kept after it. Worth it for outputs that a
+// cache does not hold until they are read. p must be aligned to the vector.
+SFD_INLINE void stream(float* p, vf v) {
+#if SFD_AVX512
+  _mm512_stream_ps(p, bits<__m512>(v));
+#elif SFD_AVX2
+  _mm256_stream_ps(p, bits<__m256>(v));
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, bits<__m128>(v));
+#else
+  store(p, v, Full{});
+#endif
+}
+template <class T>
+SFD_INLINE void stream(T* p, vf v) {
+#if SFD_AVX512
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits<__m256i>(narrow(v, p)));
+#elif SFD_AVX2
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits<__m128i>(narrow(v, p)));
+#else
+  store(p, v, Full{});
+#endif
+}
+
+// Store past the caches where Stream says so and the vector is full, else an ordinary store.
+template <bool Stream, class T>
+SFD_INLINE void put(T* p, vf v, Full lanes) {
+  if constexpr (Stream) {
+    stream(p, v);
+  } else {
+    store(p, v, lanes);
+  }
+}
+template <bool Stream, class T>
+SFD_INLINE void put(T* p, vf v, Part lanes) {
+  store(p, v, lanes);
+}
+
+// Streaming stores become visible to other threads in order with what follows.
+SFD_INLINE void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // f(i, full or part) for every vector of n elements, the part last.
 template <class F>
 SFD_INLINE void sweep(i64 n, F&& f) {
@@ -281,7 +326,21 @@ SFD_INLINE vf exp(vf x) {
 
 SFD_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
-// Calls f with a null pointer of the element type.
+// Run-time choices made compile-time ones: f gets a null pointer of each element type, or a Bool.
+template <bool B>
+struct Bool {
+  static constexpr bool value = B;
+};
+
+template <class F>
+SFD_INLINE void with_bool(bool b, F&& f) {
+  if (b) {
+    f(Bool<true>{});
+  } else {
+    f(Bool<false>{});
+  }
+}
+
 template <class F>
 SFD_INLINE void with_type(Dtype dtype, F&& f) {
   switch (dtype) {
@@ -290,6 +349,34 @@ SFD_INLINE void with_type(Dtype dtype, F&& f) {
     case Dtype::f16: return f(static_cast<F16*>(nullptr));
   }
 }
+
+// (wide, narrow): equal, or float and a 16-bit type: see is_mix in operator.h.
+template <class F>
+SFD_INLINE void with_mix(Dtype wide, Dtype narrow, F&& f) {
+  with_type(narrow, [&]<class Narrow>(Narrow* n) {
+    if (wide == narrow) {
+      f(n, n);
+    } else {
+      f(static_cast<float*>(nullptr), n);
+    }
+  });
+}
+
+// n elements of any type as floats.
+SFD_INLINE void expand(float* to, const void* from, Dtype dtype, i64 n) {
+  with_type(dtype, [&]<class T>(T*) {
+    sweep(n, [&](i64 i, auto lanes) { store(to + i, load(static_cast<const T*>(from) + i, lanes), lanes); });
+  });
+}
+
+SFD_INLINE void fill(float* to, float value, i64 n) {
+  sweep(n, [&](i64 i, auto lanes) { store(to + i, splat(value), lanes); });
+}
+
+// Uninitialised floats on the stack, aligned to the vector; n is limited by the operator.
+#define SFD_SCRATCH(name, n)                                                                          \
+  float* name = reinterpret_cast<float*>(                                                             \
+      (reinterpret_cast<uintptr_t>(__builtin_alloca((n) * sizeof(float) + 64)) + 63) & ~uintptr_t(63))
 
 }  // namespace SFD_ISA
 #endif  // SFD_ISA
