@@ -52,6 +52,11 @@ def is_reference_only() -> bool:
     return _only_reference
 
 
+def in_functorch() -> bool:
+    """Whether torch.func transforms are active: they differentiate and batch the reference, not a kernel."""
+    return not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _fresh(outputs: Any) -> Any:
     """Outputs made contiguous, as every kernel returns them and the fake kernel promises them."""
     if isinstance(outputs, Tensor):
@@ -136,19 +141,15 @@ class Op:
         torch.library.register_autograd(f"sfd::{self.name}", backward, setup_context=setup_context, lib=_library)
         overload = self.overload
 
-        def forward(*args: Any) -> Any:
+        def forward(ctx: Any, *args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                return overload(*args)
+                output = overload(*args)
+            setup_context(ctx, args, output)
+            return output
 
-        self._function = type(
-            self.name,
-            (torch.autograd.Function,),
-            {
-                "forward": staticmethod(forward),
-                "setup_context": staticmethod(setup_context),
-                "backward": staticmethod(backward),
-            },
-        )
+        # A separate setup_context would make every apply() bind a signature, which takes longer than the rest of it.
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(self.name, (torch.autograd.Function,), members)
 
     # Calls -----------------------------------------------------------------------------------------------------------
 
@@ -157,8 +158,10 @@ class Op:
             args = self._positional(args, kwargs)
         if _only_reference:
             return self.reference(*args)
-        if self.mutates or torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+        if self.mutates or torch.compiler.is_dynamo_compiling():
             return self.overload(*args)
+        if in_functorch():
+            return self.reference(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -242,17 +245,26 @@ def _recompute_backward(op: Op) -> Callable:
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         tensors = iter(ctx.saved_tensors)
         values = [next(tensors) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others)]
+        create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            leaves = [
-                value.detach().requires_grad_() if isinstance(value, Tensor) and needed else value
-                for value, needed in zip(values, ctx.needs_input_grad)
-            ]
-            outputs = op.reference(*leaves)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        pairs = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
-        wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad) if needed]
-        found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
-        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+            for index, needed in enumerate(ctx.needs_input_grad):
+                if needed:
+                    # A view, so that nothing upstream is differentiated; with create_graph it leads back to the input.
+                    value = values[index]
+                    values[index] = value.view_as(value) if create_graph else value.detach().requires_grad_()
+            outputs = op.reference(*values)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            pairs = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
+            wanted = [value for value, needed in zip(values, ctx.needs_input_grad) if needed]
+            found = torch.autograd.grad(
+                [output for output, _ in pairs],
+                wanted,
+                [grad for _, grad in pairs],
+                allow_unused=True,
+                create_graph=create_graph,
+            )
+        remaining = iter(found)
+        return tuple(next(remaining) if needed else None for needed in ctx.needs_input_grad)
 
     return backward
 

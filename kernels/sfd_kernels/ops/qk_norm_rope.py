@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sfd_kernels.examples import Make, Size, num_bytes
 from sfd_kernels.ops.common import accumulation_dtype, normalize, normalize_backward
-from sfd_kernels.registry import Op, is_reference_only
+from sfd_kernels.registry import Op, in_functorch, is_reference_only
 
 
 def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -152,13 +152,11 @@ class _SplitQkv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return *qk_norm_rope(*inputs), inputs[0][:, :, 2]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        _setup(ctx, inputs, output)
+        q, k = qk_norm_rope(*inputs)
+        _setup(ctx, inputs, (q, k))
+        return q, k, inputs[0][:, :, 2]
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> tuple:
@@ -177,6 +175,6 @@ def split_qkv(
     The backward pass is one kernel that writes the gradients of q, k and v into one packed tensor.
     """
     args = (qkv, q_weight, k_weight, cos, sin, eps)
-    if torch.is_grad_enabled() and not is_reference_only():
+    if torch.is_grad_enabled() and not is_reference_only() and not in_functorch():
         return _SplitQkv.apply(*args)
     return *qk_norm_rope(*args), qkv[:, :, 2]

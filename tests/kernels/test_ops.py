@@ -1,0 +1,246 @@
+"""Every operator of the registry, on every device there is: accuracy, gradients, layouts, dispatch and compilation."""
+
+import pytest
+import torch
+from kernel_cases import (
+    DEVICES,
+    DIFFERENTIABLE,
+    FORWARD,
+    LOW_PRECISION_MODES,
+    NO_GRADIENT_TO,
+    assert_accurate,
+    cases,
+    clone,
+    example,
+    flatten,
+    map_tensors,
+    require_kernel,
+    run,
+    to_double,
+)
+from sfd_kernels import reference_only
+from sfd_kernels.registry import INTERPRET, OPS
+
+ALL = list(OPS.values())
+not_interpreted = pytest.mark.skipif(INTERPRET, reason="says nothing about a kernel that the interpreter runs")
+each_device = pytest.mark.parametrize("device", DEVICES)
+each_op = pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+
+
+def wanting_gradients(op, args):
+    """args with requires_grad on what the operator differentiates."""
+    skipped = NO_GRADIENT_TO.get(op.name, ())
+    wanted = [
+        isinstance(arg, torch.Tensor) and arg.is_floating_point() and index not in skipped
+        for index, arg in enumerate(args)
+    ]
+    return tuple(clone(arg).requires_grad_() if want else arg for arg, want in zip(args, wanted))
+
+
+def gradients(op, args, seed=5):
+    """Gradient of every differentiable argument for reproducible output gradients."""
+    args = wanting_gradients(op, args)
+    outputs = flatten(op(*args))
+    generator = torch.Generator().manual_seed(seed)
+    grads = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(o) for o in outputs
+    ]
+    leaves = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+    return list(torch.autograd.grad(outputs, leaves, grads))
+
+
+@each_device
+@pytest.mark.parametrize("op,mode,label", cases(ALL, LOW_PRECISION_MODES))
+def test_error_is_at_most_twice_the_references(op, mode, label, device):
+    require_kernel(op)
+    args = example(op, mode, label, device)
+    assert_accurate(run(op, op, args), run(op.reference, op, args), run(op.reference, op, to_double(args)), op.name)
+
+
+@each_device
+@pytest.mark.parametrize("op,mode,label", cases(FORWARD, LOW_PRECISION_MODES, without="zero prediction"))
+def test_every_gradient_is_as_accurate_as_the_references(op, mode, label, device):
+    require_kernel(op)
+    args = example(op, mode, label, device)
+    ours = gradients(op, args)
+    with reference_only():
+        assert_accurate(ours, gradients(op, args), gradients(op, to_double(args)), op.name)
+
+
+@each_device
+@pytest.mark.parametrize("name", ["flow_matching_loss", "feature_alignment_loss"])
+def test_zero_prediction_has_cosine_zero_and_no_cosine_gradient(name, device):
+    op = OPS[name]
+    require_kernel(op)
+    args = wanting_gradients(op, example(op, label="zero prediction", device=device))
+    _, cosine = op(*args)
+    assert torch.equal(cosine, torch.ones_like(cosine))
+    (gradient,) = torch.autograd.grad(cosine.sum(), args[0])
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@each_device
+@pytest.mark.parametrize("name,position", [("flow_matching_loss", 1), ("feature_alignment_loss", 1)])
+def test_loss_refuses_to_differentiate_its_target(name, position, device):
+    args = list(example(OPS[name], device=device))
+    args[position].requires_grad_()
+    with pytest.raises(ValueError, match="detach"):
+        OPS[name](*args)
+
+
+@not_interpreted
+@each_device
+@pytest.mark.parametrize("mode", ["fp32", "mix"])
+@each_op
+def test_real_width_is_as_accurate_as_the_reference(op, mode, device):
+    size = "S" if op.name == "adamw_ema_step" else "XL"
+    args = example(op, mode, device=device, size=size, batch=1)
+    assert_accurate(run(op, op, args), run(op.reference, op, args), run(op.reference, op, to_double(args)), op.name)
+
+
+@each_device
+@each_op
+def test_strided_inputs_give_the_same_result(op, device):
+    require_kernel(op)
+    args = example(op, device=device)
+
+    def spread(tensor):
+        gaps = torch.zeros(*tensor.shape, 2, dtype=tensor.dtype, device=tensor.device)
+        gaps[..., 0] = tensor
+        return gaps[..., 0]
+
+    def transposed(tensor):
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1) if tensor.dim() > 1 else tensor
+
+    expected = run(op, op, args)
+    for layout in (spread, transposed):
+        got = run(op, op, map_tensors(layout, args))
+        exact = run(op.reference, op, to_double(args))
+        assert_accurate(got, expected, exact, f"{op.name} {layout.__name__}")
+
+
+@each_device
+@pytest.mark.parametrize("op", FORWARD, ids=lambda op: op.name)
+def test_expanded_gradient_is_taken(op, device):
+    require_kernel(op)
+    args = wanting_gradients(op, example(op, device=device))
+    leaves = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+    expanded = torch.autograd.grad(sum(o.sum() for o in flatten(op(*args))), leaves)
+    outputs = flatten(op(*args))
+    dense = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+    for a, b in zip(expanded, dense):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@each_device
+@each_op
+def test_empty_batch_gives_empty_or_zero_results(op, device):
+    require_kernel(op)
+    args = map_tensors(lambda t: t[:0] if t.shape[:1] == (3,) else t, example(op, device=device))
+    if op.name == "adamw_ema_step":
+        args = tuple([] if isinstance(arg, list) else arg for arg in args)
+    if op.name == "masked_velocity_update":
+        args = tuple(arg[:, :0] if index == 2 else arg for index, arg in enumerate(args))
+    expected, got = run(op.reference, op, args), run(op, op, args)
+    for a, b in zip(got, expected):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@each_device
+@pytest.mark.parametrize("op,mode,label", cases([op for op in ALL if not op.mutates], ["fp32", "mix"]))
+def test_outputs_are_fresh_and_contiguous(op, mode, label, device):
+    require_kernel(op)
+    args = example(op, mode, label, device)
+    outputs = flatten(op(*args))
+    storages = [t.untyped_storage().data_ptr() for t in [*outputs, *flatten(args)] if t.numel()]
+    own = [t.untyped_storage().data_ptr() for t in outputs if t.numel()]
+    assert all(output.is_contiguous() for output in outputs)
+    assert all(storages.count(pointer) == 1 for pointer in own)
+
+
+@each_device
+@each_op
+def test_two_runs_are_bit_equal(op, device):
+    require_kernel(op)
+    args = example(op, "mix", device=device)
+    for a, b in zip(run(op, op, args), run(op, op, args)):
+        assert torch.equal(a, b)
+
+
+@each_device
+@each_op
+def test_inputs_that_are_not_written_stay_as_they_are(op, device):
+    require_kernel(op)
+    args = example(op, "mix", device=device)
+    before = map_tensors(clone, args)
+    op(*args)
+    for name, old, new in zip(op.__signature__.parameters, before, args):
+        if name not in op.mutates:
+            for a, b in zip(flatten(old), flatten(new)):
+                assert torch.equal(a, b), name
+
+
+@not_interpreted
+@each_device
+@each_op
+def test_float64_is_the_reference_itself(op, device):
+    args = example(op, "fp64", device=device)
+    for a, b in zip(run(op, op, args), run(op.reference, op, args)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@not_interpreted
+@each_device
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+def test_gradients_agree_with_finite_differences_in_float64(op, device):
+    args = example(op, "fp64", device=device)
+    if op.is_backward:
+        # a gradient of a gradient: the recomputation that every operator without a fused backward has
+        wanted = [clone(arg).requires_grad_() for arg in args[:2]]
+        args = (*wanted, *args[2:])
+    else:
+        args = wanting_gradients(op, args)
+    assert torch.autograd.gradcheck(op, args, fast_mode=True, atol=1e-6)
+
+
+@not_interpreted
+@each_device
+@pytest.mark.parametrize("op", FORWARD, ids=lambda op: op.name)
+def test_second_derivatives_agree_with_finite_differences(op, device):
+    assert torch.autograd.gradgradcheck(op, wanting_gradients(op, example(op, "fp64", device=device)), fast_mode=True)
+
+
+@not_interpreted
+@each_device
+@each_op
+def test_opcheck(op, device):
+    args = example(op, "mix", device=device)
+    torch.library.opcheck(op.overload, args if op.mutates else wanting_gradients(op, args))
+
+
+@not_interpreted
+@each_device
+@each_op
+def test_compiles_without_graph_break(op, device):
+    torch._dynamo.reset()
+    args = example(op, "mix", device=device)
+    compiled = torch.compile(lambda *args: op(*args), fullgraph=True)
+    for a, b in zip(run(compiled, op, args), run(op, op, args)):
+        assert torch.equal(a, b)
+
+
+@not_interpreted
+@each_device
+@pytest.mark.parametrize("op", [op for op in FORWARD if op.backward], ids=lambda op: op.name)
+def test_compiled_gradients_equal_eager_ones(op, device):
+    torch._dynamo.reset()
+    args = wanting_gradients(op, example(op, "mix", device=device))
+    leaves = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+    compiled = torch.compile(lambda *args: op(*args), fullgraph=True)
+    found = []
+    for function in (op, compiled):
+        outputs = flatten(function(*args))
+        found.append(torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs]))
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
