@@ -1,0 +1,88 @@
+"""The command line: every field a flag, files below flags, presets below files, mistakes in one line."""
+
+import pytest
+
+from sfd_fast import cli
+from sfd_fast.config import SFDConfig
+from sfd_fast.presets import XL, B
+
+
+def refused(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(argv))
+    assert stop.value.code != 0
+    return capsys.readouterr().err
+
+
+def test_flags_win_over_files_and_files_over_presets(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("model:\n  depth: 5\n  num_classes: 7\ntrain:\n  max_steps: 11\n")
+    second.write_text("train:\n  max_steps: 22\n")
+    config = cli.parse(
+        "train", ["--preset", "B", "--config", str(first), "--config", str(second), "--train.seed=3", "--model.depth", "6"]
+    )
+    assert isinstance(config, SFDConfig)
+    assert (config.model.hidden_size, config.model.depth, config.model.num_classes) == (B.hidden_size, 6, 7)
+    assert (config.train.max_steps, config.train.seed) == (22, 3)
+
+
+def test_a_file_may_name_the_preset(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("preset: B\nmodel:\n  depth: 3\n")
+    config = cli.parse("train", ["--config", str(file)])
+    assert (config.model.hidden_size, config.model.depth) == (B.hidden_size, 3)
+
+
+def test_the_default_model_is_xl_and_dashes_serve_as_underscores():
+    config = cli.parse("train", ["--train.max-steps", "5"])
+    assert config.model == XL
+    assert config.train.max_steps == 5
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_that_explains_its_options(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert cli.COMMANDS[name].summary.split()[0] in text
+    assert "--config" in text
+
+
+def test_print_config_shows_what_would_run(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--preset", "B", "--train.seed", "9", "--print-config"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "hidden_size: 768" in out
+    assert "seed: 9" in out
+
+
+def test_an_unknown_flag_names_the_nearest(capsys):
+    assert "did you mean 'model.depth'?" in refused(capsys, "train", "--model.deptg", "3")
+
+
+def test_an_unknown_key_of_a_file_names_the_nearest(tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text("train:\n  max_stps: 5\n")
+    assert "did you mean 'train.max_steps'?" in refused(capsys, "train", "--config", str(file))
+
+
+def test_a_contradiction_is_one_line(capsys):
+    error = refused(capsys, "train", "--model.patch_size", "3")
+    assert "grid_size 16 must be divisible by patch_size 3" in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert "did you mean 'train'" in refused(capsys, "trian")
+
+
+def test_an_unknown_preset_lists_the_presets(capsys):
+    assert "presets: S, B, L, XL" in refused(capsys, "train", "--preset", "XXXL")
+
+
+def test_without_a_command_the_commands_are_listed(capsys):
+    cli.main([])
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)
