@@ -13,7 +13,7 @@ import torch
 from sfd_kernels import masked_velocity_update
 from torch import Tensor
 
-from sfd_fast.config import SamplerConfig
+from sfd_fast.config import SamplerConfig, require
 from sfd_fast.guidance import Guided, Velocity, stream_weights
 from sfd_fast.transport import clocks, evaluation_mask, join_latents, split_latents, stage_mask
 
@@ -29,6 +29,17 @@ TABLEAUS = {
     "rk4": ((0.0, 1 / 3, 2 / 3, 1.0), ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
 }
 MULTISTEP_ORDERS = {"ab2": 2}
+
+
+SOLVERS = (*TABLEAUS, *MULTISTEP_ORDERS, "dopri5")
+
+
+def check_solver(config: SamplerConfig, delta_t: float) -> None:
+    """Raises ValueError for an unknown solver or grid, and for fewer steps than there are stages."""
+    for name, value, known in (("solver", config.solver, SOLVERS), ("grid", config.grid, ("exact", "released"))):
+        require(value in known, f"{name} '{value}' is unknown; choose one of {', '.join(known)}")
+    if config.solver != "dopri5":
+        time_grid(config, delta_t)
 
 
 def stage_borders(delta_t: float) -> list[float]:
@@ -179,9 +190,8 @@ def _multistep_plan(order: int, grid: Tensor, delta_t: float, released: bool) ->
             first = n
         used = range(n, max(first, n - num_history) - 1, -1)
         for i, weight in zip(used, adams_weights([times[i] for i in used], times[n], times[n + 1])):
-            coefficients[n, :, 0 if i == n else 1 + i % num_history] = (
-                weight * moves[i].double()
-            )  # bool alone would make it float32
+            mask = moves[i].double()  # bool alone would make the product float32
+            coefficients[n, :, 0 if i == n else 1 + i % num_history] = weight * mask
     return Plan(
         grid[:-1].double(),
         coefficients,
@@ -291,8 +301,9 @@ def sample(
     or float64. callback(number of steps done, tau, x) follows every step of a fixed-grid solver; it must not keep x
     itself, which the next step overwrites.
     Returns (B, C, H, W) of x0's dtype; x0 is left as it is.
-    Raises ValueError where num_steps cannot serve every stage.  Source: SFD (arXiv 2512.04926), METHOD 5.
+    Raises ValueError as check_solver does.  Source: SFD (arXiv 2512.04926), METHOD 5.
     """
+    check_solver(config, delta_t)
     callback = callback or (lambda step, tau, x: None)
     if config.solver != "dopri5":
         return _sample_fixed(velocity, x0, delta_t, config, num_texture_channels, callback)

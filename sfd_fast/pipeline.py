@@ -1,0 +1,383 @@
+"""SFDPipeline: labels in, images out, each a function of (seed, sample id, label) and of nothing else.
+
+The network always runs at one fixed micro-batch, padded where fewer images are wanted: results of one batch size do not
+depend on a sample's place or company in the batch, results of two sizes differ in the last bits.
+Letters: B micro-batch, C channels, H height, W width.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sfd_fast import streams
+from sfd_fast.config import GuidanceConfig, ModelConfig, Precision, SamplerConfig, require, to_dict
+from sfd_fast.data.statistics import LatentStatistics
+from sfd_fast.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg
+from sfd_fast.models.texture import to_uint8
+from sfd_fast.sampler import Callback, check_solver, sample
+from sfd_fast.transport import noise, split_latents
+
+INDEX = "pipeline.json"
+"""marks a folder as a pipeline: settings and where its parts are"""
+DEFAULT_MICRO_BATCH = 32
+
+
+@dataclass
+class PipelineOutput:
+    """What a call returns: images in the order of the labels, with the ids their noise came from."""
+
+    images: list[Image.Image] | np.ndarray
+    labels: Tensor
+    sample_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One moment of a trajectory: normalised semantic latents (N, C, h, w) and decoded texture (N, H, W, 3) uint8."""
+
+    tau: float
+    semantic: np.ndarray
+    images: np.ndarray
+
+
+class SFDPipeline:
+    """Two-clock diffusion transformer, optional guide, texture codec and the statistics of their latents.
+
+    pipeline = SFDPipeline.from_pretrained(folder_or_hub_id)
+    image = pipeline([207], num_steps=50, guidance_scale=1.5, seed=0).images[0]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        statistics: LatentStatistics,
+        codec: nn.Module,
+        delta_t: float,
+        guide: nn.Module | None = None,
+        sampler: SamplerConfig | None = None,
+        guidance: GuidanceConfig | None = None,
+        micro_batch_size: int = DEFAULT_MICRO_BATCH,
+        precision: Precision = "fp32",
+        backend: Literal["eager", "compile", "cuda_graph"] = "eager",
+        device: torch.device | str | None = None,
+    ) -> None:
+        """model, guide: LightningDiT; codec: TextureCodec or IdentityCodec; delta_t: of the model's training.
+
+        sampler, guidance: defaults of every call. precision bf16 holds the networks' weights in bf16; the state stays
+        fp32. device: default cuda where there is one.
+        Raises ValueError where the parts do not fit together or weights are not finite.
+        """
+        require(micro_batch_size >= 1, f"micro_batch_size {micro_batch_size} must be at least 1")
+        require(precision in ("fp32", "bf16"), f"precision '{precision}' is unknown; choose fp32 or bf16")
+        check_parts(model.config, statistics, codec, delta_t, None if guide is None else guide.config)
+        for name, part in (("model", model), ("guide", guide), ("texture codec", codec)):
+            if part is not None:
+                check_finite(part, name)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.precision, self.backend, self.micro_batch_size = precision, backend, micro_batch_size
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        self.model = model.eval().requires_grad_(False).to(self.device, dtype)
+        self.guide = None if guide is None else guide.eval().requires_grad_(False).to(self.device, dtype)
+        self.codec = codec.eval().requires_grad_(False).to(self.device)
+        self.statistics = statistics.to(self.device)
+        self.delta_t = delta_t
+        self.sampler = sampler or SamplerConfig()
+        self.guidance = guidance or GuidanceConfig()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def __call__(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        sample_ids: Sequence[int] | Tensor | None = None,
+        solver: str | None = None,
+        timestep_shift: float | None = None,
+        guidance: GuidanceConfig | None = None,
+        output_type: Literal["pil", "np"] = "pil",
+        progress: bool = False,
+    ) -> PipelineOutput:
+        """One image per label.
+
+        sample_ids (default 0, 1, ...) choose each image's noise, with the seed: the same (seed, sample id, label) is
+        the same image to the bit, in whatever order and company. guidance_scale sets the weight of the pipeline's
+        guidance (AutoGuidance where it has a guide, else CFG); guidance replaces all of its settings.
+        Returns images as PIL, or with output_type "np" as one (N, H, W, 3) uint8 array.
+        Raises ValueError for labels that are no classes of the model, and settings that do not exist or contradict.
+        """
+        require(output_type in ("pil", "np"), f"output_type '{output_type}' is unknown; choose pil or np")
+        labels, sample_ids = self.checked_inputs(labels, sample_ids, seed)
+        settings = self.resolve(num_steps, guidance_scale, solver, timestep_shift, guidance)
+        parts = []
+        bar = _progress(len(labels), progress)
+        for part in self.generate(labels, sample_ids, seed, *settings):
+            parts.append(part)
+            bar.update(len(part))
+        bar.close()
+        size = self.image_size
+        images = np.concatenate(parts) if parts else np.zeros((0, size, size, 3), np.uint8)
+        if output_type == "pil":
+            images = [Image.fromarray(image) for image in images]
+        return PipelineOutput(images, labels, sample_ids)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.grid_size * self.codec.downsampling
+
+    def checked_inputs(
+        self, labels: int | Sequence[int] | Tensor, sample_ids: Sequence[int] | Tensor | None, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Labels and sample ids as (N,) int64 tensors; ValueError for what the model cannot draw."""
+        labels = torch.atleast_1d(torch.as_tensor(labels)).cpu()
+        require(
+            labels.dim() == 1 and not labels.is_floating_point(),
+            f"labels must be one-dimensional integers, not {labels.dtype} of shape {tuple(labels.shape)}",
+        )
+        labels = labels.long()
+        outside = (labels < 0) | (labels >= self.config.num_classes)
+        if outside.any():
+            raise ValueError(
+                f"label {labels[outside][0].item()} is out of range: this model has the classes 0 to "
+                f"{self.config.num_classes - 1}"
+            )
+        ids = torch.arange(len(labels)) if sample_ids is None else torch.as_tensor(sample_ids).cpu().long()
+        require(
+            ids.shape == labels.shape,
+            f"{len(labels)} labels but sample_ids of shape {tuple(ids.shape)}: give one id per label",
+        )
+        require(0 <= seed < 2**64, f"seed {seed} must be in [0, 2^64)")
+        return labels, ids
+
+    def resolve(
+        self,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        solver: str | None = None,
+        timestep_shift: float | None = None,
+        guidance: GuidanceConfig | None = None,
+    ) -> tuple[SamplerConfig, GuidanceConfig]:
+        """The pipeline's sampler and guidance settings with a call's put in; ValueError where they contradict."""
+        changes = {"num_steps": num_steps, "solver": solver, "timestep_shift": timestep_shift}
+        sampler = replace(self.sampler, **{k: v for k, v in changes.items() if v is not None})
+        check_solver(sampler, self.delta_t)
+        guidance = guidance or self.guidance
+        if guidance_scale is not None:
+            mode = guidance.mode
+            if mode == "none" and guidance_scale != 1:
+                mode = "cfg" if self.guide is None else "autoguidance"
+            guidance = replace(guidance, mode=mode, scale=guidance_scale, texture_scale=None, semantic_scale=None)
+        require(
+            guidance.mode != "autoguidance" or not guidance.active or self.guide is not None,
+            "guidance mode 'autoguidance' needs a guide model, which this pipeline has not: load one with guide=..., "
+            "or use mode 'cfg'",
+        )
+        return sampler, guidance
+
+    def velocity(self, labels: Tensor, guidance: GuidanceConfig) -> Velocity:
+        """The guided velocity function for labels (B,) on the pipeline's device."""
+        main = bind_labels(self.model, labels)
+        common = {"num_texture_channels": self.config.texture_channels, "delta_t": self.delta_t}
+        if guidance.mode == "autoguidance" and guidance.active:
+            return autoguidance(main, bind_labels(self.guide, labels), guidance, **common)
+        if guidance.mode == "cfg":
+            return cfg(main, bind_null(self.model, labels, self.config.num_classes), guidance, **common)
+        return main
+
+    def initial_noise(self, sample_ids: Tensor, seed: int) -> Tensor:
+        """x at tau = 0: (B, C, H, W) float32."""
+        shape = (self.config.channels, self.config.grid_size, self.config.grid_size)
+        return noise(sample_ids.to(self.device), shape, seed, streams.SAMPLE_NOISE)
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        labels: Tensor,
+        sample_ids: Tensor,
+        seed: int,
+        sampler: SamplerConfig,
+        guidance: GuidanceConfig,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Composite latents of one full micro-batch: labels, sample_ids (B,).  Returns (B, C, H, W) float32."""
+        velocity = self.velocity(labels.to(self.device), guidance)
+        return sample(
+            velocity,
+            self.initial_noise(sample_ids, seed),
+            delta_t=self.delta_t,
+            config=sampler,
+            num_texture_channels=self.config.texture_channels,
+            callback=callback,
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of composite latents (B, C, H, W): only texture is decoded.  Returns (B, H, W, 3) uint8."""
+        texture, _ = split_latents(latents, self.config)
+        return to_uint8(self.codec.decode(self.statistics.denormalize_texture(texture)))
+
+    def generate(
+        self, labels: Tensor, sample_ids: Tensor, seed: int, sampler: SamplerConfig, guidance: GuidanceConfig
+    ) -> Iterator[np.ndarray]:
+        """Images of checked labels and ids, micro-batch by micro-batch: (at most B, H, W, 3) uint8.
+
+        Raises ValueError where a sample is not finite.
+        """
+        for start in range(0, len(labels), self.micro_batch_size):
+            part, ids = labels[start : start + self.micro_batch_size], sample_ids[start : start + self.micro_batch_size]
+            count = len(part)
+            padding = (0, self.micro_batch_size - count)
+            latents = self.sample_latents(
+                nn.functional.pad(part, padding), nn.functional.pad(ids, padding), seed, sampler, guidance
+            )
+            finite = latents[:count].flatten(1).isfinite().all(dim=1).cpu()
+            if not finite.all():
+                raise ValueError(
+                    f"sample {ids[~finite][0].item()} (label {part[~finite][0].item()}) is not finite: lower the "
+                    "guidance scale, or sample in fp32"
+                )
+            yield self.decode(latents)[:count].cpu().numpy()
+
+    def trajectory(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        *,
+        num_frames: int = 10,
+        seed: int = 0,
+        sample_ids: Sequence[int] | Tensor | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        solver: str | None = None,
+        guidance: GuidanceConfig | None = None,
+    ) -> list[Frame]:
+        """Moments of one micro-batch's way from noise to images, for a picture of the three stages.
+
+        At most num_frames + 2 moments: evenly spread ones among the solver's steps, and the stage borders always.
+        labels: at most one micro-batch.  Raises ValueError for more.
+        """
+        labels, ids = self.checked_inputs(labels, sample_ids, seed)
+        count = len(labels)
+        require(
+            1 <= count <= self.micro_batch_size,
+            f"a trajectory shows 1 to micro_batch_size = {self.micro_batch_size} samples, not {count}",
+        )
+        sampler, guidance = self.resolve(num_steps, guidance_scale, solver, None, guidance)
+        padding = (0, self.micro_batch_size - count)
+        states: list[tuple[float, Tensor]] = [(0.0, self.initial_noise(ids, seed))]
+        self.sample_latents(
+            nn.functional.pad(labels, padding),
+            nn.functional.pad(ids, padding),
+            seed,
+            sampler,
+            guidance,
+            callback=lambda step, tau, x: states.append((tau, x[:count].clone())),
+        )
+        return [self._frame(tau, state, count) for tau, state in _spread(states, num_frames, self.delta_t)]
+
+    def _frame(self, tau: float, state: Tensor, count: int) -> Frame:
+        padded = nn.functional.pad(state, (0, 0, 0, 0, 0, 0, 0, self.micro_batch_size - count))
+        _, semantic = split_latents(state, self.config)
+        return Frame(tau, semantic.float().cpu().numpy(), self.decode(padded)[:count].cpu().numpy())
+
+    def micro_batch_difference(
+        self, labels: int | Sequence[int] | Tensor, sizes: tuple[int, int] = (1, 32), **options
+    ) -> dict[str, float]:
+        """How much images depend on the micro-batch size, the one thing they do depend on.
+
+        Returns {"share": of the values 0 to 255 that differ, "largest": difference in levels}.
+        """
+        kept = self.micro_batch_size
+        try:
+            pair = []
+            for size in sizes:
+                self.micro_batch_size = size
+                pair.append(self(labels, output_type="np", **options).images.astype(np.int16))
+        finally:
+            self.micro_batch_size = kept
+        difference = np.abs(pair[0] - pair[1])
+        return {"share": float((difference > 0).mean()), "largest": int(difference.max(initial=0))}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the pipeline as a folder: pipeline.json, transformer/, guide/, texture_codec/, statistics/."""
+        from sfd_fast.checkpoint import save_codec, save_model
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(folder / "transformer", self.model, statistics=self.statistics.to("cpu"))
+        if self.guide is not None:
+            save_model(folder / "guide", self.guide, statistics=self.statistics.to("cpu"))
+        save_codec(folder / "texture_codec", self.codec)
+        statistics = folder / "statistics"
+        statistics.mkdir(exist_ok=True)
+        self.statistics.to("cpu").save(statistics)
+        index = {
+            "delta_t": self.delta_t,
+            "latent_multiplier": self.statistics.multiplier,
+            "sampler": to_dict(self.sampler),
+            "guidance": to_dict(self.guidance),
+            "micro_batch_size": self.micro_batch_size,
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def check_parts(
+    model: ModelConfig, statistics: LatentStatistics, codec: nn.Module, delta_t: float, guide: ModelConfig | None
+) -> None:
+    """Raises ValueError where model, statistics, codec and guide are not of one system."""
+    require(
+        (delta_t > 0) == model.two_clocks,
+        f"delta_t is {delta_t} but the model was built with {'two clocks' if model.two_clocks else 'one clock'}: two "
+        "clocks need delta_t > 0, and delta_t = 0 has one clock",
+    )
+    for stream in ("texture", "semantic"):
+        have, want = getattr(statistics, f"{stream}_channels"), getattr(model, f"{stream}_channels")
+        require(
+            have == want,
+            f"statistics of {have} {stream} channels for a model with {want}: they belong to another data set",
+        )
+    require(
+        codec.latent_channels == model.texture_channels,
+        f"the texture codec has {codec.latent_channels} latent channels, the model {model.texture_channels} texture "
+        "channels: use the codec that the latents were encoded with",
+    )
+    if guide is None:
+        return
+    for name in ("grid_size", "texture_channels", "semantic_channels", "num_classes", "two_clocks"):
+        require(
+            getattr(guide, name) == getattr(model, name),
+            f"the guide has {name} = {getattr(guide, name)}, the model {getattr(model, name)}: a guide is trained on "
+            "the same latents and classes",
+        )
+
+
+def check_finite(module: nn.Module, name: str) -> None:
+    """Raises ValueError naming the first tensor of a network that holds NaN or infinity."""
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"the {name}'s weight {key} holds NaN or infinity: the checkpoint is damaged or diverged")
+
+
+def _spread(states: list[tuple[float, Tensor]], count: int, delta_t: float) -> list[tuple[float, Tensor]]:
+    wanted = np.linspace(0, 1 + delta_t, max(count, 2)).tolist() + [delta_t, 1.0]
+    nearest = {min(range(len(states)), key=lambda i: abs(states[i][0] - tau)) for tau in wanted}
+    return [states[i] for i in sorted(nearest)]
+
+
+def _progress(total: int, shown: bool):
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="image", disable=not shown)
