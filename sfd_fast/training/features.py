@@ -68,10 +68,10 @@ class FeatureShards:
 
 
 class FeatureLoader:
-    """Endless batches {"features" (B, tokens, F) float32, "sample_ids" (B,) int64} of a rank, in seeded order.
+    """Endless batches {"features" (B, tokens, F) float32, "sample_ids" (B,) int64} of a rank, seeded.
 
-    Step k takes positions k * B_global .. of an endless sequence of epochs, rank r the r-th equal slice, as LatentLoader
-    does: resuming is start_step. The next batch is gathered while the current one is used.
+    Step k takes positions k * B_global .. of an endless sequence of epochs, rank r the r-th equal slice, as
+    LatentLoader does: resuming is start_step. The next batch is gathered while the current one is used.
     """
 
     def __init__(

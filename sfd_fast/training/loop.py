@@ -59,6 +59,9 @@ class TrainResult:
 class Stop:
     """Remembers SIGTERM, SIGUSR1 and the file STOP; inside the main thread it handles the signals while active."""
 
+    look_every_s = 1.0
+    """how often the file is looked for: a run directory may lie on a slow network"""
+
     def __init__(self, folder: Path):
         self.file = folder / STOP_FILE
         self.reason = ""
@@ -79,9 +82,9 @@ class Stop:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Whether this rank was asked to stop; looks for the file once a second."""
+        """Whether this rank was asked to stop."""
         now = time.monotonic()
-        if not self.reason and now - self.checked > 1.0:
+        if not self.reason and now - self.checked >= self.look_every_s:
             self.checked = now
             if self.file.exists():
                 self.reason = f"the file {STOP_FILE}"

@@ -1,0 +1,363 @@
+"""The training loop on a plain torch engine: learning, logs, held-out loss, and bad input."""
+
+import errno
+import json
+import os
+import resource
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import MODEL, tiny_config, with_data, write_data
+
+from sfd_fast.config import OptimizerConfig
+from sfd_fast.data.statistics import LatentStatistics
+from sfd_fast.training import checkpoints as checkpoints_module
+from sfd_fast.training.diffusion import diffusion_job
+from sfd_fast.training.logging import GradNormWatch
+from sfd_fast.training.loop import NonFiniteError, build_engine, run_train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("latents"))
+
+
+def train(config, **options):
+    return run_train(config, device="cpu", progress=False, **options)
+
+
+def tensors(out, step):
+    """Every tensor of a checkpoint: weights, moments, averages, step numbers."""
+    folder = out / "checkpoints" / f"{step:08d}"
+    parts = {part: load_file(folder / f"{part}.safetensors") for part in ("model", "optimizer")}
+    return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    different = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not different, different
+
+
+def corrupt(folder, source, value=float("nan"), rows=None):
+    """A copy of the data whose texture latents hold a value that is no number, in some rows of the first shard."""
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    part = load_file(folder / "part0.safetensors")
+    part = {k: v.clone() for k, v in part.items()}
+    for key in ("latents", "latents_flip"):
+        part[key][slice(None) if rows is None else rows] = value
+    save_file(part, folder / "part0.safetensors")
+    return folder
+
+
+def test_training_lowers_the_loss_on_what_it_sees(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", max_steps=150, log_every=10, checkpoint_every=150)
+    config = with_data(config, validation_samples=32, flip=False)
+    config = replace(config, optimizer=OptimizerConfig(lr=3e-3))
+    rows = [row for row in train(config).metrics if row["kind"] == "train"]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["repa"] < 0.5 * rows[0]["repa"]
+
+
+def test_same_configuration_gives_the_same_bits(tmp_path, data):
+    for name, workers in (("a", 0), ("b", 3)):
+        train(with_data(tiny_config(data, tmp_path / name), num_workers=workers))
+    assert_same_bits(tensors(tmp_path / "a", 8), tensors(tmp_path / "b", 8))
+    train(tiny_config(data, tmp_path / "c", seed=1))
+    assert not torch.equal(
+        tensors(tmp_path / "a", 8)["model.blocks.0.mlp.w3.weight"],
+        tensors(tmp_path / "c", 8)["model.blocks.0.mlp.w3.weight"],
+    )
+
+
+def test_micro_batches_accumulate_to_the_same_step(tmp_path, data):
+    whole = train(tiny_config(data, tmp_path / "whole", log_every=1))
+    parts = train(tiny_config(data, tmp_path / "parts", log_every=1, micro_batch_size=2))
+    for a, b in zip(whole.metrics, parts.metrics):
+        for key in ("loss", "velocity", "cosine", "repa", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
+        bins = [[x for x in row["loss_by_clock"] if x is not None] for row in (a, b)]
+        assert bins[0] == pytest.approx(bins[1], rel=1e-5)
+
+
+def test_autocast_follows_fp32(tmp_path, data):
+    fp32 = train(tiny_config(data, tmp_path / "fp32"))
+    bf16 = train(tiny_config(data, tmp_path / "bf16", precision="bf16"))
+    assert bf16.loss == pytest.approx(fp32.loss, rel=2e-2)
+    assert bf16.loss != fp32.loss
+
+
+def test_clipping_bounds_the_gradient_of_the_update(tmp_path, data):
+    """With one step of plain statistics, exp_avg = (1 - beta1) * clipped gradient."""
+    config = tiny_config(data, tmp_path / "run", max_steps=1)
+    row = [r for r in train(config).metrics if r["kind"] == "train"][0]
+    moments = [v for k, v in tensors(tmp_path / "run", 1).items() if k.endswith("exp_avg")]
+    norm = torch.cat([m.flatten() for m in moments]).norm() / (1 - config.optimizer.beta1)
+    assert row["grad_norm"] > 1.0
+    assert float(norm) == pytest.approx(config.optimizer.max_grad_norm, rel=1e-4)
+
+
+def test_rows_carry_every_figure(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", validate_every=4, sample_every=8, tensorboard=True)
+    result = train(config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == result.metrics
+    last = [r for r in rows if r["kind"] == "train"][-1]
+    assert last["step"] == 8 and last["epoch"] == pytest.approx(8 * 8 / 32) and last["skipped"] == 0
+    assert last["loss"] == pytest.approx(last["velocity"] + last["cosine"] + last["repa"], rel=1e-6)
+    assert last["images_per_s"] > 0 and last["lr"] > 0 and 0 <= last["data_wait"] < 1
+    assert [r["step"] for r in rows if r["kind"] == "validation"] == [4, 8]
+    assert (tmp_path / "run" / "samples" / "00000008.png").stat().st_size > 0
+    events = list((tmp_path / "run" / "tensorboard").glob("events*"))
+    assert events and b"train/loss" in events[0].read_bytes() and b"samples" in events[0].read_bytes()
+
+
+def test_losses_by_clock_average_to_the_loss(tmp_path, data):
+    """One step per row: bins hold 8 samples in all, so their weighted mean is the row's loss."""
+    config = tiny_config(data, tmp_path / "run", max_steps=1, log_every=1)
+    row = train(config).metrics[0]
+    job = diffusion_job(config)
+    batch = next(job.batches(0, build_engine(job, "cpu")))
+    counts = torch.bincount(job.bins(batch), minlength=10).tolist()
+    total = sum(c * m for c, m in zip(counts, row["loss_by_clock"]) if c)
+    assert total / 8 == pytest.approx(row["loss"], rel=1e-5)
+    assert [m is None for m in row["loss_by_clock"]] == [c == 0 for c in counts]
+
+
+def test_held_out_loss_does_not_depend_on_the_batch_size(tmp_path, data):
+    figures = []
+    for size in (8, 3):
+        config = tiny_config(data, tmp_path / "run", global_batch_size=size)
+        job = diffusion_job(config)
+        engine = build_engine(job, "cpu")
+        figures.append(job.evaluate(engine))
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+    assert figures[0]["loss"] == pytest.approx(figures[0]["loss_ema"])
+
+
+def test_held_out_samples_are_never_trained_on(tmp_path, data):
+    job = diffusion_job(tiny_config(data, tmp_path / "run"))
+    batches = job.batches(0, build_engine(job, "cpu"))
+    held_out = load_file(data / "part1.safetensors")["latents"][-8:]
+    seen = torch.cat([next(batches)["latents"] for _ in range(12)])[:, : MODEL.texture_channels]
+    for sample in held_out:
+        for version in (sample, sample.flip(2)):
+            assert (seen - version).abs().flatten(1).amax(1).min() > 1e-3
+
+
+def test_averaged_weights_stand_in_only_inside_their_context(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", max_steps=4)
+    job = diffusion_job(config)
+    engine = build_engine(job, "cpu")
+    batches = job.batches(0, engine)
+    for _ in range(3):
+        engine.train_step([next(batches)], 1e-2)
+    raw = {k: v.clone() for k, v in job.model.state_dict().items()}
+    with engine.ema_weights() as model:
+        name = "final_layer.linear.weight"
+        inside = model.state_dict()[name].clone()
+    assert torch.equal(inside, engine.optimizer.state[engine.named[name]]["ema"])
+    assert not torch.equal(inside, raw[name])
+    assert_same_bits(raw, job.model.state_dict())
+
+
+def test_exported_model_holds_the_averaged_weights(tmp_path, data):
+    from sfd_fast.checkpoint import load_model
+
+    result = train(tiny_config(data, tmp_path / "run"))
+    model = load_model(result.model)
+    saved = tensors(tmp_path / "run", 8)
+    for name, param in model.named_parameters():
+        wanted = saved.get(f"optimizer.{name}.ema", saved[f"model.{name}"])
+        assert torch.equal(param, wanted), name
+
+
+def test_a_nan_sample_skips_its_steps_and_is_counted(tmp_path, data):
+    """One bad sample of 32: each epoch of 4 steps has exactly one bad step; everything stays finite."""
+    bad = corrupt(tmp_path / "bad", data, rows=3)
+    result = train(tiny_config(bad, tmp_path / "run"))
+    assert [r["skipped"] for r in result.metrics if r["kind"] == "train"] == [1, 2]
+    messages = [r["message"] for r in result.metrics if r["kind"] == "event"]
+    assert len(messages) == 2 and all("not finite: step skipped" in m for m in messages)
+    state = tensors(tmp_path / "run", 8)
+    assert all(torch.isfinite(v).all() for v in state.values())
+    assert {float(v) for k, v in state.items() if k.endswith(".step")} == {6.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_skipped_steps_leave_weights_moments_and_averages_untouched(tmp_path, data, value):
+    good = tiny_config(data, tmp_path / "run", max_steps=4)
+    train(good)
+    job = diffusion_job(good)
+    engine = build_engine(job, "cpu")
+    engine.load(tmp_path / "run" / "checkpoints" / "00000004")
+    before = {k: v.clone() for k, v in {**job.model.state_dict(), **engine.optimizer_tensors()}.items()}
+    batch = dict(next(job.batches(4, engine)))
+    batch["latents"] = torch.full_like(batch["latents"], value)
+    result = engine.train_step([batch], 1e-2)
+    assert float(result.skipped) == 1
+    assert_same_bits(before, {**job.model.state_dict(), **engine.optimizer_tensors()})
+
+
+def test_too_many_bad_steps_stop_the_run_with_the_last_checkpoint_intact(tmp_path, data):
+    out = tmp_path / "run"
+    train(tiny_config(data, out, max_steps=4))
+    kept = tensors(out, 4)
+    bad = corrupt(tmp_path / "bad", data)
+    second = load_file(bad / "part1.safetensors")
+    second = {k: v * float("nan") if k.startswith("latents") else v for k, v in second.items()}
+    save_file(second, bad / "part1.safetensors")
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 7, .*checkpoint is intact.*optimizer.lr"):
+        train(tiny_config(bad, out, max_steps=20, max_bad_steps=3))
+    assert (out / "checkpoints" / "latest").read_text() == "00000004"
+    assert_same_bits(kept, tensors(out, 4))
+
+
+def test_a_spike_of_the_gradient_norm_is_noticed():
+    watch = GradNormWatch(factor=10)
+    assert all(watch.spike(1.0 + 0.01 * i) is None for i in range(30))
+    assert watch.spike(9.0) is None
+    assert watch.spike(12.0) == pytest.approx(1.15, abs=0.02)
+    assert watch.spike(1.0) is None
+
+
+def test_disk_full_while_saving_keeps_the_previous_checkpoint(tmp_path, data, monkeypatch):
+    out = tmp_path / "run"
+    write = checkpoints_module.write_tensors
+
+    def full_disk(path, values):
+        write(path, values)
+        if "00000008" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sfd_fast.training.engine.write_tensors", full_disk)
+    with pytest.raises(OSError, match="step 8 could not be written.*No space left.*the checkpoint of step 4 is intact"):
+        train(tiny_config(data, out))
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["00000004", "latest"]
+    monkeypatch.undo()
+    train(tiny_config(data, out))
+    train(tiny_config(data, tmp_path / "unbroken"))
+    assert_same_bits(tensors(out, 8), tensors(tmp_path / "unbroken", 8))
+
+
+def test_a_write_that_the_system_refuses_keeps_the_previous_checkpoint(tmp_path, data):
+    """A real failed write: the process may not write files larger than 16 kB."""
+    out = tmp_path / "run"
+    train(tiny_config(data, out, max_steps=4))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, before[1]))
+    try:
+        with pytest.raises(OSError, match="step 8 could not be written.*the checkpoint of step 4 is intact"):
+            train(tiny_config(data, out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert train(tiny_config(data, out)).step == 8
+
+
+def test_an_unwritable_directory_is_an_error_that_says_so(tmp_path, data):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="run directory .*file/run cannot be written.*train.out"):
+        train(tiny_config(data, tmp_path / "file" / "run"))
+
+
+def test_a_damaged_checkpoint_names_an_intact_one(tmp_path, data):
+    out = tmp_path / "run"
+    train(tiny_config(data, out))
+    path = out / "checkpoints" / "00000008" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"damaged \(model.safetensors has .* intact checkpoints: 00000004"):
+        train(tiny_config(data, out, max_steps=12))
+    (out / "checkpoints" / "latest").write_text("00000004")
+    assert train(tiny_config(data, out, max_steps=12)).step == 12
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, data):
+    train(tiny_config(data, tmp_path / "run", checkpoint_every=2, keep_checkpoints=2))
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["00000006", "00000008", "latest"]
+
+
+def test_another_configuration_cannot_resume_and_is_named(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", max_steps=4)
+    train(config)
+    other = replace(config, optimizer=replace(config.optimizer, beta2=0.95), model=replace(MODEL, depth=3))
+    with pytest.raises(ValueError, match="model.depth was 2 and is 3, optimizer.beta2 was 0.999 and is 0.95"):
+        train(other)
+
+
+def test_other_data_cannot_resume(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", max_steps=4)
+    train(config)
+    other = write_data(tmp_path / "other", seed=1)
+    LatentStatistics(torch.zeros(2), torch.full((2,), 2.0), torch.zeros(2), torch.ones(2)).save(other)
+    with pytest.raises(ValueError, match="was trained on other data: statistics was"):
+        train(with_data(replace(config, train=replace(config.train, max_steps=8)), path=str(other)))
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path, data):
+    train(tiny_config(data, tmp_path / "run"))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(tiny_config(data, tmp_path / "run"), resume=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"texture_channels": 3}, "has 2 texture channels, model.texture_channels is 3: set it to 2"),
+        ({"grid_size": 8}, "latents of 4 x 4, model.grid_size is 8"),
+        ({"repa_channels": 16}, "VFM features .*shape .8, 2, 2.; the REPA head predicts model.repa_channels = 16"),
+        ({"num_classes": 3}, "has label 4, but model.num_classes is 3"),
+    ],
+)
+def test_data_that_do_not_fit_the_model_are_refused(tmp_path, data, change, message):
+    config = replace(tiny_config(data, tmp_path / "run"), model=replace(MODEL, **change))
+    with pytest.raises(ValueError, match=message):
+        train(config)
+
+
+def test_missing_data_and_empty_training_sets_are_refused(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run")
+    with pytest.raises(ValueError, match="data.path is empty"):
+        train(with_data(config, path=""))
+    with pytest.raises(ValueError, match="validation_samples 40 leaves nothing of the 40 samples"):
+        train(with_data(config, validation_samples=40))
+
+
+def test_fine_tuning_starts_from_the_given_weights(tmp_path, data):
+    first = train(tiny_config(data, tmp_path / "first"))
+    config = tiny_config(data, tmp_path / "second", init_from=str(first.model), max_steps=1, log_every=1)
+    config = replace(config, optimizer=OptimizerConfig(lr=1e-12))
+    train(config)
+    source, target = tensors(tmp_path / "first", 8), tensors(tmp_path / "second", 1)
+    name = "blocks.1.attn.qkv.weight"
+    torch.testing.assert_close(target[f"model.{name}"], source[f"optimizer.{name}.ema"], rtol=0, atol=1e-8)
+
+
+def test_weights_of_another_size_cannot_start_a_run(tmp_path, data):
+    first = train(tiny_config(data, tmp_path / "first"))
+    config = tiny_config(data, tmp_path / "second", init_from=str(first.model))
+    with pytest.raises(ValueError, match="do not fit the model: .* tensors differ.*choose the model"):
+        train(replace(config, model=replace(MODEL, depth=3)))
+
+
+def test_several_ranks_need_the_deepspeed_engine(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process, but 2 ranks were launched; set train.engine to 'deepspeed'"):
+        train(tiny_config(data, tmp_path / "run"))
+
+
+def test_validation_leaves_training_mode_and_weights_alone(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run")
+    job = diffusion_job(config)
+    engine = build_engine(job, "cpu")
+    before = {k: v.clone() for k, v in job.model.state_dict().items()}
+    assert job.evaluate(engine)["loss"] > 0
+    assert job.samples(engine).dtype == torch.uint8
+    assert job.model.training
+    assert_same_bits(before, job.model.state_dict())
