@@ -1,0 +1,123 @@
+"""Training SemVAE on streamed feature shards."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import write_data
+
+from sfd_fast import streams
+from sfd_fast.config import FeatureDataConfig, OptimizerConfig, SemVAEConfig, SemVAETrainingConfig, TrainConfig
+from sfd_fast.data.shards import write_shard
+from sfd_fast.models.semvae import SemVAE, sample_posterior, semvae_loss
+from sfd_fast.training.features import FeatureLoader, FeatureShards
+from sfd_fast.training.loop import Stop
+from sfd_fast.training.semvae import run_train_semvae, semvae_terms
+from sfd_fast.transport import noise
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("latents"))
+
+
+def config(data, out, **train):
+    settings = {
+        "max_steps": 8, "global_batch_size": 8, "precision": "fp32", "log_every": 4, "validate_every": 4,
+        "sample_every": 0, "checkpoint_every": 4, "tensorboard": False,
+    } | train  # fmt: skip
+    return SemVAETrainingConfig(
+        semvae=SemVAEConfig(
+            feature_channels=8, hidden_size=16, num_heads=2, encoder_depth=1, decoder_depth=1, latent_channels=3
+        ),
+        optimizer=OptimizerConfig(lr=3e-3, ema_decay=0.0),
+        data=FeatureDataConfig(path=str(data), validation_samples=8),
+        train=TrainConfig(out=str(out), **settings),
+    )
+
+
+def train(config):
+    return run_train_semvae(config, device="cpu", progress=False)
+
+
+def last_weights(out, step):
+    return load_file(out / "checkpoints" / f"{step:08d}" / "model.safetensors")
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "linear", "mlp", "resnet"])
+def test_training_lowers_the_held_out_loss(tmp_path, data, architecture):
+    settings = config(data, tmp_path / "run", max_steps=120, validate_every=40, checkpoint_every=120)
+    settings = replace(settings, semvae=replace(settings.semvae, architecture=architecture))
+    losses = [row["loss"] for row in train(settings).metrics if row["kind"] == "validation"]
+    assert losses[-1] < losses[0]
+
+
+def test_objective_is_the_models_loss_at_its_own_noise(data, tmp_path):
+    settings = config(data, tmp_path / "run")
+    torch.manual_seed(0)
+    model = SemVAE(settings.semvae)
+    batch = FeatureLoader(FeatureShards(data), 8, 0).batch(5)
+    total, terms = semvae_terms(model, batch, settings)
+    mean, logvar = model.encode(batch["features"])
+    eps = noise(torch.arange(40, 48), (4, 3), settings.train.seed, streams.SEMVAE_NOISE)
+    expected = semvae_loss(
+        model.decode(sample_posterior(mean, logvar, eps)), batch["features"], mean, logvar, kl_weight=1e-7
+    )
+    torch.testing.assert_close(total, expected.total)
+    torch.testing.assert_close(terms["mse"].mean(), expected.mse)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, data, monkeypatch):
+    train(config(data, tmp_path / "a"))
+    with monkeypatch.context() as patch:
+        calls = iter(range(1, 100))
+        patch.setattr(Stop, "requested", lambda self: next(calls) == 5)
+        assert train(config(data, tmp_path / "b")).step == 5
+    train(config(data, tmp_path / "b"))
+    a, b = last_weights(tmp_path / "a", 8), last_weights(tmp_path / "b", 8)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_without_ema_the_exported_model_is_the_last_one(tmp_path, data):
+    from sfd_fast.checkpoint import load_semvae
+
+    result = train(config(data, tmp_path / "run"))
+    weights = last_weights(tmp_path / "run", 8)
+    for name, value in load_semvae(result.model).state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_pca_is_fitted_in_one_pass(tmp_path, data):
+    from sfd_fast.checkpoint import load_semvae
+
+    settings = config(data, tmp_path / "run")
+    settings = replace(settings, semvae=replace(settings.semvae, architecture="pca"))
+    model = load_semvae(train(settings).model)
+    shards = FeatureShards(data)
+    tokens = shards.gather(torch.arange(32), torch.zeros(32, dtype=torch.bool)).flatten(0, 1).double()
+    _, _, components = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
+    overlap = (model.pca.components.double() @ components[:3].t()).abs()
+    torch.testing.assert_close(overlap, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.pca.mean.double(), tokens.mean(0), rtol=0, atol=1e-6)
+
+
+def test_ranks_share_each_batch_and_cover_an_epoch(data):
+    shards = FeatureShards(data)
+    whole = FeatureLoader(shards, 8, seed=3).batch(2)
+    parts = [FeatureLoader(shards, 8, seed=3, rank=r, world_size=2).batch(2) for r in range(2)]
+    assert torch.equal(whole["features"], torch.cat([p["features"] for p in parts]))
+    epoch = torch.cat([FeatureLoader(shards, 8, seed=3, flip=False).batch(k)["features"] for k in range(5)])
+    everything = shards.gather(torch.arange(40), torch.zeros(40, dtype=torch.bool))
+    assert torch.equal(epoch.flatten(1)[:, 0].sort().values, everything.flatten(1)[:, 0].sort().values)
+
+
+def test_features_that_do_not_fit_are_refused(tmp_path, data):
+    settings = config(data, tmp_path / "run")
+    with pytest.raises(ValueError, match="features of 8 channels, semvae.feature_channels is 16: set it to 8"):
+        train(replace(settings, semvae=replace(settings.semvae, feature_channels=16)))
+    write_shard(tmp_path / "other" / "a.safetensors", {"latents": torch.zeros(2, 2, 4, 4)})
+    with pytest.raises(ValueError, match="has no tensor 'feats_dino', it holds latents"):
+        train(replace(settings, data=FeatureDataConfig(path=str(tmp_path / "other"))))
+    with pytest.raises(ValueError, match="data.path is empty"):
+        train(replace(settings, data=FeatureDataConfig()))
