@@ -213,12 +213,20 @@ class LightningDiT(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, t_tex: Tensor, t_sem: Tensor, labels: Tensor, *, return_features: bool = False
+        self,
+        x: Tensor,
+        t_tex: Tensor | None,
+        t_sem: Tensor | None,
+        labels: Tensor | None,
+        *,
+        return_features: bool = False,
+        condition: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity of both streams; with return_features also what the REPA head predicts.
 
         x: (B, C, grid, grid) composite [texture | semantic]; t_tex, t_sem: (B,) clocks in [0, 1], kept in fp32 (with
-        one clock only t_tex is read); labels: (B,) int64, num_classes means "no class".
+        one clock only t_tex is read); labels: (B,) int64, num_classes means "no class"; condition: (B, D) from
+        `condition`, computed beforehand, in which case clocks and labels are not read.
         Returns velocity (B, C, grid, grid), bf16 under bf16 autocast; features (B, N, F).
         Raises ValueError for another latent size, or for features of a model without a REPA head.
         """
@@ -230,7 +238,7 @@ class LightningDiT(nn.Module):
             raise ValueError("return_features needs a REPA head; this model's config has repa_channels = 0")
 
         dtype = self.pos_embed.dtype  # of the parameters; autocast casts further by itself
-        c = self._condition(t_tex, t_sem, labels)
+        c = self.condition(t_tex, t_sem, labels) if condition is None else condition
         x = self.x_embedder(x.to(dtype)) + self.pos_embed
         x = x.to(torch.bfloat16 if self.residual == "bf16" else torch.promote_types(x.dtype, torch.float32))
         cos, sin = (None, None) if self.feat_rope is None else self.feat_rope()
@@ -249,7 +257,7 @@ class LightningDiT(nn.Module):
         velocity = self._unpatchify(patches)
         return (velocity, features) if return_features else velocity
 
-    def _condition(self, t_tex: Tensor, t_sem: Tensor, labels: Tensor) -> Tensor:
+    def condition(self, t_tex: Tensor, t_sem: Tensor, labels: Tensor) -> Tensor:
         """SiLU([e_sem(t_sem) | e_tex(t_tex)] + e_label), (B, D); the first half alone with one clock."""
         dtype = self.pos_embed.dtype
         clocks = torch.stack((t_tex, t_sem) if self.config.two_clocks else (t_tex,))
