@@ -4,12 +4,16 @@ B batch, C latent channels, H and W pixels, s downsampling. Images are (B, 3, H,
 """
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from sfd_fast.config import TextureConfig
+from sfd_fast.directory import read_directory, read_safetensors, require_finite
+from sfd_fast.released import read_torch_file, state_dict_of
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -49,14 +53,14 @@ def parameter_names(config: TextureConfig) -> dict[str, str]:
     return {f"{ldm}.{leaf}": f"{name}.{leaf}" for ldm, name in layers.items() for leaf in ("weight", "bias")}
 
 
-def _renamed(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     for key in tensors:
         if key not in names:
             raise ValueError(f"parameter '{key}' belongs to no KL autoencoder of the LDM family")
     return {names[key]: value for key, value in tensors.items()}
 
 
-def from_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """LDM-named weights under diffusers' names; 1x1 convolutions of attention become Linears, losses are dropped."""
     tensors = {key: value for key, value in tensors.items() if "loss" not in key}
     renamed = _renamed(tensors, parameter_names(config_of_ldm(tensors)))
@@ -67,13 +71,13 @@ def _is_convolution(diffusers_key: str, value: Tensor) -> bool:
     return diffusers_key.endswith(SQUEEZED) and value.ndim == 4
 
 
-def to_ldm(tensors: dict[str, Tensor], config: TextureConfig) -> dict[str, Tensor]:
+def to_ldm(tensors: Mapping[str, Tensor], config: TextureConfig) -> dict[str, Tensor]:
     """The inverse of from_ldm: diffusers-named weights under LDM names."""
     widened = {key: value[:, :, None, None] if key.endswith(SQUEEZED) else value for key, value in tensors.items()}
     return _renamed(widened, {name: ldm for ldm, name in parameter_names(config).items()})
 
 
-def config_of_ldm(tensors: dict[str, Tensor]) -> TextureConfig:
+def config_of_ldm(tensors: Mapping[str, Tensor]) -> TextureConfig:
     """Architecture of LDM-named weights, read from their shapes.
 
     Raises ValueError where a part of an LDM autoencoder is missing.
@@ -137,12 +141,29 @@ class TextureCodec(nn.Module):
             )
         return self.autoencoder.decode(latents).sample
 
+    @classmethod
+    def from_ldm(cls, tensors: Mapping[str, Tensor], source: object = "the file") -> "TextureCodec":
+        """The autoencoder of LDM-named weights, in eval mode; its architecture is read from their shapes.
+
+        Raises ValueError where something is missing, unexpected or of another shape.
+        """
+        renamed = from_ldm(tensors)
+        with torch.device("meta"):
+            codec = cls(config_of_ldm(tensors))
+        expected = codec.autoencoder.state_dict()
+        wrong = [key for key in expected if key not in renamed or renamed[key].shape != expected[key].shape]
+        wrong += [key for key in renamed if key not in expected]
+        if wrong:
+            raise ValueError(
+                f"the weights of {source} do not make an LDM autoencoder: {len(wrong)} are missing, unexpected or of "
+                f"another shape, the first is '{wrong[0]}'"
+            )
+        codec.autoencoder.load_state_dict(renamed, assign=True)
+        return codec.eval()
+
     def ldm_state_dict(self) -> dict[str, Tensor]:
         """Weights under the released (LDM) names."""
         return to_ldm(self.autoencoder.state_dict(), self.config)
-
-    def load_ldm_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        self.autoencoder.load_state_dict(from_ldm(tensors), assign=True)
 
 
 class IdentityCodec(nn.Module):
@@ -183,3 +204,24 @@ def to_uint8(images: Tensor) -> Tensor:
     Source: METHOD 2 (the released decoder's rounding).
     """
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def load_texture_codec(path: str | Path) -> TextureCodec | IdentityCodec:
+    """The codec of our directory or of a released LDM file (.ckpt, .pt, .safetensors), on the CPU, in eval mode.
+
+    Raises FileNotFoundError, or ValueError for damaged, diverged or foreign weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        stored = read_directory(path)
+        if stored.kind == "identity":
+            return IdentityCodec(**stored.content["config"])
+        if stored.kind != "texture":
+            raise ValueError(f"{path} holds a model of kind '{stored.kind}', not a texture codec")
+        return TextureCodec.from_ldm(stored.tensors, path)
+    if path.suffix == ".safetensors":
+        tensors = read_safetensors(path)[0]
+    else:
+        tensors = state_dict_of(read_torch_file(path))
+    require_finite(tensors, path)
+    return TextureCodec.from_ldm(tensors, path)
