@@ -5,6 +5,8 @@ depend on a sample's place or company in the batch, results of two sizes differ 
 Letters: B micro-batch, C channels, H height, W width.
 """
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +19,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sfd_fast import streams
-from sfd_fast.config import GuidanceConfig, ModelConfig, Precision, SamplerConfig, require, to_dict
+from sfd_fast.config import (
+    GuidanceConfig,
+    ModelConfig,
+    Precision,
+    SamplerConfig,
+    SFDConfig,
+    from_dict,
+    require,
+    to_dict,
+)
 from sfd_fast.data.statistics import LatentStatistics
+from sfd_fast.directory import first_line, write_atomically
 from sfd_fast.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg
-from sfd_fast.models.texture import to_uint8
+from sfd_fast.models.texture import load_texture_codec, to_uint8
 from sfd_fast.sampler import Callback, check_solver, sample
 from sfd_fast.transport import noise, split_latents
 
 INDEX = "pipeline.json"
-"""marks a folder as a pipeline: settings and where its parts are"""
+"""marks a folder as a pipeline and holds its settings; beside it transformer/, guide/, texture_codec/, statistics/"""
 DEFAULT_MICRO_BATCH = 32
 
 
@@ -68,11 +80,12 @@ class SFDPipeline:
         precision: Precision = "fp32",
         backend: Literal["eager", "compile", "cuda_graph"] = "eager",
         device: torch.device | str | None = None,
+        training: SFDConfig | None = None,
     ) -> None:
         """model, guide: LightningDiT; codec: TextureCodec or IdentityCodec; delta_t: of the model's training.
 
         sampler, guidance: defaults of every call. precision bf16 holds the networks' weights in bf16; the state stays
-        fp32. device: default cuda where there is one.
+        fp32. device: default cuda where there is one. training: config of the model's training, saved along with it.
         Raises ValueError where the parts do not fit together or weights are not finite.
         """
         require(micro_batch_size >= 1, f"micro_batch_size {micro_batch_size} must be at least 1")
@@ -90,9 +103,28 @@ class SFDPipeline:
         self.guide = None if guide is None else guide.eval().requires_grad_(False).to(self.device, dtype)
         self.codec = codec.eval().requires_grad_(False).to(self.device)
         self.statistics = statistics.to(self.device)
-        self.delta_t = delta_t
+        self.delta_t, self.training = delta_t, training
         self.sampler = sampler or SamplerConfig()
         self.guidance = guidance or GuidanceConfig()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        guide: str | Path | None = None,
+        codec: str | Path | nn.Module | None = None,
+        statistics: LatentStatistics | None = None,
+        **options,
+    ) -> "SFDPipeline":
+        """The pipeline of a folder that save_pretrained wrote, or of that name on the Hugging Face hub ("owner/name").
+
+        source may also be a single network: a folder that training or `sfd convert` wrote, with guide (another such
+        folder) and codec (a folder or released file of a texture codec, or a codec). statistics: of the training
+        latents, where the folder holds none. options: micro_batch_size, precision, backend, device, sampler, guidance.
+        Raises FileNotFoundError, or ValueError where parts are damaged or of another data set.
+        """
+        return cls(**load_parts(local_folder(source), guide, codec, statistics) | options)
 
     @property
     def config(self) -> ModelConfig:
@@ -312,26 +344,109 @@ class SFDPipeline:
         return {"share": float((difference > 0).mean()), "largest": int(difference.max(initial=0))}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the pipeline as a folder: pipeline.json, transformer/, guide/, texture_codec/, statistics/."""
+        """Writes the pipeline as a folder that from_pretrained reads.
+
+        Raises ValueError where the weights have been cast to bf16, OSError where the place cannot be written.
+        """
         from sfd_fast.checkpoint import save_codec, save_model
 
+        require(self.precision == "fp32", "a pipeline in bf16 has lost bits of its weights: save the fp32 one")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(folder / "transformer", self.model, statistics=self.statistics.to("cpu"))
+        statistics = self.statistics.to("cpu")
+        save_model(folder / "transformer", self.model, config=self.training, statistics=statistics)
         if self.guide is not None:
-            save_model(folder / "guide", self.guide, statistics=self.statistics.to("cpu"))
+            save_model(folder / "guide", self.guide, statistics=statistics)
         save_codec(folder / "texture_codec", self.codec)
-        statistics = folder / "statistics"
-        statistics.mkdir(exist_ok=True)
-        self.statistics.to("cpu").save(statistics)
+        (folder / "statistics").mkdir(exist_ok=True)
+        statistics.save(folder / "statistics")
         index = {
             "delta_t": self.delta_t,
-            "latent_multiplier": self.statistics.multiplier,
+            "latent_multiplier": statistics.multiplier,
             "sampler": to_dict(self.sampler),
             "guidance": to_dict(self.guidance),
             "micro_batch_size": self.micro_batch_size,
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        text = json.dumps(index, indent=1) + "\n"
+        write_atomically(folder / INDEX, lambda temporary: temporary.write_text(text))
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder itself, or a download of that name from the Hugging Face hub; FileNotFoundError where neither is."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
+        raise FileNotFoundError(f"model folder {source} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source)))
+    except Exception as error:  # the hub client raises many kinds: no network, no such repository, no permission
+        raise FileNotFoundError(
+            f"{source} is neither a folder here nor a model that could be fetched from the Hugging Face hub: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def load_parts(
+    folder: Path, guide: str | Path | None, codec: str | Path | nn.Module | None, statistics: LatentStatistics | None
+) -> dict:
+    """Arguments of SFDPipeline from files; raises as from_pretrained."""
+    from sfd_fast.checkpoint import load_model, read_config, read_statistics
+
+    parts: dict = {}
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text())
+        parts["delta_t"], parts["micro_batch_size"] = index["delta_t"], index["micro_batch_size"]
+        parts["sampler"] = from_dict(SamplerConfig, index["sampler"])
+        parts["guidance"] = from_dict(GuidanceConfig, index["guidance"])
+        statistics = statistics or LatentStatistics.load(folder / "statistics", index["latent_multiplier"])
+        model_folder = folder / "transformer"
+        guide = guide or ((folder / "guide") if (folder / "guide").is_dir() else None)
+        codec = codec or folder / "texture_codec"
+        with contextlib.suppress(ValueError):  # saved without the config of its training
+            parts["training"] = read_config(model_folder)
+    else:
+        model_folder = folder
+        parts["training"] = training = read_config(model_folder)
+        parts["delta_t"] = training.transport.delta_t
+        parts["sampler"], parts["guidance"] = training.sampler, training.guidance
+        statistics = statistics or read_statistics(model_folder)
+        codec = codec or training.data.texture_codec or None
+    require(
+        statistics is not None,
+        f"{folder} holds no statistics of its latents: give those of the training cache as statistics="
+        "LatentStatistics.load(CACHE)",
+    )
+    require(codec is not None, f"{folder} names no texture codec: give its folder or file as codec=...")
+    parts["statistics"] = statistics
+    for name, place in (("model", model_folder), ("guide", guide)):
+        if place is not None:
+            parts[name] = load_model(place)
+            recorded = read_statistics(place) if Path(place).is_dir() else None
+            check_statistics(statistics, recorded, f"the {name} in {place}")
+    parts["codec"] = codec if isinstance(codec, nn.Module) else load_texture_codec(codec)
+    return parts
+
+
+def check_statistics(statistics: LatentStatistics, recorded: LatentStatistics | None, name: str) -> None:
+    """Raises ValueError where a network was trained on latents with other statistics than the given ones.
+
+    Decoding with another cache's statistics, or a guide of another cache, costs several points of FID (METHOD 2).
+    """
+    if recorded is not None and fingerprint(recorded) != fingerprint(statistics):
+        raise ValueError(
+            f"statistics of another data set: those given have the fingerprint {fingerprint(statistics)}, {name} was "
+            f"trained on latents with {fingerprint(recorded)}; use the statistics (and a guide) of the same cache"
+        )
+
+
+def fingerprint(statistics: LatentStatistics) -> str:
+    """16 hexadecimal digits that differ where any value of the statistics does."""
+    digest = hashlib.sha256(np.float64(statistics.multiplier).tobytes())
+    for name in ("texture_mean", "texture_std", "semantic_mean", "semantic_std"):
+        digest.update(getattr(statistics, name).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_parts(
