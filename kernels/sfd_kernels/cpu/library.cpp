@@ -63,15 +63,9 @@ Tensor fresh(const i64* sizes, i64 dim, ScalarType dtype) {
 }
 
 bool should_stream(const Tensor& out, i64 row) {
-  // A quarter of the last-level cache: what is written first would be gone when the next operator reads it.
-  static const i64 limit = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const i64 cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-    const i64 cache = 0;
-#endif
-    return cache > 0 ? cache / 4 : i64{8} << 20;
-  }();
+  // Twice a core's L2 cache. An ordinary store of a row first reads the line that it overwrites; measured on Zen 5, fp32
+  // width 1152, streaming makes the norm's backward 1.4 times as fast in the L3 cache and 1.6 times beyond it.
+  constexpr i64 limit = 2 << 20;
   const i64 element = static_cast<i64>(out.element_size());
   return out.numel() * element >= limit && row * element % 64 == 0 &&
          reinterpret_cast<uint64_t>(out.data_ptr()) % 64 == 0;

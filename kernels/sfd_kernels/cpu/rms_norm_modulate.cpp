@@ -47,7 +47,8 @@ static void forward(const RmsNormArgs& a, i64 begin, i64 end) {
   }
 }
 
-// One pass over a row for its two sums, one for dx and the column sums; the second finds the row in the L1 cache.
+// One pass over a row for its two sums, one for dx and the column sums; the second finds the row in the L1 cache. Each fetches
+// one of the next row's two streams: spread over both, the loads in flight limit neither.
 template <bool Stream, class X, class Y>
 static void backward(const RmsNormArgs& a, i64 begin, i64 end) {
   const i64 d = a.width;
@@ -65,6 +66,7 @@ static void backward(const RmsNormArgs& a, i64 begin, i64 end) {
       X* dx = static_cast<X*>(a.out) + row * d;
       vf squares[4] = {}, inner[4] = {};
       sweep<4>(d, [&](i64 i, auto lanes, int k) {
+        prefetch(x + d + i);
         const vf v = load(x + i, lanes);
         squares[k] += v * v;
         inner[k] += load(dy + i, lanes) * load(gain + i, lanes) * v;
@@ -72,7 +74,6 @@ static void backward(const RmsNormArgs& a, i64 begin, i64 end) {
       const float rstd = rstd_of(sum(squares), d, a.eps);
       const float mean = sum(inner) * rstd / static_cast<float>(d);
       sweep(d, [&](i64 i, auto lanes) {
-        prefetch(x + d + i);
         prefetch(dy + d + i);
         const vf x_hat = load(x + i, lanes) * rstd, grad = load(dy + i, lanes);
         put<Stream>(dx + i, rstd * (grad * load(gain + i, lanes) - x_hat * mean), lanes);
