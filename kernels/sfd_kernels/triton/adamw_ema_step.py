@@ -1,0 +1,131 @@
+"""adamw_ema_step: every tensor of the optimizer's state read once and written once, many tensors in one launch.
+
+Pointers travel as kernel arguments, so a call allocates nothing, copies nothing to the device and can be captured.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sfd_kernels.ops.adamw_ema_step import adamw_ema_step
+from sfd_kernels.triton.launch import launch, supported
+
+# 32 tensors a launch: XL has about 400, so 13 launches; 192 pointers are 1.5 of the 4 KB that kernel arguments may take.
+TENSORS = 32
+# 1024 elements on 4 warps: 8 adjacent ones a thread, two 128-bit accesses of each of four or five fp32 tensors and one of bf16
+# gradients: 10 loads in flight for each thread and few enough registers for half of the warps that an SM holds.
+BLOCK, NUM_WARPS = 1024, 4
+
+
+@triton.jit
+def _one_minus_power(log_beta, step):
+    """1 - beta^step. Near 0 the difference would cancel (1 - 0.999 keeps 14 bits): there the series of expm1."""
+    y = step * log_beta
+    series = 1.0 + y / 8.0
+    for divisor in tl.static_range(7, 1, -1):
+        series = 1.0 + y * series / divisor
+    return tl.where(y > -0.25, -y * series, 1.0 - tl.exp(y))
+
+
+@triton.jit(do_not_specialize=["sizes", "starts", "weight_decay"])
+def _step(
+    params, grads, exp_avgs, exp_avg_sqs, emas, copies, sizes, starts, lr, ema_decay, step, grad_scale, skip,
+    weight_decay, BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr,
+    EPS: tl.constexpr, TENSORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    # The last tensor whose first block is not after this program.
+    p_at, g_at, m_at, s_at = params[0], grads[0], exp_avgs[0], exp_avg_sqs[0]
+    ema_at = None if emas is None else emas[0]
+    copy_at = None if copies is None else copies[0]
+    size = tl.cast(sizes[0], tl.int64)
+    start = tl.cast(starts[0], tl.int64)
+    for i in tl.static_range(1, TENSORS):
+        if program >= starts[i]:
+            p_at, g_at, m_at, s_at = params[i], grads[i], exp_avgs[i], exp_avg_sqs[i]
+            if emas is not None:
+                ema_at = emas[i]
+            if copies is not None:
+                copy_at = copies[i]
+            size = tl.cast(sizes[i], tl.int64)
+            start = tl.cast(starts[i], tl.int64)
+    offsets = (program - start) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < tl.where(tl.load(skip) == 0, size, 0)
+    p = tl.load(p_at + offsets, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_at + offsets, mask=inside, other=0.0).to(tl.float32) * tl.load(grad_scale).to(tl.float32)
+    m = tl.load(m_at + offsets, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(s_at + offsets, mask=inside, other=0.0).to(tl.float32)
+    rate = tl.load(lr).to(tl.float32)
+    count = tl.load(step).to(tl.float32)
+    m = BETA1 * m + (1.0 - BETA1) * g
+    s = BETA2 * s + (1.0 - BETA2) * g * g
+    denominator = tl.sqrt(s) / tl.sqrt(_one_minus_power(LOG_BETA2, count)) + EPS
+    p = p * (1.0 - rate * weight_decay) - rate / _one_minus_power(LOG_BETA1, count) * m / denominator
+    tl.store(p_at + offsets, p.to(p_at.dtype.element_ty), mask=inside)
+    tl.store(m_at + offsets, m.to(m_at.dtype.element_ty), mask=inside)
+    tl.store(s_at + offsets, s.to(s_at.dtype.element_ty), mask=inside)
+    if emas is not None:
+        decay = tl.load(ema_decay).to(tl.float32)
+        ema = tl.load(ema_at + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(ema_at + offsets, (decay * ema + (1.0 - decay) * p).to(ema_at.dtype.element_ty), mask=inside)
+    if copies is not None:
+        tl.store(copy_at + offsets, p.to(copy_at.dtype.element_ty), mask=inside)
+
+
+def _groups(columns: Sequence[Sequence[Tensor]]) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Rows (param, grad, ...) in lists of at most TENSORS rows of the same dtypes; empty tensors are left out."""
+    buckets: dict[tuple, list[tuple[Tensor, ...]]] = {}
+    for row in zip(*columns):
+        if row[0].numel():
+            buckets.setdefault(tuple(tensor.dtype for tensor in row), []).append(row)
+    for rows in buckets.values():
+        for first in range(0, len(rows), TENSORS):
+            yield rows[first : first + TENSORS]
+
+
+@adamw_ema_step.triton
+def update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    emas: list[Tensor],
+    copies: list[Tensor],
+    lr: Tensor,
+    ema_decay: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    skip: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    columns = [column for column in (params, grads, exp_avgs, exp_avg_sqs, emas, copies) if column]
+    tensors = [tensor for column in columns for tensor in column]
+    if not supported(*tensors) or not all(tensor.is_contiguous() for tensor in tensors):
+        return NotImplemented
+    meta: dict[str, Any] = {"BETA1": beta1, "BETA2": beta2, "EPS": eps, "TENSORS": TENSORS, "BLOCK": BLOCK}
+    meta |= {"LOG_BETA1": math.log(max(beta1, 1e-38)), "LOG_BETA2": math.log(max(beta2, 1e-38))}
+    for rows in _groups(columns):
+        starts = [0]
+        for row in rows:
+            starts.append(starts[-1] + triton.cdiv(row[0].numel(), BLOCK))
+        num_programs = starts.pop()
+        # One compiled kernel whatever their number: the rest repeats the last tensor and starts where no program is.
+        padding = TENSORS - len(rows)
+        sizes = tuple([row[0].numel() for row in rows] + [0] * padding)
+        starts = tuple(starts + [num_programs] * padding)
+        pointers = list(zip(*rows, *[rows[-1]] * padding))
+        ema = pointers[4] if emas else None
+        copy = pointers[-1] if copies else None
+        launch(
+            _step, num_programs, *pointers[:4], ema, copy, sizes, starts, lr, ema_decay, step, grad_scale, skip,
+            weight_decay, **meta, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return None
