@@ -1,4 +1,4 @@
-"""`sfd doctor`: which parts are installed, which backends are usable here, and what would install or enable the rest."""
+"""`sfd doctor`: what is installed, which backends are usable here, and what would install or enable the rest."""
 
 import importlib.metadata
 import importlib.util
