@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Precision = Literal["fp32", "bf16"]
+TrainingPrecision = Literal["parity", "bf16", "fp16", "fp32"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -236,8 +237,8 @@ class TrainConfig:
     micro_batch_size: int = 0
     """samples per forward on one rank; 0: the whole share of a rank at once"""
     seed: int = 0
-    precision: Precision = "bf16"
-    """bf16: autocast with fp32 weights"""
+    precision: TrainingPrecision = "parity"
+    """parity: fp32 weights under bf16 autocast, as released; bf16: bf16 weights, fp32 masters; fp16: loss scaling"""
     compile: bool = False
     """torch.compile the network"""
     checkpoint_activations: float = 0.0
@@ -334,6 +335,33 @@ class TextureConfig:
 
 
 @dataclass(frozen=True)
+class DeepSpeedConfig:
+    """How the DeepSpeed engine shares the work among ranks; the JSON that DeepSpeed gets is made from it."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """what is sharded: 0 nothing, 1 moments and averages, 2 gradients too, 3 weights too"""
+    offload_optimizer: bool = False
+    """masters, moments and averages in host memory"""
+    offload_parameters: bool = False
+    """ZeRO 3: weights in host memory between uses"""
+    config_file: str = ""
+    """DeepSpeed JSON whose keys override the generated ones"""
+    timeout_s: float = 1800.0
+    """a rank that does not answer for so long ends the run with an error"""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "timeout_s")
+        require(
+            not self.offload_parameters or self.zero_stage == 3,
+            f"offload_parameters needs zero_stage 3 (weights are whole in stage {self.zero_stage})",
+        )
+        require(
+            not self.offload_optimizer or self.zero_stage >= 1,
+            "offload_optimizer needs zero_stage 1, 2 or 3: stage 0 is not sharded at all",
+        )
+
+
+@dataclass(frozen=True)
 class SFDConfig:
     """All that one diffusion training run is made from; saved with every checkpoint."""
 
@@ -344,6 +372,7 @@ class SFDConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     def __post_init__(self) -> None:
         require(
