@@ -39,6 +39,7 @@ from sfd_fast.transport import noise, split_latents
 INDEX = "pipeline.json"
 """marks a folder as a pipeline and holds its settings; beside it transformer/, guide/, texture_codec/, statistics/"""
 DEFAULT_MICRO_BATCH = 32
+BACKENDS = ("eager", "compile", "cuda_graph")
 
 
 @dataclass
@@ -90,6 +91,7 @@ class SFDPipeline:
         """
         require(micro_batch_size >= 1, f"micro_batch_size {micro_batch_size} must be at least 1")
         require(precision in ("fp32", "bf16"), f"precision '{precision}' is unknown; choose fp32 or bf16")
+        require(backend in BACKENDS, f"backend '{backend}' is unknown; choose one of {', '.join(BACKENDS)}")
         check_parts(model.config, statistics, codec, delta_t, None if guide is None else guide.config)
         for name, part in (("model", model), ("guide", guide), ("texture codec", codec)):
             if part is not None:
@@ -177,7 +179,7 @@ class SFDPipeline:
         """Labels and sample ids as (N,) int64 tensors; ValueError for what the model cannot draw."""
         labels = torch.atleast_1d(torch.as_tensor(labels)).cpu()
         require(
-            labels.dim() == 1 and not labels.is_floating_point(),
+            labels.dim() == 1 and (len(labels) == 0 or not labels.is_floating_point()),
             f"labels must be one-dimensional integers, not {labels.dtype} of shape {tuple(labels.shape)}",
         )
         labels = labels.long()
