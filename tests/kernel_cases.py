@@ -15,8 +15,6 @@ DEVICES = ["cpu"] if INTERPRET else ["cpu", pytest.param("cuda", marks=pytest.ma
 LOW_PRECISION_MODES = ["fp32", "mix"] if INTERPRET else ["fp32", "bf16", "fp16", "mix"]
 DIFFERENTIABLE = [op for op in OPS.values() if not op.mutates and op.name not in ("philox_bits", "philox_normal")]
 FORWARD = [op for op in DIFFERENTIABLE if not op.is_backward]
-NO_GRADIENT_TO = {"flow_matching_loss": (1, 2), "feature_alignment_loss": (1,), "qk_norm_rope": (3, 4)}
-"""positions of data and buffers, to which an operator passes no gradient"""
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

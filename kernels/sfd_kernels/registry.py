@@ -70,6 +70,7 @@ class Op:
     reference: plain PyTorch; its annotations are the schema, its name the operator's name.
     examples: function (make, size) -> iterator of (label, args), the one worth measuring first.
     mutates: names of the arguments that are written; such an operator has no gradient and refuses to need one.
+    constants: names of the arguments that never get a gradient, such as data and tables.
     backward: the fused backward operator, if there is one. least_bytes, flops: functions of the arguments;
     least_bytes defaults to every tensor argument once and every output once.
     """
@@ -82,12 +83,14 @@ class Op:
         flops: Callable[..., int],
         least_bytes: Callable[..., int] | None = None,
         mutates: tuple[str, ...] = (),
+        constants: tuple[str, ...] = (),
         backward: "Op | None" = None,
     ) -> None:
         self.reference = reference
         self.name = reference.__name__
         self.module = reference.__module__.rsplit(".", 1)[-1]
         self.mutates = mutates
+        self.constants = constants
         self.backward = backward
         self.flops = flops
         self.triton_kernel: Callable | None = None
@@ -208,6 +211,14 @@ class Op:
         kernel = self.triton_kernel or self.load_triton()
         outputs = NotImplemented if kernel is None else kernel(*args)
         return self._run_reference(*args) if outputs is NotImplemented else outputs
+
+    def wanting_gradients(self, args: tuple) -> tuple:
+        """args with fresh leaves that require grad in place of every tensor that the operator differentiates."""
+        wanted = [
+            isinstance(arg, Tensor) and arg.is_floating_point() and name not in self.constants
+            for name, arg in zip(self._names, args)
+        ]
+        return tuple(arg.detach().requires_grad_() if want else arg for arg, want in zip(args, wanted))
 
     # What it costs ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from kernel_cases import (
     DIFFERENTIABLE,
     FORWARD,
     LOW_PRECISION_MODES,
-    NO_GRADIENT_TO,
     assert_accurate,
     cases,
     clone,
@@ -27,19 +26,9 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 each_op = pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
 
 
-def wanting_gradients(op, args):
-    """args with requires_grad on what the operator differentiates."""
-    skipped = NO_GRADIENT_TO.get(op.name, ())
-    wanted = [
-        isinstance(arg, torch.Tensor) and arg.is_floating_point() and index not in skipped
-        for index, arg in enumerate(args)
-    ]
-    return tuple(clone(arg).requires_grad_() if want else arg for arg, want in zip(args, wanted))
-
-
 def gradients(op, args, seed=5):
     """Gradient of every differentiable argument for reproducible output gradients."""
-    args = wanting_gradients(op, args)
+    args = op.wanting_gradients(args)
     outputs = flatten(op(*args))
     generator = torch.Generator().manual_seed(seed)
     grads = [
@@ -72,7 +61,7 @@ def test_every_gradient_is_as_accurate_as_the_references(op, mode, label, device
 def test_zero_prediction_has_cosine_zero_and_no_cosine_gradient(name, device):
     op = OPS[name]
     require_kernel(op)
-    args = wanting_gradients(op, example(op, label="zero prediction", device=device))
+    args = op.wanting_gradients(example(op, label="zero prediction", device=device))
     _, cosine = op(*args)
     assert torch.equal(cosine, torch.ones_like(cosine))
     (gradient,) = torch.autograd.grad(cosine.sum(), args[0])
@@ -123,7 +112,7 @@ def test_strided_inputs_give_the_same_result(op, device):
 @pytest.mark.parametrize("op", FORWARD, ids=lambda op: op.name)
 def test_expanded_gradient_is_taken(op, device):
     require_kernel(op)
-    args = wanting_gradients(op, example(op, device=device))
+    args = op.wanting_gradients(example(op, device=device))
     leaves = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
     expanded = torch.autograd.grad(sum(o.sum() for o in flatten(op(*args))), leaves)
     outputs = flatten(op(*args))
@@ -200,7 +189,7 @@ def test_gradients_agree_with_finite_differences_in_float64(op, device):
         wanted = [clone(arg).requires_grad_() for arg in args[:2]]
         args = (*wanted, *args[2:])
     else:
-        args = wanting_gradients(op, args)
+        args = op.wanting_gradients(args)
     assert torch.autograd.gradcheck(op, args, fast_mode=True, atol=1e-6)
 
 
@@ -208,7 +197,7 @@ def test_gradients_agree_with_finite_differences_in_float64(op, device):
 @each_device
 @pytest.mark.parametrize("op", FORWARD, ids=lambda op: op.name)
 def test_second_derivatives_agree_with_finite_differences(op, device):
-    assert torch.autograd.gradgradcheck(op, wanting_gradients(op, example(op, "fp64", device=device)), fast_mode=True)
+    assert torch.autograd.gradgradcheck(op, op.wanting_gradients(example(op, "fp64", device=device)), fast_mode=True)
 
 
 @not_interpreted
@@ -216,7 +205,7 @@ def test_second_derivatives_agree_with_finite_differences(op, device):
 @each_op
 def test_opcheck(op, device):
     args = example(op, "mix", device=device)
-    torch.library.opcheck(op.overload, args if op.mutates else wanting_gradients(op, args))
+    torch.library.opcheck(op.overload, args if op.mutates else op.wanting_gradients(args))
 
 
 @not_interpreted
@@ -235,7 +224,7 @@ def test_compiles_without_graph_break(op, device):
 @pytest.mark.parametrize("op", [op for op in FORWARD if op.backward], ids=lambda op: op.name)
 def test_compiled_gradients_equal_eager_ones(op, device):
     torch._dynamo.reset()
-    args = wanting_gradients(op, example(op, "mix", device=device))
+    args = op.wanting_gradients(example(op, "mix", device=device))
     leaves = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
     compiled = torch.compile(lambda *args: op(*args), fullgraph=True)
     found = []

@@ -61,6 +61,10 @@ feature_alignment_loss_backward = Op(
     feature_alignment_loss_backward, examples=_backward_examples, flops=elements(2, 14)
 )
 feature_alignment_loss = Op(
-    feature_alignment_loss, examples=_examples, flops=elements(0, 9), backward=feature_alignment_loss_backward
+    feature_alignment_loss,
+    examples=_examples,
+    flops=elements(0, 9),
+    constants=("target",),
+    backward=feature_alignment_loss_backward,
 )
 feature_alignment_loss.register_autograd(_gradient, setup_context=_setup)

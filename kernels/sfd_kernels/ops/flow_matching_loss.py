@@ -82,6 +82,10 @@ def _gradient(ctx: Any, d_velocity: Tensor, d_cosine: Tensor) -> tuple:
 
 flow_matching_loss_backward = Op(flow_matching_loss_backward, examples=_backward_examples, flops=elements(2, 16))
 flow_matching_loss = Op(
-    flow_matching_loss, examples=_examples, flops=elements(0, 11), backward=flow_matching_loss_backward
+    flow_matching_loss,
+    examples=_examples,
+    flops=elements(0, 11),
+    constants=("x0", "x1"),
+    backward=flow_matching_loss_backward,
 )
 flow_matching_loss.register_autograd(_gradient, setup_context=_setup)

@@ -139,6 +139,7 @@ qk_norm_rope = Op(
     examples=_examples,
     flops=lambda qkv, *rest: 2 * 7 * (qkv.numel() // 3),
     least_bytes=_least_bytes,
+    constants=("cos", "sin"),
     backward=qk_norm_rope_backward,
 )
 qk_norm_rope.register_autograd(_gradient, setup_context=_setup)

@@ -1,0 +1,172 @@
+"""Timers that benchmarks share: interleaved candidates on a CPU, device time on CUDA, host time, canary, machine.
+
+On a CPU: one thread; every round runs each candidate once, in a new random order, so that a slow moment of the machine
+hits all of them; a fixed loop (the canary) is timed in every round and tells how steady the machine was.
+On CUDA: triton's do_bench (L2 flushed) with a busy-wait kernel before every sample, long enough for the host to queue
+the sample behind it: gaps between launches are not timed.
+"""
+
+import contextlib
+import ctypes
+import gc
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Steps = Sequence[Callable]
+"""What one sample runs: the first takes nothing, each further one what the one before returned; each is timed."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one step: median and 10th and 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """(high - low) / median."""
+        return (self.high - self.low) / self.median
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Timing":
+        ordered = sorted(samples)
+        last = len(ordered) - 1
+        return cls(ordered[(last + 1) // 2], ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+
+
+def spin() -> float:
+    """Milliseconds of a fixed loop of about 0.3 ms that touches no memory."""
+    start = time.perf_counter()
+    value = 0
+    for _ in range(8000):
+        value = (value * 5 + 1) & 0xFFFF
+    return (time.perf_counter() - start) * 1e3
+
+
+def steady_memory() -> None:
+    """Keeps freed memory in the process (glibc), as allocators of training processes do: page faults are not timed."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping for each large block
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never given back
+
+
+def _sample(steps: Steps, repeats: int) -> list[float]:
+    clock = time.perf_counter
+    totals = [0.0] * len(steps)
+    for _ in range(repeats):
+        value = None
+        for index, step in enumerate(steps):
+            start = clock()
+            value = step() if index == 0 else step(value)
+            totals[index] += clock() - start
+    return [total / repeats * 1e3 for total in totals]
+
+
+def interleave(
+    candidates: dict[str, Steps], *, seconds: float = 2.0, min_rounds: int = 9, max_rounds: int = 50
+) -> tuple[dict[str, list[Timing]], Timing]:
+    """Timings of every step of every candidate, and of the canary; CPU only.
+
+    Each candidate gets at least 0.5 ms a sample; rounds go on for `seconds` within the given bounds.
+    """
+    repeats, samples = {}, {name: [] for name in candidates}
+    for name, steps in candidates.items():
+        _sample(steps, 1)
+        repeats[name] = max(1, min(2000, int(0.5 / max(sum(_sample(steps, 1)), 1e-4))))
+        _sample(steps, repeats[name])
+    canary, order, chance = [], list(candidates), random.Random(0)
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        while len(canary) < min_rounds or (len(canary) < max_rounds and time.perf_counter() - start < seconds):
+            chance.shuffle(order)
+            for name in order:
+                samples[name].append(_sample(candidates[name], repeats[name]))
+            canary.append(spin())
+    finally:
+        gc.enable()
+    return {name: [Timing.of(step) for step in zip(*found)] for name, found in samples.items()}, Timing.of(canary)
+
+
+def host_us(function: Callable[[], Any], device: str, *, seconds: float = 0.05) -> float:
+    """Microseconds that the host spends in one call, the best of five loops; nothing waits for the device in a loop."""
+    for _ in range(3):
+        function()
+    start = time.perf_counter()
+    function()
+    repeats = max(5, int(seconds / 5 / max(time.perf_counter() - start, 1e-6)))
+    best = float("inf")
+    for _ in range(5):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        best = min(best, (time.perf_counter() - start) / repeats * 1e6)
+    return best
+
+
+@contextlib.contextmanager
+def backlog(seconds: float) -> Iterator[None]:
+    """Inside, do_bench's flush of the cache is followed by a busy-wait of that length on the device."""
+    from triton import runtime
+
+    driver = runtime.driver.active
+    flush = driver.clear_cache
+    cycles = int(seconds * torch.cuda.get_device_properties(0).clock_rate * 1e3)
+
+    def flush_and_wait(cache: Any) -> None:
+        flush(cache)
+        torch.cuda._sleep(cycles)
+
+    driver.clear_cache = flush_and_wait
+    try:
+        yield
+    finally:
+        driver.clear_cache = flush
+
+
+def device_time(function: Callable[[], Any], *, rep_ms: int = 100) -> Timing:
+    """Device time of function on CUDA."""
+    from triton.testing import do_bench
+
+    wait = 1.5e-6 * host_us(function, "cuda")
+    with backlog(wait):
+        rep = int(rep_ms * (1 + wait * 1e3))
+        low, median, high = do_bench(function, rep=rep, quantiles=[0.1, 0.5, 0.9])
+    return Timing(median, low, high)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a row says about where it was measured."""
+    root = Path(__file__).resolve().parents[1]
+    asked = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} thread"
+    return {"device": name, "torch": torch.__version__, "commit": commit}
+
+
+def processor() -> str:
+    """The processor's name and the widest vectors it has, from /proc/cpuinfo where there is one."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+    found = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = found.get("flags", "").split()
+    vectors = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
+    return f"{found.get('model name', platform.machine())} ({vectors})"
