@@ -4,12 +4,6 @@
 #ifdef SFD_ISA
 namespace sfd::SFD_ISA {
 
-static void store_any(void* to, Dtype dtype, i64 offset, const float* from, i64 n) {
-  with_type(dtype, [&]<class T>(T*) {
-    sweep(n, [&](i64 i, auto lanes) { store(static_cast<T*>(to) + offset + i, load(from + i, lanes), lanes); });
-  });
-}
-
 // Tasks are blocks of columns.
 void norm_reduce(const NormReduceArgs& a, i64 begin, i64 end) {
   alignas(64) float weight[kReduceColumns], scale[kReduceColumns], total[kReduceColumns], sums[kReduceColumns];
@@ -34,15 +28,15 @@ void norm_reduce(const NormReduceArgs& a, i64 begin, i64 end) {
         store(total + i, load(total + i, lanes) + (1.0f + load(scale + i, lanes)) * products, lanes);
         store(sums + i, load(weight + i, lanes) * products, lanes);
       });
-      store_any(a.dscale, a.dscale_dtype, offset, sums, n);
+      contract(at(a.dscale, a.dscale_dtype, offset), a.dscale_dtype, sums, n);
       add_tasks(a.shifts, sample);
-      store_any(a.dshift, a.dscale_dtype, offset, sums, n);
+      contract(at(a.dshift, a.dscale_dtype, offset), a.dscale_dtype, sums, n);
       if (a.gates != nullptr) {
         add_tasks(a.gates, sample);
-        store_any(a.dgate, a.dgate_dtype, offset, sums, n);
+        contract(at(a.dgate, a.dgate_dtype, offset), a.dgate_dtype, sums, n);
       }
     }
-    store_any(a.dweight, a.dweight_dtype, column, total, n);
+    contract(at(a.dweight, a.dweight_dtype, column), a.dweight_dtype, total, n);
   }
 }
 

@@ -40,8 +40,7 @@ namespace sfd::SFD_ISA {
 // to = the sample's row as floats, or zeros if there is none.
 SFD_INLINE void expand_row(float* to, const Rows& rows, i64 sample, i64 offset, i64 n) {
   if (rows.data == nullptr) return fill(to, 0.0f, n);
-  const i64 size = rows.dtype == Dtype::f32 ? 4 : 2;
-  expand(to, static_cast<const char*>(rows.data) + (sample * rows.stride + offset) * size, rows.dtype, n);
+  expand(to, at(rows.data, rows.dtype, sample * rows.stride + offset), rows.dtype, n);
 }
 
 // to = weight (1 + scale) of a sample.

@@ -106,7 +106,7 @@ static void backward(const QkArgs& a, i64 begin, i64 end) {
       T* dqkv = static_cast<T*>(a.dqkv) + token * 3 * row;
       T* to_row = Stream ? reinterpret_cast<T*>(buffer) : dqkv;
       const i64 sample = token / a.tokens, position = token % a.tokens;
-      const float* straight = a.cos + position * d;
+      const float* straight = Rope ? a.cos + position * d : nullptr;
       if constexpr (Rope) {
         const float* sin = a.sin + position * d;
         for (i64 j = 0; j < d; ++j) crossed[j] = j % 2 ? -sin[j ^ 1] : sin[j ^ 1];

@@ -369,6 +369,19 @@ SFD_INLINE void expand(float* to, const void* from, Dtype dtype, i64 n) {
   });
 }
 
+// The way back.
+SFD_INLINE void contract(void* to, Dtype dtype, const float* from, i64 n) {
+  with_type(dtype, [&]<class T>(T*) {
+    sweep(n, [&](i64 i, auto lanes) { store(static_cast<T*>(to) + i, load(from + i, lanes), lanes); });
+  });
+}
+
+SFD_INLINE i64 size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Element i of an array of a dtype.
+SFD_INLINE const void* at(const void* data, Dtype dtype, i64 i) { return static_cast<const char*>(data) + i * size_of(dtype); }
+SFD_INLINE void* at(void* data, Dtype dtype, i64 i) { return static_cast<char*>(data) + i * size_of(dtype); }
+
 SFD_INLINE void fill(float* to, float value, i64 n) {
   sweep(n, [&](i64 i, auto lanes) { store(to + i, splat(value), lanes); });
 }
