@@ -73,9 +73,9 @@ def legacy_resize(image: np.ndarray, size: int) -> np.ndarray:
     return np.einsum("ih,hwc,jw->ijc", matrix(image.shape[0]), image, matrix(image.shape[1]), optimize=True)
 
 
-# TensorFlow's blocks, branch by branch in the order of `join`. A branch is a chain of name:kernel:out[:2 or :valid] units
-# after an optional pool; a | b is a fork whose two ends are joined. Kernels are height x width; padding is "same" unless
-# the unit is strided (2) or says valid.
+# TensorFlow's blocks, branch by branch in the order of `join`. A branch is a chain of name:kernel:out units, with :2
+# for a stride and :valid for no padding, after an optional pool; a | b is a fork whose two ends are joined. Kernels are
+# height x width; padding is "same" unless the unit is strided or says valid.
 BLOCKS = {
     "5": [
         "branch1x1:1x1:64",

@@ -214,8 +214,11 @@ def _evaluate_on_rank(rank, folder, config):
 
 
 def test_two_processes_give_the_figures_of_one(config, tmp_path):
+    config = replace(config, num_reference=70)  # all of the first process's share, a part of the second's
     torch.multiprocessing.spawn(_evaluate_on_rank, (tmp_path, config), nprocs=2)
     expected = run_evaluate(config)["metrics"]
+    first = naive.precision_recall(pixels(digits(90, 2))[:70], pixels(digits(80, 1)), k=3)
+    assert (expected["precision"], expected["recall"]) == pytest.approx(first)
     for rank in range(2):
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == pytest.approx(expected, rel=1e-6)
 
