@@ -31,9 +31,10 @@ from sfd_fast.config import (
 )
 from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.directory import first_line, write_atomically
+from sfd_fast.graphs import StepRunners
 from sfd_fast.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg
 from sfd_fast.models.texture import load_texture_codec, to_uint8
-from sfd_fast.sampler import Callback, check_solver, sample
+from sfd_fast.sampler import Callback, Plan, check_solver, guidance_table, make_plan, sample, time_grid
 from sfd_fast.transport import noise, split_latents
 
 INDEX = "pipeline.json"
@@ -99,12 +100,14 @@ class SFDPipeline:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
-        self.precision, self.backend, self.micro_batch_size = precision, backend, micro_batch_size
+        self.precision, self.micro_batch_size = precision, micro_batch_size
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         self.model = model.eval().requires_grad_(False).to(self.device, dtype)
         self.guide = None if guide is None else guide.eval().requires_grad_(False).to(self.device, dtype)
         self.codec = codec.eval().requires_grad_(False).to(self.device)
         self.statistics = statistics.to(self.device)
+        self.runners = StepRunners(backend, self.device)
+        self._plans: dict = {}
         self.delta_t, self.training = delta_t, training
         self.sampler = sampler or SamplerConfig()
         self.guidance = guidance or GuidanceConfig()
@@ -247,16 +250,40 @@ class SFDPipeline:
         guidance: GuidanceConfig,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Composite latents of one full micro-batch: labels, sample_ids (B,).  Returns (B, C, H, W) float32."""
-        velocity = self.velocity(labels.to(self.device), guidance)
-        return sample(
-            velocity,
-            self.initial_noise(sample_ids, seed),
-            delta_t=self.delta_t,
-            config=sampler,
-            num_texture_channels=self.config.texture_channels,
-            callback=callback,
-        )
+        """Composite latents of one full micro-batch: labels, sample_ids (B,).
+
+        Returns (B, C, H, W) float32, overwritten by the next call.
+        """
+        labels, x0 = labels.to(self.device), self.initial_noise(sample_ids, seed)
+        if sampler.solver == "dopri5":
+            return sample(
+                self.velocity(labels, guidance),
+                x0,
+                delta_t=self.delta_t,
+                config=sampler,
+                num_texture_channels=self.config.texture_channels,
+                callback=callback,
+            )
+        plan, weights, needs_weak, grid = self._prepared(sampler, guidance)
+        weak = weak_labels = None
+        if any(needs_weak):
+            null = guidance.mode == "cfg"
+            weak = self.model if null else self.guide
+            weak_labels = torch.full_like(labels, self.config.num_classes) if null else labels
+        runner = self.runners.get(self.model, weak, self.micro_batch_size, plan)
+        runner.load(plan, weights, self.delta_t, exact=sampler.grid == "released")
+        return runner.run(x0, labels, weak_labels, needs_weak, grid, callback)
+
+    def _prepared(
+        self, sampler: SamplerConfig, guidance: GuidanceConfig
+    ) -> tuple[Plan, Tensor, list[bool], list[float]]:
+        """Plan, guidance weights, where the weak network is needed, and time grid of these settings; kept."""
+        key = (sampler, guidance)
+        if key not in self._plans:
+            plan = make_plan(sampler, self.delta_t)
+            table = guidance_table(plan, guidance, self.delta_t)
+            self._plans[key] = (plan, *table, time_grid(sampler, self.delta_t).tolist())
+        return self._plans[key]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from sfd_kernels import masked_velocity_update
 from torch import Tensor
 
-from sfd_fast.config import SamplerConfig, require
+from sfd_fast.config import GuidanceConfig, SamplerConfig, require
 from sfd_fast.guidance import Guided, Velocity, stream_weights
 from sfd_fast.transport import clocks, evaluation_mask, join_latents, split_latents, stage_mask
 
@@ -215,27 +215,26 @@ def make_plan(config: SamplerConfig, delta_t: float) -> Plan:
     return _runge_kutta_plan(config.solver, grid, delta_t, released)
 
 
-def guidance_table(plan: Plan, velocity: Velocity, delta_t: float) -> tuple[Tensor, Tensor]:
+def guidance_table(plan: Plan, guidance: GuidanceConfig | None, delta_t: float) -> tuple[Tensor, list[bool]]:
     """Weights of every evaluation, and whether the weak velocity is needed there at all.
 
     A stream that does not move needs no guidance, and where no moving stream has a weight other than 1 the weak
-    evaluation is left out.  Returns (E, 2) float64 and (E,) bool.
+    evaluation is left out.  Returns (E, 2) float64 and E booleans.
     """
-    if not isinstance(velocity, Guided):
-        return torch.ones(plan.num_evaluations, 2, dtype=torch.float64), torch.zeros(
-            plan.num_evaluations, dtype=torch.bool
-        )
-    weights = torch.stack(stream_weights(*clocks(plan.tau, delta_t), velocity.config, delta_t), dim=1)
-    weights = torch.where(plan.moves, weights, 1.0)
-    return weights, (weights != 1).any(dim=1)
+    weights = torch.ones(plan.num_evaluations, 2, dtype=torch.float64)
+    if guidance is not None and guidance.active:
+        weights = torch.stack(stream_weights(*clocks(plan.tau, delta_t), guidance, delta_t), dim=1)
+        weights = torch.where(plan.moves, weights, 1.0)
+    return weights, (weights != 1).any(dim=1).tolist()
 
 
 def _sample_fixed(
     velocity: Velocity, x0: Tensor, delta_t: float, config: SamplerConfig, num_texture_channels: int, callback: Callback
 ) -> Tensor:
     plan = make_plan(config, delta_t)
-    weights, needs_weak = guidance_table(plan, velocity, delta_t)
-    main, weak = (velocity.main, velocity.weak) if isinstance(velocity, Guided) else (velocity, None)
+    guided = isinstance(velocity, Guided)
+    main, weak = (velocity.main, velocity.weak) if guided else (velocity, None)
+    weights, needs_weak = guidance_table(plan, velocity.config if guided else None, delta_t)
     x = x0.clone()
     base = x0.clone() if plan.has_base else None
     history = x0.new_zeros(plan.num_history, *x0.shape) if plan.num_history else None
