@@ -235,7 +235,9 @@ def test_shards_of_two_encodings_do_not_mix(tmp_path):
 
 def test_a_missing_shard_is_named(tmp_path):
     make_cache(tmp_path)
-    write_json(tmp_path / "manifest.json", {"shards": {"shard000.safetensors": {}, "shard003.safetensors": {}}})
+    size = (tmp_path / "shard000.safetensors").stat().st_size
+    shards = {f"shard00{i}.safetensors": {"bytes": size} for i in (0, 3)}
+    write_json(tmp_path / "manifest.json", {"complete": True, "shards": shards})
     with pytest.raises(FileNotFoundError, match="shard003.safetensors is missing"):
         LatentShards(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
@@ -245,7 +247,7 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_an_error_in_a_worker_reaches_the_caller(tmp_path, monkeypatch):
     make_cache(tmp_path)
     shards = LatentShards(tmp_path)
-    monkeypatch.setattr(shards, "_fill", lambda *a: (_ for _ in ()).throw(OSError("gone")))
+    monkeypatch.setattr(shards, "fill", lambda *a: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(OSError, match="gone"):
         take(LatentLoader(shards, 4, seed=0), 1)
 

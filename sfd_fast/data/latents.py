@@ -4,9 +4,8 @@ Letters: N samples of the set, B samples of a batch on this rank, C channels, H,
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -14,41 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfd_fast import streams
+from sfd_fast.data import layout
 from sfd_fast.data.order import flips, shuffled_indices
 from sfd_fast.data.remote import local_shards
-from sfd_fast.data.shards import Entry, Header, map_tensors, read_header
+from sfd_fast.data.rows import RowTable
+from sfd_fast.data.shards import map_tensors, read_header
 from sfd_fast.data.statistics import LatentStatistics
-from sfd_fast.transport import split_latents
+from sfd_fast.transport import noise, split_latents
 
-TEXTURE_KEYS = ("latents", "latents_dino")
-"""in the order of their channels; PCA features of older caches (METHOD 6) count as texture"""
-SEMANTIC_KEYS = ("latents_sv",)
-FEATURES_KEY = "feats_dino"
-LABELS_KEY = "labels"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor of the cache over all shards, rows as plain bytes."""
-
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    """of one sample"""
-    plain: list[np.ndarray]
-    """per shard: (n, bytes of a row) uint8"""
-    flipped: list[np.ndarray] | None
-
-    def copy_rows(self, shards: list[int], rows: list[int], flip: list[bool], out: np.ndarray) -> None:
-        """out[i] = row rows[i] of shard shards[i]; out: (B, bytes of a row) uint8."""
-        if self.flipped is None or not any(flip):
-            plain = self.plain
-            for i, (shard, row) in enumerate(zip(shards, rows)):
-                out[i] = plain[shard][row]
-        else:
-            sources = (self.plain, self.flipped)
-            for i, (shard, row, mirrored) in enumerate(zip(shards, rows, flip)):
-                out[i] = sources[mirrored][shard][row]
+Batch = dict[str, Tensor]
 
 
 class LatentShards:
@@ -63,22 +37,28 @@ class LatentShards:
     def __init__(self, paths: str | Path | Iterable[str | Path], *, cache_folder: str | Path | None = None):
         self.folder, self.paths = local_shards(paths, cache_folder)
         headers = [read_header(path) for path in self.paths]
-        check_alike(self.paths, headers)
+        layout.check_alike(self.paths, headers)
         self.metadata = headers[0].metadata
         first = headers[0].entries
-        counts = [header.entries[LABELS_KEY].shape[0] for header in headers]
-        self._ends = np.cumsum(counts)
+        self._ends = np.cumsum([header.entries[layout.LABELS].shape[0] for header in headers])
+        self._starts = np.concatenate([[0], self._ends[:-1]])
         self._range = (0, int(self._ends[-1]))
         maps = [map_tensors(path, header) for path, header in zip(self.paths, headers)]
-        self._labels = [tensors[LABELS_KEY].numpy() for tensors in maps]
-        self._texture = [_piece(key, first[key], maps) for key in TEXTURE_KEYS if key in first]
-        self._semantic = [_piece(key, first[key], maps) for key in SEMANTIC_KEYS if key in first]
-        self._features = _piece(FEATURES_KEY, first[FEATURES_KEY], maps) if FEATURES_KEY in first else None
-        self.dtype = self._texture[0].dtype
-        self.grid = self._texture[0].shape[1:]
-        self.texture_channels = sum(piece.shape[0] for piece in self._texture)
-        self.semantic_channels = sum(piece.shape[0] for piece in self._semantic)
-        self.has_flips = all(piece.flipped is not None for piece in self._texture + self._semantic)
+
+        def table(key: str) -> RowTable:
+            flipped = [tensors[key + layout.FLIP] for tensors in maps] if key + layout.FLIP in first else None
+            return RowTable([tensors[key] for tensors in maps], flipped)
+
+        self._labels = [tensors[layout.LABELS] for tensors in maps]
+        self._label_table = RowTable(self._labels, None)
+        self._texture = [table(key) for key in layout.texture_keys(first)]
+        self._semantic = [table(key) for key in layout.semantic_keys(first)]
+        self._logvar = table(layout.TEXTURE_LOGVAR) if layout.TEXTURE_LOGVAR in first else None
+        self._features = table(layout.FEATURES) if layout.FEATURES in first else None
+        self.dtype, self.grid = self._texture[0].dtype, self._texture[0].shape[1:]
+        self.texture_channels = sum(rows.shape[0] for rows in self._texture)
+        self.semantic_channels = sum(rows.shape[0] for rows in self._semantic)
+        self.has_flips = all(rows.has_flips for rows in self._texture + self._semantic)
 
     def __len__(self) -> int:
         return self._range[1] - self._range[0]
@@ -91,6 +71,11 @@ class LatentShards:
     def feature_shape(self) -> tuple[int, ...] | None:
         """(F, h, w) of the stored VFM features, None where the cache has none."""
         return self._features.shape if self._features else None
+
+    @property
+    def max_label(self) -> int:
+        """The largest label of the whole cache."""
+        return max(int(part.max()) for part in self._labels if len(part))
 
     def slice(self, start: int, stop: int) -> "LatentShards":
         """The samples start .. stop - 1 as a set of their own (held-out data, a part of the set); shares the maps."""
@@ -112,98 +97,55 @@ class LatentShards:
             )
         return statistics
 
-    def gather(self, indices: Tensor, flip: Tensor) -> dict[str, Tensor]:
+    def gather(self, indices: Tensor, flip: Tensor) -> Batch:
         """The stored values of some samples, copied.
 
         indices: (B,) int64 in 0 .. N - 1; flip: (B,) bool, which of them are read flipped.
-        Returns {"texture": (B, C_t, H, W), "semantic": (B, C_s, H, W), "labels": (B,) int64} in the stored dtype, and
-        "features" (B, F, h, w) where the cache has them.
+        Returns {"texture": (B, C_t, H, W), "semantic": (B, C_s, H, W), "labels": (B,) int64} in the stored dtype,
+        "features" (B, F, h, w) where the cache has them, and "texture_logvar" where it holds moments (texture is then
+        the posterior's mean). Raises IndexError, or ValueError where flips are asked for and not stored.
         """
-        slot = self._slot(len(indices), features=self._features is not None, pinned=False)
-        self._fill(slot, indices, flip)
+        if flip.any() and not self.has_flips:
+            raise ValueError(f"{self.paths[0]} has no flipped latents")
+        slot = self.slot(len(indices), features=self._features is not None)
+        self.fill(slot, indices, flip)
         texture, semantic = split_latents(slot["latents"], self.texture_channels)
-        out = {"texture": texture, "semantic": semantic, "labels": slot["labels"]}
-        return out | ({"features": slot["features"]} if "features" in slot else {})
+        out = {"texture": texture, "semantic": semantic, "labels": slot["labels"].long()}
+        renamed = {"features": "features", "logvar": "texture_logvar"}
+        return out | {name: slot[key] for key, name in renamed.items() if key in slot}
 
-    def _slot(self, size: int, *, features: bool, pinned: bool) -> dict[str, Tensor]:
-        """Host memory for one batch; the latents are one raw composite."""
-        slot = {
-            "latents": torch.empty((size, self.channels, *self.grid), dtype=self.dtype, pin_memory=pinned),
-            "labels": torch.empty(size, dtype=torch.int64, pin_memory=pinned),
-            "sample_ids": torch.empty(size, dtype=torch.int64, pin_memory=pinned),
+    def slot(self, size: int, *, features: bool, pinned: bool = False) -> Batch:
+        """Host memory for one batch as it is stored; the latents are one raw composite."""
+        shapes = {
+            "latents": ((self.channels, *self.grid), self.dtype),
+            "labels": ((), self._label_table.dtype),
+            "sample_ids": ((), torch.int64),
         }
+        if self._logvar:
+            shapes["logvar"] = (self._logvar.shape, self._logvar.dtype)
         if features:
-            shape = (size, *self._features.shape)
-            slot["features"] = torch.empty(shape, dtype=self._features.dtype, pin_memory=pinned)
-        return slot
+            shapes["features"] = (self._features.shape, self._features.dtype)
+        return {
+            name: torch.empty((size, *shape), dtype=dtype, pin_memory=pinned) for name, (shape, dtype) in shapes.items()
+        }
 
-    def _fill(self, slot: dict[str, Tensor], indices: Tensor, flip: Tensor) -> None:
+    def fill(self, slot: Batch, indices: Tensor, flip: Tensor) -> None:
+        """Copies samples into a slot; arguments as in gather. Raises IndexError for indices outside the set."""
         positions = indices.numpy()
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
             raise IndexError(f"sample indices {positions.min()} to {positions.max()}; there are {len(self)} samples")
         positions = positions + self._range[0]
-        shard_numbers = np.searchsorted(self._ends, positions, side="right")
-        starts = np.concatenate([[0], self._ends])[shard_numbers]
-        shards, rows, flip_list = shard_numbers.tolist(), (positions - starts).tolist(), flip.tolist()
-        streams = split_latents(slot["latents"], self.texture_channels)
-        for stream, pieces in zip(streams, (self._texture, self._semantic)):
-            channel = 0
-            for piece in pieces:
-                target = stream[:, channel : channel + piece.shape[0]]
-                channel += piece.shape[0]
-                piece.copy_rows(shards, rows, flip_list, _row_bytes(target))
-        if "features" in slot:
-            self._features.copy_rows(shards, rows, flip_list, _row_bytes(slot["features"]))
-        slot["labels"].copy_(torch.tensor([int(self._labels[shard][row]) for shard, row in zip(shards, rows)]))
-
-
-def _row_bytes(values: Tensor) -> np.ndarray:
-    """(B, ...) whose samples are contiguous, as a (B, bytes of a sample) uint8 view."""
-    return values.view(torch.uint8).flatten(1).numpy()
-
-
-def _piece(key: str, entry: Entry, maps: list[dict[str, Tensor]]) -> Piece:
-    def rows(name: str) -> list[np.ndarray]:
-        return [tensors[name].view(torch.uint8).flatten(1).numpy() for tensors in maps]
-
-    flipped = rows(f"{key}_flip") if f"{key}_flip" in maps[0] else None
-    return Piece(key, entry.dtype, entry.shape[1:], rows(key), flipped)
-
-
-def check_alike(paths: list[str], headers: list[Header]) -> None:
-    """Raises ValueError naming the file that does not belong to the same cache as the first one."""
-    first = headers[0]
-    for name in (LABELS_KEY, TEXTURE_KEYS[0]):
-        if name not in first.entries:
-            raise ValueError(
-                f"{paths[0]} has no tensor '{name}'; it holds {', '.join(first.entries) or 'nothing'}. A latent shard "
-                "needs at least labels and latents"
-            )
-    streams = [first.entries[key] for key in TEXTURE_KEYS + SEMANTIC_KEYS if key in first.entries]
-    if any(entry.dtype != streams[0].dtype or entry.shape[2:] != streams[0].shape[2:] for entry in streams):
-        raise ValueError(
-            f"{paths[0]}: texture and semantic latents must share dtype and grid, got "
-            f"{[(entry.dtype, entry.shape) for entry in streams]}"
-        )
-    for path, header in zip(paths, headers):
-        if header.entries.keys() != first.entries.keys():
-            different = sorted(header.entries.keys() ^ first.entries.keys())
-            raise ValueError(f"{path} does not belong to the cache of {paths[0]}: they differ in tensors {different}")
-        count = header.entries[LABELS_KEY].shape[0]
-        for name, entry in header.entries.items():
-            reference = first.entries[name]
-            if (entry.dtype, entry.shape[1:]) != (reference.dtype, reference.shape[1:]):
-                raise ValueError(
-                    f"{path} does not belong to the cache of {paths[0]}: '{name}' is {entry.dtype} {entry.shape[1:]} "
-                    f"per sample, there {reference.dtype} {reference.shape[1:]}"
-                )
-            if entry.shape[0] != count:
-                raise ValueError(f"{path}: '{name}' has {entry.shape[0]} samples but there are {count} labels")
-        if header.metadata.get("fingerprint") != first.metadata.get("fingerprint"):
-            raise ValueError(
-                f"{path} was encoded with other settings than {paths[0]} (their fingerprints differ): two caches are "
-                "mixed in one folder; keep each in its own"
-            )
+        shards = np.searchsorted(self._ends, positions, side="right")
+        rows, mirrored = positions - self._starts[shards], flip.numpy()
+        texture, semantic = split_latents(slot["latents"], self.texture_channels)
+        for stream, tables in ((texture, self._texture), (semantic, self._semantic)):
+            parts = stream.split([table.shape[0] for table in tables], dim=1) if tables else ()
+            for table, part in zip(tables, parts):
+                table.gather(shards, rows, mirrored, part)
+        for name, table in (("features", self._features), ("logvar", self._logvar)):
+            if name in slot:
+                table.gather(shards, rows, mirrored, slot[name])
+        self._label_table.gather(shards, rows, np.zeros_like(mirrored), slot["labels"])
 
 
 class LatentLoader:
@@ -216,7 +158,8 @@ class LatentLoader:
     order and bytes do not depend on their number. On CUDA, slots are pinned and batch k + 1 is copied while k is used.
 
     Yields {"latents": (B, C, H, W) float32 normalised composite, "labels": (B,) int64, "sample_ids": (B,) int64 the
-    position in the run}, and "features" (B, F, h, w) in the stored dtype where features=True.
+    position in the run}, and "features" (B, F, h, w) in the stored dtype where features=True. A cache of moments is
+    sampled by (seed, position in the run), anew at every visit.
     Raises ValueError for a batch that the ranks cannot share equally, or for flips or features that the cache lacks.
     """
 
@@ -268,11 +211,15 @@ class LatentLoader:
                 "caches"
             )
 
+    @property
+    def batch_size(self) -> int:
+        """B, samples of a batch on this rank."""
+        return self.global_batch_size // self.world_size
+
     def positions(self, step: int) -> Tensor:
         """Positions in the run that this rank takes at a step, (B,) int64."""
-        size = self.global_batch_size // self.world_size
-        start = step * self.global_batch_size + self.rank * size
-        return torch.arange(start, start + size)
+        start = step * self.global_batch_size + self.rank * self.batch_size
+        return torch.arange(start, start + self.batch_size)
 
     def indices(self, positions: Tensor) -> Tensor:
         """Samples of the set at positions of the run, (B,) int64."""
@@ -280,7 +227,18 @@ class LatentLoader:
             return shuffled_indices(positions, len(self.shards), self.seed)
         return positions % len(self.shards)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def flips(self, positions: Tensor) -> Tensor:
+        """Whether the samples at positions of the run are shown flipped, (B,) bool."""
+        return flips(positions, self.seed) if self.flip else torch.zeros(len(positions), dtype=torch.bool)
+
+    def gather(self, step: int, slot: Batch) -> Batch:
+        """The raw batch of a step, as it is stored, in host memory."""
+        positions = self.positions(step)
+        self.shards.fill(slot, self.indices(positions), self.flips(positions))
+        slot["sample_ids"].copy_(positions)
+        return slot
+
+    def __iter__(self) -> Iterator[Batch]:
         """Batches from the current step on; `step` counts the batches handed out."""
         with ThreadPoolExecutor(max(self.num_workers, 1), thread_name_prefix="latents") as pool:
             batches = self._on_device(pool) if self.device.type == "cuda" else self._on_host(pool)
@@ -291,70 +249,62 @@ class LatentLoader:
             finally:
                 batches.close()
 
-    def _on_host(self, pool: ThreadPoolExecutor) -> Iterator[dict[str, Tensor]]:
-        def work(step: int, slot: dict[str, Tensor]) -> dict[str, Tensor]:
-            self._gather(step, slot)
-            fresh = {name: slot[name].clone() for name in slot if name != "latents"}
-            return {"latents": torch.addcmul(self._shift, slot["latents"], self._scale)} | fresh
+    def _normalized(self, raw: Batch) -> Batch:
+        """The batch that is handed out; overwrites float32 latents."""
+        latents = raw["latents"].float().mul_(self._scale).add_(self._shift)
+        if "logvar" in raw:
+            logvar, channels = raw["logvar"].float(), self.shards.texture_channels
+            eps = noise(raw["sample_ids"], logvar.shape[1:], self.seed, streams.TEXTURE_POSTERIOR)
+            texture, _ = split_latents(latents, channels)
+            texture[:, : logvar.shape[1]].addcmul_(torch.exp(0.5 * logvar) * eps, self._scale[: logvar.shape[1]])
+        out = {"latents": latents, "labels": raw["labels"].long(), "sample_ids": raw["sample_ids"]}
+        return out | ({"features": raw["features"]} if "features" in raw else {})
 
-        for batch, _ in self._ordered(pool, work, pinned=False):
-            yield batch
+    def _on_host(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+        def work(step: int) -> Batch:
+            return self._normalized(self.gather(step, self.shards.slot(self.batch_size, features=self.features)))
 
-    def _on_device(self, pool: ThreadPoolExecutor) -> Iterator[dict[str, Tensor]]:
+        yield from self._ordered(pool, work)
+
+    def _on_device(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
         stream = torch.cuda.Stream(self.device)
-        waiting: deque[tuple[dict[str, Tensor], torch.cuda.Event]] = deque()
+        ring = [
+            self.shards.slot(self.batch_size, features=self.features, pinned=True) for _ in range(self.num_workers + 2)
+        ]
+        copied: dict[int, torch.cuda.Event] = {}
 
-        def work(step: int, slot: dict) -> dict:
-            if "copied" in slot:
-                slot["copied"].synchronize()
-            self._gather(step, slot)
-            return slot
+        def work(step: int) -> tuple[int, Batch]:
+            # at most num_workers + 1 steps are under way, and a slot is filled again only after its copy has ended
+            place = step % len(ring)
+            if place in copied:
+                copied[place].synchronize()
+            return place, self.gather(step, ring[place])
 
-        def hand_out() -> dict[str, Tensor]:
-            batch, copied = waiting.popleft()
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(copied)
-            for value in batch.values():
-                value.record_stream(current)
-            return batch
-
-        for slot, _ in self._ordered(pool, work, pinned=True):
+        waiting: deque[tuple[Batch, torch.cuda.Event]] = deque()
+        for place, slot in self._ordered(pool, work):
             with torch.cuda.stream(stream):
-                batch = {
-                    name: slot[name].to(self.device, non_blocking=True)
-                    for name in ("latents", "labels", "sample_ids", "features")
-                    if name in slot
-                }
-                batch["latents"] = torch.addcmul(self._shift, batch["latents"], self._scale)
-                slot["copied"] = stream.record_event()
-            waiting.append((batch, slot["copied"]))
+                raw = {name: value.to(self.device, non_blocking=True) for name, value in slot.items()}
+                copied[place] = stream.record_event()
+                waiting.append((self._normalized(raw), stream.record_event()))
             if len(waiting) > 1:
-                yield hand_out()
+                batch, ready = waiting.popleft()
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(ready)
+                for value in batch.values():
+                    value.record_stream(current)
+                yield batch
 
-    def _ordered(self, pool: ThreadPoolExecutor, work, *, pinned: bool) -> Iterator[tuple[dict, int]]:
-        """work(step, slot) for every step in order, up to num_workers of them ahead, over a ring of host slots."""
-        size = self.global_batch_size // self.world_size
-        slots = deque(
-            self.shards._slot(size, features=self.features, pinned=pinned) for _ in range(self.num_workers + 2)
-        )
-        running: deque[tuple[int, Future, dict]] = deque()
+    def _ordered(self, pool: ThreadPoolExecutor, work: Callable) -> Iterator:
+        """work(step) for every step in order, up to num_workers of them ahead."""
+        if self.num_workers == 0:
+            yield from map(work, count(self.step))
+            return
+        running: deque[Future] = deque()
         try:
             for step in count(self.step):
-                slot = slots.popleft()
-                slots.append(slot)
-                if self.num_workers == 0:
-                    yield work(step, slot), step
-                    continue
-                running.append((step, pool.submit(work, step, slot), slot))
+                running.append(pool.submit(work, step))
                 if len(running) > self.num_workers:
-                    done, future, _ = running.popleft()
-                    yield future.result(), done
+                    yield running.popleft().result()
         finally:
-            for _, future, _ in running:
+            for future in running:
                 future.cancel()
-
-    def _gather(self, step: int, slot: dict[str, Tensor]) -> None:
-        positions = self.positions(step)
-        flip = flips(positions, self.seed) if self.flip else torch.zeros(len(positions), dtype=torch.bool)
-        self.shards._fill(slot, self.indices(positions), flip)
-        slot["sample_ids"].copy_(positions)

@@ -5,6 +5,7 @@ may therefore span two epochs, and nothing is dropped or repeated where N is no 
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,12 +30,17 @@ def shuffled_indices(positions: Tensor, num_samples: int, seed: int) -> Tensor:
     out = np.empty_like(offsets)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        keys = philox_bits(torch.tensor([epoch]), seed, streams.DATA_ORDER, 2 * ROUNDS)[0].tolist()
-        out[chosen] = _permute(offsets[chosen].astype(np.uint64), num_samples, keys)
+        out[chosen] = _permute(offsets[chosen].astype(np.uint64), num_samples, _round_keys(seed, int(epoch)))
     return torch.from_numpy(out)
 
 
-def _permute(values: np.ndarray, num_samples: int, keys: list[int]) -> np.ndarray:
+@lru_cache(maxsize=16)
+def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
+    words = philox_bits(torch.tensor([epoch]), seed, streams.DATA_ORDER, 2 * ROUNDS)[0].tolist()
+    return tuple(np.uint64(high << 32 | low) for low, high in zip(words[0::2], words[1::2]))
+
+
+def _permute(values: np.ndarray, num_samples: int, keys: tuple[np.uint64, ...]) -> np.ndarray:
     side = np.uint64(math.isqrt(num_samples - 1) + 1)
     values = _feistel(values, side, keys)
     outside = values >= num_samples
@@ -44,10 +50,10 @@ def _permute(values: np.ndarray, num_samples: int, keys: list[int]) -> np.ndarra
     return values.astype(np.int64)
 
 
-def _feistel(values: np.ndarray, side: np.uint64, keys: list[int]) -> np.ndarray:
+def _feistel(values: np.ndarray, side: np.uint64, keys: tuple[np.uint64, ...]) -> np.ndarray:
     left, right = np.divmod(values, side)
-    for low, high in zip(keys[0::2], keys[1::2]):
-        left, right = right, (left + _mix(right ^ np.uint64(high << 32 | low)) % side) % side
+    for key in keys:
+        left, right = right, (left + _mix(right ^ key) % side) % side
     return left * side + right
 
 

@@ -1,14 +1,13 @@
 """Shards on remote storage: fsspec addresses are copied once into a local folder, then read like local files."""
 
-import json
 import os
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
+from sfd_fast.data.manifest import MANIFEST, check_complete
 from sfd_fast.data.shards import shard_paths
 
-MANIFEST = "manifest.json"
 STATISTICS_SUFFIX = "_stats.pt"
 
 
@@ -33,13 +32,8 @@ def local_shards(
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; latent shards are a folder or *.safetensors files")
-        if path.is_dir() and (path / MANIFEST).is_file():
-            for name in json.loads((path / MANIFEST).read_text()).get("shards", {}):
-                if not (path / name).is_file():
-                    raise FileNotFoundError(
-                        f"{path / name} is missing, but {path / MANIFEST} lists it: copy it again, or run `sfd encode` "
-                        "again to make it"
-                    )
+        if path.is_dir():
+            check_complete(path, [Path(name).name for name in path.glob("*.safetensors")])
     found = shard_paths(given)
     return (given[0] if given[0].is_dir() else given[0].parent), found
 

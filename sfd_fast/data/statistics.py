@@ -32,11 +32,12 @@ class ChannelMoments:
         return cls(0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
 
     @classmethod
-    def of(cls, values: Tensor, *, chunk: int = 256) -> "ChannelMoments":
-        """Of values (B, C, ...): float64 throughout, `chunk` samples at a time, whatever dtype and size they have.
+    def of(cls, values: Tensor, *, chunk: int | None = None) -> "ChannelMoments":
+        """Of values (B, C, ...): float64 throughout, `chunk` samples at a time (None: about 32 MiB of them).
 
         Raises ValueError naming the first sample that holds NaN or infinity.
         """
+        chunk = chunk or chunk_of(values)
         moments = cls.empty(values.shape[1])
         for start in range(0, len(values), chunk):
             part = values[start : start + chunk].double().flatten(2)
@@ -60,6 +61,16 @@ class ChannelMoments:
             self.squares + other.squares + difference.square() * (self.count * other.count / count),
         )
 
+    def with_noise(self, logvar: Tensor) -> "ChannelMoments":
+        """Moments of mean + exp(logvar / 2) * standard normal, from those of the means.
+
+        The squares grow by sum(exp(logvar)). logvar: (B, C, ...), of the same samples.
+        """
+        variance, chunk = torch.zeros_like(self.squares), chunk_of(logvar)
+        for start in range(0, len(logvar), chunk):
+            variance += logvar[start : start + chunk].double().exp().flatten(2).sum(dim=(0, 2))
+        return ChannelMoments(self.count, self.mean, self.squares + variance)
+
     def std(self) -> Tensor:
         """Unbiased standard deviation, (C,) float64."""
         return (self.squares / max(self.count - 1, 1)).sqrt()
@@ -75,6 +86,11 @@ class ChannelMoments:
             torch.tensor(content["mean"], dtype=torch.float64),
             torch.tensor(content["squares"], dtype=torch.float64),
         )
+
+
+def chunk_of(values: Tensor) -> int:
+    """Samples of (B, ...) that are about 32 MiB in float64; a function of their shape alone."""
+    return max(1, 2**22 * len(values) // max(values.numel(), 1))
 
 
 def merge_all(parts: Iterable[ChannelMoments]) -> ChannelMoments:
