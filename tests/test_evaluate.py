@@ -223,6 +223,12 @@ def test_two_processes_give_the_figures_of_one(config, tmp_path):
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_figures_of_the_cpu(config):
+    expected = run_evaluate(config)["metrics"]
+    assert run_evaluate(replace(config, device="cuda"))["metrics"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_digits_features_are_the_pixels_of_an_enlarged_picture():
     small = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
     enlarged = small.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)

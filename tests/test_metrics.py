@@ -12,6 +12,8 @@ from torch import nn
 from sfd_fast.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from sfd_fast.evaluation.statistics import RunningStatistics, Statistics, load_statistics, save_statistics
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchmetrics")
+
 
 def features(num_images, width, seed, *, shift=0.0, scale=1.0):
     """Correlated, shifted rows with spectra over two decades, as real features have."""

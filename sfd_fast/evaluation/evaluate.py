@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from sfd_fast.data.ranks import Ranks
+
 from .evaluator import Evaluator, EvaluatorConfig
 from .gather import ranks
 from .images import open_images
@@ -28,18 +30,23 @@ MEANINGS = {
 class EvaluateConfig(EvaluatorConfig):
     """Options of `sfd evaluate`."""
 
-    samples: str  # npz with arr_0 (N, H, W, 3) uint8, or a folder of images
+    samples: str
+    """npz with arr_0 (N, H, W, 3) uint8, or a folder of images"""
     output: str = "metrics.json"
-    num_images: int | None = None  # only the first of them; a folder is in a fixed random order
+    num_images: int | None = None
+    """only the first of them (a folder is in a fixed random order)"""
 
 
 def run_evaluate(config: EvaluateConfig) -> dict:
     """Evaluate config.samples against config.reference; write config.output, print a table, and return what was
     written.
 
-    Under an initialised process group every rank extracts a share of the images and rank 0 writes. Raises ValueError
-    for anything wrong with the images, the reference or the weights.
+    Under torchrun, or in a process group, every rank extracts a share of the images and rank 0 writes. Raises
+    ValueError for anything wrong with the images, the reference or the weights.
     """
+    launched = Ranks.from_environment()
+    if torch.cuda.is_available() and launched.size > 1:
+        torch.cuda.set_device(launched.local_rank % torch.cuda.device_count())
     samples = open_images(config.samples, num_workers=config.num_workers)
     num_images = samples.num_images if config.num_images is None else config.num_images
     if not 2 <= num_images <= samples.num_images:

@@ -6,6 +6,7 @@ Shapes: B batch, N reference images, M samples, F features, H height, W width.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,27 +26,44 @@ NEED_REFERENCE_IMAGES = ("precision", "recall", "kid")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatorConfig:
-    """What to compare with and how. The defaults are those of OpenAI's guided-diffusion evaluator."""
+    """What to compare with and how.
 
-    reference: str  # npz with images (arr_0) and/or statistics (mu, sigma, mu_s, sigma_s), or a folder of images
-    features: str = "inception"  # inception, dinov2 (FD-DINOv2) or digits (8 x 8 pixels)
-    weights: str | None = None  # inception: file or "download" (None: torch.hub's cache); dinov2: folder or hub name
-    metrics: tuple[str, ...] = ()  # of METRICS; empty: all that the features and the reference allow
-    batch_size: int = 64  # evaluator.py
-    num_workers: int = 4  # threads that decode the images of a folder
-    device: str = "auto"  # auto: CUDA where there is a GPU, else the CPU
-    split_size: int = 5000  # evaluator.py; images per split of the Inception Score
-    num_neighbors: int = 3  # evaluator.py; k of precision and recall
-    num_reference: int = 10_000  # reference images for precision, recall and KID; OpenAI's batches hold 10,000
-    distance_precision: str = "float32"  # of precision and recall; float16: as the evaluator's graph rounds
-    kid_num_subsets: int = 100  # torch-fidelity
-    kid_subset_size: int = 1000  # torch-fidelity
-    seed: int = 0  # of KID's subsets
-    save_statistics: str | None = None  # where to write the reference's statistics, to be given as `reference` later
-    allow_size_mismatch: bool = False  # compare although samples and reference differ in height or width
+    Defaults from OpenAI's guided-diffusion evaluator (evaluator.py); KID's from torch-fidelity.
+    """
+
+    reference: str
+    """npz with images (arr_0) and/or statistics (mu, sigma, mu_s, sigma_s), or a folder of images"""
+    features: Literal["inception", "dinov2", "digits"] = "inception"
+    """inception; dinov2: FD-DINOv2; digits: 8 x 8 pixels of small images, no weights needed"""
+    weights: str | None = None
+    """inception: file, or "download" (default: torch.hub's cache); dinov2: folder or hub name"""
+    metrics: tuple[str, ...] = ()
+    """of fid, sfid, inception_score, precision, recall, kid; empty: all that features and reference allow"""
+    batch_size: int = 64
+    num_workers: int = 4
+    """threads that decode the images of a folder"""
+    device: str = "auto"
+    """auto: this process's GPU where there is one, else the CPU"""
+    split_size: int = 5000
+    """images per split of the Inception Score"""
+    num_neighbors: int = 3
+    """k of precision and recall"""
+    num_reference: int = 10_000
+    """reference images for precision, recall and KID; OpenAI's batches hold 10,000. Samples are used all"""
+    distance_precision: Literal["float32", "float16"] = "float32"
+    """of precision and recall; float16: as the evaluator's TensorFlow graph rounds"""
+    kid_num_subsets: int = 100
+    kid_subset_size: int = 1000
+    seed: int = 0
+    """of KID's subsets"""
+    save_statistics: str | None = None
+    """where to write the reference's statistics, to be given as reference later"""
+    allow_size_mismatch: bool = False
+    """compare although samples and reference differ in height or width"""
     progress: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", tuple(self.metrics))  # a JSON or YAML file gives a list
         if self.features not in FEATURE_KINDS:
             raise ValueError(f"features {self.features!r} are unknown: {', '.join(FEATURE_KINDS)}")
         unknown = [name for name in self.metrics if name not in METRICS]
@@ -81,7 +99,7 @@ class Evaluator:
 
     def __init__(self, config: EvaluatorConfig):
         self.config = config
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        auto = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(auto if config.device == "auto" else config.device)
         stored, images = _open_reference(config)
         self.extractor = build_extractor(config.features, config.weights, device=self.device)

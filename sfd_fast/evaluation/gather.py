@@ -23,9 +23,9 @@ def share(num_items: int) -> tuple[int, int]:
     return num_items * rank // world_size, num_items * (rank + 1) // world_size
 
 
-def _device(tensor: Tensor) -> torch.device:
-    """Where the backend can send from: NCCL knows only CUDA tensors."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor.device
+def _device() -> torch.device:
+    """Where the backend can gather from: NCCL knows only CUDA tensors, gloo gathers only CPU tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def gather_rows(rows: Tensor) -> Tensor | None:
@@ -33,7 +33,7 @@ def gather_rows(rows: Tensor) -> Tensor | None:
     rank, world_size = ranks()
     if world_size == 1:
         return rows
-    sent = rows.to(_device(rows))
+    sent = rows.to(_device())
     counts = torch.empty(world_size, dtype=torch.int64, device=sent.device)
     dist.all_gather(list(counts.split(1)), torch.tensor([len(rows)], device=sent.device))
     counts = counts.tolist()
