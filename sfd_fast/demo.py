@@ -56,6 +56,8 @@ class DemoConfig:
     guide_steps: int = 300
     guidance_scale: float = 1.5
     """AutoGuidance weight; the released models use 1.5 and 1.6 (METHOD 5)"""
+    num_steps: int = 25
+    """solver steps, of two network evaluations each"""
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -193,7 +195,7 @@ def assemble(config: DemoConfig, folder: Path, main: TrainResult, guide: TrainRe
         main.model,
         guide=guide.model,
         codec=IdentityCodec(DIGITS.texture_channels, downsampling=2),
-        sampler=SamplerConfig(solver="heun", num_steps=25),
+        sampler=SamplerConfig(solver="heun", num_steps=config.num_steps),
         guidance=GuidanceConfig(mode="autoguidance", scale=config.guidance_scale),
         micro_batch_size=100,
         device="cpu",
