@@ -259,6 +259,8 @@ class TrainConfig:
     """a gradient norm above this multiple of its running median is reported"""
     init_from: str = ""
     """weights to start from (our directory or a released .pt); empty: random"""
+    init_classes: Literal["same", "new"] = "same"
+    """new: the label table starts anew, but for the null class, because the classes are others"""
     engine: Literal["torch", "deepspeed"] = "torch"
     """torch: one process; deepspeed: one or many ranks, see `deepspeed`"""
     num_sample_images: int = 16
@@ -419,6 +421,7 @@ class SemVAETrainingConfig:
             out="runs/semvae", max_steps=1_000_000, global_batch_size=64, sample_every=0, checkpoint_every=20_000
         )
     )
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
 
 def to_dict(config: object) -> dict:

@@ -3,13 +3,15 @@
     <out>/checkpoints/00001000/   state.json, *.safetensors; state.json lists every file with its size
     <out>/checkpoints/latest      the name of the folder to resume from
 
-A process killed at any moment leaves either the old pointer with its folder or the new one.
+A process killed at any moment leaves either the old pointer with its folder or the new one. With several ranks each
+writes its own files and a mark that they are durable; rank 0 publishes when all marks are there.
 """
 
 import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from torch import Tensor
 POINTER = "latest"
 STATE = "state.json"
 TEMPORARY = ".writing-"
+DONE, FAILED = ".done-", ".failed-"
 
 
 class Checkpoints:
@@ -27,13 +30,14 @@ class Checkpoints:
 
     save(step, write, state): `write(folder)` puts the files into a temporary folder; then it is made durable and
     renamed, the pointer moves, and all but the newest `keep` folders are deleted. With background=True this happens in
-    a thread; the next save or `wait` raises what went wrong there. At most one save runs at a time.
-    Raises OSError naming the step that did not get saved and the one that is still good.
+    a thread; the next save or `wait` raises what went wrong there. At most one save runs at a time. Every rank calls
+    save. Raises OSError naming the step that did not get saved and the one that is still good.
     """
 
-    def __init__(self, root: Path, *, keep: int):
+    def __init__(self, root: Path, *, keep: int, rank: int = 0, world_size: int = 1, timeout_s: float = 1800.0):
         self.root = root
         self.keep = keep
+        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
 
@@ -86,26 +90,59 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits for a save in the background and raises its error."""
+        failure = self.finish()
+        if failure is not None:
+            raise failure
+
+    def finish(self) -> BaseException | None:
+        """Waits for a save in the background and returns its error, if there was one."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
         failure, self.failure = self.failure, None
-        if failure is not None:
-            raise failure
+        return failure
 
     def write(self, step: int, write: Callable[[Path], None], state: dict) -> None:
         temporary = self.root / f"{TEMPORARY}{step:08d}"
         if self.pointed_step() == step and not damage(self.folder(step)):
             return
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            temporary.mkdir(parents=True, exist_ok=True)
             write(temporary)
-            self.publish(step, temporary, state)
+            if self.world_size > 1:
+                self.mark(temporary)
+            if self.rank == 0:
+                self.wait_for_ranks(temporary)
+                self.publish(step, temporary, state)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                (temporary / f"{FAILED}{self.rank}").touch()
             raise self.explained(step, error) from error
+
+    def mark(self, temporary: Path) -> None:
+        """Makes this rank's files durable, then says so."""
+        for path in temporary.glob(f"*-{self.rank:05d}.*"):
+            fsync(path)
+        (temporary / f"{DONE}{self.rank}").touch()
+
+    def wait_for_ranks(self, temporary: Path) -> None:
+        """Returns when every rank's mark is there; OSError where a rank failed or stayed silent for timeout_s."""
+        deadline = time.monotonic() + self.timeout_s
+        while self.world_size > 1:
+            failed = [p.name.removeprefix(FAILED) for p in temporary.glob(f"{FAILED}*")]
+            if failed:
+                raise OSError(f"rank {', '.join(failed)} could not write its part")
+            marks = list(temporary.glob(f"{DONE}*"))
+            if len(marks) == self.world_size:
+                for mark in marks:
+                    mark.unlink()
+                return
+            if time.monotonic() > deadline:
+                missing = self.world_size - len(marks)
+                raise OSError(f"{missing} of {self.world_size} ranks wrote nothing within {self.timeout_s:g} s")
+            time.sleep(0.005)
 
     def publish(self, step: int, temporary: Path, state: dict) -> None:
         """Makes a filled temporary folder durable, renames it, moves the pointer and deletes old checkpoints."""

@@ -28,7 +28,7 @@ FREE_TRAIN_KEYS = frozenset(
     for key in (
         "out", "max_steps", "micro_batch_size", "compile", "checkpoint_activations", "attention", "log_every",
         "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "spike_factor",
-        "init_from", "engine", "num_sample_images", "tensorboard", "dry_run",
+        "init_from", "init_classes", "engine", "num_sample_images", "tensorboard", "dry_run",
     )
 )  # fmt: skip
 FREE_KEYS = FREE_TRAIN_KEYS | {
@@ -115,11 +115,14 @@ def initial_model(config: SFDConfig) -> LightningDiT:
 
 def load_initial_weights(model: LightningDiT, config: SFDConfig) -> None:
     """Fine-tuning: copies the weights of train.init_from. ValueError names what does not fit."""
-    from sfd_fast.checkpoint import load_model, load_released
+    from sfd_fast.checkpoint import load_model
 
     path = Path(config.train.init_from)
-    source = load_released(path) if path.suffix in (".pt", ".pth", ".ckpt") else load_model(path)
-    given, wanted = source.state_dict(), model.state_dict()
+    given, wanted = load_model(path).state_dict(), model.state_dict()
+    table = "y_embedder.embedding_table.weight"
+    if config.train.init_classes == "new" and given[table].shape[1:] == wanted[table].shape[1:]:
+        # the null class, the last row, means the same in both
+        given[table] = torch.cat([wanted[table][:-1], given[table][-1:]])
     different = [k for k in wanted if k not in given or given[k].shape != wanted[k].shape]
     different += [k for k in given if k not in wanted]
     if different:
@@ -128,6 +131,7 @@ def load_initial_weights(model: LightningDiT, config: SFDConfig) -> None:
         raise ValueError(
             f"weights in train.init_from {path} do not fit the model: {len(different)} tensors differ, the first is "
             f"{key} ({shapes[0]} there, {shapes[1]} here); choose the model that the weights were trained with"
+            + ("; train.init_classes 'new' starts the label table anew" if different == [table] else "")
         )
     model.load_state_dict(given)
 
@@ -264,19 +268,20 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         share = sample_tau(batch["sample_ids"], config.transport, seed) / (1 + config.transport.delta_t)
         return (share * CLOCK_BINS).long().clamp(0, CLOCK_BINS - 1)
 
-    def export(folder: Path, state: dict[str, Tensor]) -> None:
+    def export(folder: Path, state: dict[str, Tensor], step: int) -> None:
         from sfd_fast.checkpoint import save_model
 
         with torch.device("meta"):
             averaged = LightningDiT(config.model)
         averaged.load_state_dict(state, assign=True)
-        save_model(folder, averaged, statistics=statistics, config=config)
+        save_model(folder, averaged, statistics=statistics, config=config, card={"step": step})
 
     decode = decode or texture_decoder(config)
     return Job(
         config=config,
         train=config.train,
         optimizer=config.optimizer,
+        deepspeed=config.deepspeed,
         model=model,
         objective=objective,
         terms=term_names(config),

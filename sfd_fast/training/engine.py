@@ -69,6 +69,9 @@ class Engine(Protocol):
     def barrier(self) -> None:
         """Waits for all ranks."""
 
+    def close(self) -> None:
+        """Ends what runs beside the steps; the engine is not used afterwards."""
+
     def autocast(self) -> torch.autocast:
         """The precision of a forward pass."""
 
@@ -182,6 +185,9 @@ class TorchEngine:
         return flag
 
     def barrier(self) -> None:
+        return None
+
+    def close(self) -> None:
         return None
 
     def notes(self, state: dict) -> list[str]:

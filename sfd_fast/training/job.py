@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sfd_fast.config import OptimizerConfig, TrainConfig
+from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from sfd_fast.training.engine import Batch, Engine, Objective
 
 
@@ -18,14 +18,15 @@ class Job:
     """the whole configuration dataclass; saved with every checkpoint"""
     train: TrainConfig
     optimizer: OptimizerConfig
+    deepspeed: DeepSpeedConfig
     model: nn.Module
     objective: Objective
     terms: tuple[str, ...]
     """names of the loss terms that the objective returns"""
     batches: Callable[[int, "Engine"], Iterator[Batch]]
     """(start step, engine) -> this rank's share of the batch of every step from there on, on the engine's device"""
-    export: Callable[[Path, dict[str, Tensor]], None]
-    """(folder, state dict) -> writes a loadable model"""
+    export: Callable[[Path, dict[str, Tensor], int], None]
+    """(folder, state dict, step) -> writes a loadable model"""
     evaluate: Callable[[Engine], dict[str, float]] | None = None
     """figures on held-out data, or None where there is none"""
     samples: Callable[[Engine], Tensor] | None = None

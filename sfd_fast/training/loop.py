@@ -273,7 +273,10 @@ def run_job(job: Job, engine: Engine, *, resume: bool = True, progress: bool = T
     train = job.train
     folder = Path(train.out)
     leader = engine.rank == 0
-    checkpoints = Checkpoints(folder / "checkpoints", keep=train.keep_checkpoints)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", keep=train.keep_checkpoints, rank=engine.rank, world_size=engine.world_size,
+        timeout_s=job.deepspeed.timeout_s,
+    )  # fmt: skip
     run = Run(job, engine)
     latest = checkpoints.latest() if resume else None
     if latest is not None:
@@ -284,6 +287,7 @@ def run_job(job: Job, engine: Engine, *, resume: bool = True, progress: bool = T
     prepare_directory(folder, job.config, resume=resume, write=leader)
     if leader:
         checkpoints.clean()
+    engine.barrier()
     log = RunLog(
         folder, start_step=run.step, max_steps=train.max_steps, write=leader, progress=progress,
         tensorboard=train.tensorboard, unit=job.unit,
@@ -298,8 +302,8 @@ def run_job(job: Job, engine: Engine, *, resume: bool = True, progress: bool = T
         model = None if stopped else export_model(run, folder)
     finally:
         log.close()
-        with contextlib.suppress(OSError):  # an error of the loop itself matters more than that of a write behind it
-            checkpoints.wait()
+        checkpoints.finish()  # an error of the loop itself matters more than that of a write behind it
+        engine.close()
     return TrainResult(folder, run.step, model, log.rows, preempted=stopped)
 
 
@@ -351,7 +355,7 @@ def export_model(run: Run, folder: Path) -> Path:
     target = folder / "model"
     state = run.engine.export()
     if run.engine.rank == 0:
-        replace_folder(target, lambda temporary: run.job.export(temporary, state))
+        replace_folder(target, lambda temporary: run.job.export(temporary, state, run.step))
     run.engine.barrier()
     return target
 

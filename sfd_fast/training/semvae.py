@@ -57,10 +57,10 @@ def validation_loss(engine: Engine, config: SemVAETrainingConfig, shards: Featur
     return {"loss": sum(means.values())} | means
 
 
-def save_semvae(folder: Path, model: SemVAE) -> None:
+def save_semvae(folder: Path, model: SemVAE, step: int) -> None:
     from sfd_fast.checkpoint import save_model
 
-    save_model(folder, model)
+    save_model(folder, model, card={"step": step})
 
 
 def load_features(config: SemVAETrainingConfig) -> tuple[FeatureShards, FeatureShards | None]:
@@ -104,15 +104,16 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
             )
         )
 
-    def export(folder: Path, state: dict[str, Tensor]) -> None:
+    def export(folder: Path, state: dict[str, Tensor], step: int) -> None:
         averaged = SemVAE(config.semvae)
         averaged.load_state_dict(state)
-        save_semvae(folder, averaged)
+        save_semvae(folder, averaged, step)
 
     return Job(
         config=config,
         train=config.train,
         optimizer=config.optimizer,
+        deepspeed=config.deepspeed,
         model=model,
         objective=lambda network, batch: semvae_terms(network, batch, config),
         terms=TERMS,
@@ -120,7 +121,7 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
         export=export,
         evaluate=None if held_out is None else lambda engine: validation_loss(engine, config, held_out),
         identity={"num_samples": len(shards)},
-        free_keys=FREE_TRAIN_KEYS | {"data.path"},
+        free_keys=FREE_TRAIN_KEYS | {"data.path", "deepspeed.*"},
         num_samples=len(shards),
     )
 
@@ -136,7 +137,7 @@ def fit_pca(config: SemVAETrainingConfig) -> TrainResult:
     starts = range(0, len(shards), size)
     chunks = (torch.arange(start, min(start + size, len(shards))) for start in starts)
     model.pca.fit(shards.gather(indices, plain[: len(indices)]) for indices in chunks)
-    replace_folder(folder / "model", lambda temporary: save_semvae(temporary, model))
+    replace_folder(folder / "model", lambda temporary: save_semvae(temporary, model, 0))
     return TrainResult(folder, 0, folder / "model")
 
 
