@@ -130,9 +130,13 @@ def _does_not_fit(name: str, device_type: str, capability: int, dtype: torch.dty
 
 
 def _order(capability: int) -> tuple[str, ...]:
-    """Best first. flash-attn 3 is written for Hopper (capability 9), 4 for Blackwell (10 and above)."""
+    """Best first. flash-attn 3 is written for Hopper (capability 9), 4 for Blackwell (10 and above).
+
+    xformers stands behind SDPA, so "auto" never takes it: torch carries the same flash 2 and CUTLASS kernels and
+    cuDNN's, and a wheel built for another torch imports without its own.
+    """
     newest = ("flash3", "flash4") if capability == 9 else ("flash4", "flash3")
-    return (*newest, "flash2", "xformers", "sdpa")
+    return (*newest, "flash2", "sdpa", "xformers")
 
 
 def _capability(device_type: str) -> int:
