@@ -40,6 +40,10 @@ COMMANDS: dict[str, Command] = {
         "train the semantic autoencoder on VFM features",
     ),
     "sample": Command("sfd_fast.generate:SampleConfig", "sfd_fast.generate:run_sample", "generate images"),
+    "evaluate": Command(
+        "sfd_fast.evaluation.evaluate:EvaluateConfig", "sfd_fast.evaluation.evaluate:run_evaluate",
+        "FID, sFID, Inception Score, precision, recall and KID of generated images",
+    ),
     "convert": Command(
         "sfd_fast.convert:ConvertConfig", "sfd_fast.convert:run_convert", "released formats to ours and back"
     ),
@@ -142,9 +146,8 @@ def normalized(word: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. User mistakes (ValueError, OSError, ImportError) are one line and exit code 1; bugs keep their trace.
-
-    SFD_TRACEBACK=1 keeps every trace.
+    """Entry point. User mistakes (ValueError, OSError, ImportError) are one line and exit code 1; bugs keep their
+    trace, and SFD_TRACEBACK=1 keeps every trace.
     """
     argv = sys.argv[1:] if argv is None else argv
     # launchers put --local_rank before the command's own flags
