@@ -271,4 +271,4 @@ def report(out: Path, metrics: dict) -> None:
         ("metrics.json", "the figures above"),
         ("model", f"the trained pipeline: sfd sample --model {out / 'model'}"),
     ):
-        print(f"    {str(out / name):<28}{what}")
+        print(f"    {str(out / name):<{len(str(out)) + 15}}{what}")
