@@ -12,9 +12,9 @@ FILES = sorted(ROOT.glob("sfd_fast/**/*.py")) + sorted(ROOT.glob("kernels/sfd_ke
 
 # a module may import from its own layer and from layers above it in this table
 LAYERS = [
-    ["config", "presets", "streams", "pictures"],
+    ["config", "presets", "streams", "pictures", "directory", "released"],
     ["models", "transport"],
-    ["data", "checkpoint", "released", "released_config", "guidance"],
+    ["data", "checkpoint", "released_config", "released_semvae", "guidance"],
     ["sampler", "adaptive"],
     ["graphs"],
     ["evaluation", "pipeline", "training", "generate", "convert", "digits", "doctor"],
