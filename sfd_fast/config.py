@@ -190,12 +190,18 @@ class OptimizerConfig:
     """decay min(ema_decay, (1 + n) / (10 + n)) at update n = 0, 1, ...: early averages follow the weights"""
     extra_ema_decays: tuple[float, ...] = ()
     """further averages of the weights, kept in the optimizer's state as ema_1, ema_2, ..."""
+    moments: Precision = "fp32"
+    """dtype of the Adam moments (adamw_ema only); bf16 saves 4 bytes a parameter"""
     name: Literal["adamw_ema", "torch_fused", "deepspeed", "apex"] = "adamw_ema"
     """adamw_ema: AdamW and EMA in one pass; the others: that library's fused AdamW followed by an EMA pass"""
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "eps")
         object.__setattr__(self, "extra_ema_decays", tuple(self.extra_ema_decays))  # a JSON or YAML file gives a list
+        require(
+            self.moments == "fp32" or self.name == "adamw_ema",
+            f"moments in {self.moments} need the optimizer adamw_ema; {self.name} keeps them in fp32",
+        )
         for decay in self.extra_ema_decays:
             require(0 <= decay < 1, f"extra_ema_decays {self.extra_ema_decays} must all be in [0, 1)")
         for name in ("beta1", "beta2", "ema_decay"):

@@ -87,9 +87,45 @@ def test_micro_batches_accumulate_to_the_same_step(tmp_path, data):
 
 def test_autocast_follows_fp32(tmp_path, data):
     fp32 = train(tiny_config(data, tmp_path / "fp32"))
-    bf16 = train(tiny_config(data, tmp_path / "bf16", precision="bf16"))
-    assert bf16.loss == pytest.approx(fp32.loss, rel=2e-2)
-    assert bf16.loss != fp32.loss
+    for precision in ("parity", "bf16"):
+        low = train(tiny_config(data, tmp_path / precision, precision=precision))
+        assert low.loss == pytest.approx(fp32.loss, rel=2e-2)
+        assert low.loss != fp32.loss
+
+
+def test_bf16_weights_have_fp32_masters_and_fp32_norms(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", precision="bf16")
+    job = diffusion_job(config)
+    engine = build_engine(job, "cpu")
+    batches = job.batches(0, engine)
+    for _ in range(3):
+        engine.train_step([next(batches)], 1e-2)
+    kept = {n for n, p in job.model.named_parameters() if p.dtype == torch.float32}
+    assert {"pos_embed", "blocks.0.norm1.weight", "blocks.1.attn.q_norm.weight"} <= kept
+    assert not any(n.endswith(("bias", "proj.weight", "w12.weight", "embedding_table.weight")) for n in kept)
+    for name, param in job.model.named_parameters():
+        if name not in kept:
+            master = engine.named[name]
+            assert param.dtype == torch.bfloat16 and master.dtype == torch.float32
+            assert torch.equal(param, master.bfloat16())
+            assert not torch.equal(param.float(), master)
+            assert engine.optimizer.state[master]["ema"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["parity", "bf16"])
+def test_low_precision_runs_resume_to_the_same_bits(tmp_path, data, precision, monkeypatch):
+    train(tiny_config(data, tmp_path / "a", precision=precision))
+    with monkeypatch.context() as patch:
+        calls = iter(range(1, 100))
+        patch.setattr("sfd_fast.training.loop.Stop.requested", lambda self: next(calls) == 3)
+        train(tiny_config(data, tmp_path / "b", precision=precision))
+    train(tiny_config(data, tmp_path / "b", precision=precision))
+    assert_same_bits(tensors(tmp_path / "a", 8), tensors(tmp_path / "b", 8))
+
+
+def test_loss_scaling_needs_the_other_engine(tmp_path, data):
+    with pytest.raises(ValueError, match="'fp16' needs loss scaling.*use engine 'deepspeed'"):
+        train(tiny_config(data, tmp_path / "run", precision="fp16"))
 
 
 def test_clipping_bounds_the_gradient_of_the_update(tmp_path, data):

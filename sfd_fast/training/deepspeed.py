@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from sfd_fast.training.checkpoints import Checkpoints, read_state, write_atomically
 from sfd_fast.training.deepspeed_config import batch_shares, generate
-from sfd_fast.training.engine import Batch, Objective, StepResult
+from sfd_fast.training.engine import Batch, Objective, StepResult, stays_fp32
 from sfd_fast.training.job import Job
 from sfd_fast.training.optimizer import AdamWEMA, build_optimizer, ema_names
-from sfd_fast.training.sharded import WEIGHT, Piece, StateReader, snapshot_pieces, write_pieces
+from sfd_fast.training.sharded import WEIGHT, Piece, StateReader, restore, snapshot_pieces, write_pieces
 
 INSTALL = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -75,12 +75,6 @@ class Place:
         rank = int(environment["RANK"])
         local_rank = int(environment.setdefault("LOCAL_RANK", str(rank)))
         return cls(rank, local_rank, int(environment["WORLD_SIZE"]))
-
-
-def stays_fp32(model: nn.Module) -> list[str]:
-    """Parameters that keep fp32 when weights have 16 bits: norm weights (1-D, no bias) and whatever is frozen."""
-    named = model.named_parameters()
-    return [n for n, p in named if not p.requires_grad or (p.dim() == 1 and n.endswith("weight"))]
 
 
 def take_out(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
@@ -356,11 +350,11 @@ class DeepSpeedEngine:
         with StateReader(folder) as reader:
             shards = list(self.shards()) if self.stage else [(n, p, 0, 0, p.numel()) for n, p in self.named.items()]
             for name, flat, offset, start, count in shards:
-                self.check_size(reader, name)
+                reader.check_size(name, self.shapes[name])
                 restore(reader, self.optimizer, name, flat, offset, start, count)
             for name, value in self.kept.items():
                 if value.requires_grad:
-                    self.check_size(reader, name)
+                    reader.check_size(name, value.shape)
                     restore(reader, self.beside, name, value, 0, 0, value.numel())
         self.optimizer.share_steps()
         for field, value in state.get("deepspeed", {}).get("loss_scaler", {}).items():
@@ -368,13 +362,6 @@ class DeepSpeedEngine:
         self.engine.global_steps = state["step"]
         self.engine.micro_steps = state["step"] * self.accumulation
         self.refresh()
-
-    def check_size(self, reader: StateReader, name: str) -> None:
-        if reader.size(name) != self.shapes[name].numel():
-            raise ValueError(
-                f"checkpoint {reader.folder} has {reader.size(name)} elements of {name}, the model "
-                f"{self.shapes[name].numel()}: it belongs to a model of another size"
-            )
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -450,26 +437,6 @@ class DeepSpeedEngine:
                 f"saved by {state['world_size']} ranks, resumed by {self.world_size}: equal to rounding, not to the bit"
             ]
         return []
-
-
-def restore(
-    reader: StateReader, optimizer: AdamWEMA, name: str, flat: Tensor, offset: int, start: int, count: int
-) -> None:
-    """Fills elements of one flat tensor and of its optimizer state from a checkpoint."""
-    place = slice(offset, offset + count)
-    flat.detach().view(-1)[place] = reader.read(name, WEIGHT, start, start + count).to(flat)
-    fields = reader.fields(name)
-    if "step" not in fields:
-        return
-    if not optimizer.state.get(flat):
-        optimizer.init_state(flat, torch.zeros((), device=flat.device))
-    state = optimizer.state[flat]
-    state["step"].copy_(reader.step(name))
-    for key in state:
-        if key != "step":
-            if key not in fields:
-                raise ValueError(f"checkpoint {reader.folder} has no {key} of {name}: other optimizer.extra_ema_decays")
-            state[key].view(-1)[place] = reader.read(name, key, start, start + count).to(state[key])
 
 
 def quiet(deepspeed, rank: int) -> None:

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sfd_fast.config import OptimizerConfig, TrainConfig
+from sfd_fast.config import OptimizerConfig, TrainConfig, require
 from sfd_fast.training.checkpoints import Checkpoints, write_tensors
-from sfd_fast.training.optimizer import build_optimizer, ema_names
+from sfd_fast.training.optimizer import AdamWEMA, build_optimizer, ema_names
+from sfd_fast.training.sharded import StateReader, restore
 
 Batch = Mapping[str, Tensor]
 Objective = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -92,15 +93,25 @@ def check_precision(precision: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype of a precision mode for the torch engine, or None for fp32."""
     if precision == "fp32":
         return None
-    if precision == "bf16":
+    if precision in ("parity", "bf16"):
         return torch.bfloat16
     raise ValueError(
-        f"train.precision '{precision}' is not available with train.engine 'torch' (fp32, bf16); use engine 'deepspeed'"
+        f"train.precision '{precision}' needs loss scaling, which train.engine 'torch' does not have (it offers "
+        "parity, bf16, fp32); use engine 'deepspeed'"
     )
 
 
+def stays_fp32(model: nn.Module) -> list[str]:
+    """Parameters that keep fp32 when weights have 16 bits: norm weights (1-D, no bias) and whatever is frozen."""
+    named = model.named_parameters()
+    return [n for n, p in named if not p.requires_grad or (p.dim() == 1 and n.endswith("weight"))]
+
+
 class TorchEngine:
-    """One process, one device: autocast or fp32, accumulation, clipping folded into the optimizer's gradient scale."""
+    """One process, one device: autocast or fp32, accumulation, clipping folded into the optimizer's gradient scale.
+
+    `named` holds what the optimizer updates: the network's parameters, or with 16-bit weights their fp32 masters.
+    """
 
     rank = 0
     world_size = 1
@@ -119,8 +130,23 @@ class TorchEngine:
         self.objective = objective
         self.max_grad_norm = optimizer.max_grad_norm
         self.autocast_dtype = check_precision(train.precision, device)
-        self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.named = dict(self.parameters)
+        if train.precision == "bf16":
+            require(
+                optimizer.name == "adamw_ema",
+                "train.precision 'bf16' rounds masters into weights inside the optimizer adamw_ema; optimizer.name is "
+                f"'{optimizer.name}'",
+            )
+            keep = set(stays_fp32(self.model))
+            for name, param in self.parameters.items():
+                if name not in keep:
+                    self.named[name] = nn.Parameter(param.detach().clone())
+                    param.data = param.data.to(torch.bfloat16)
         self.optimizer = build_optimizer(self.named.values(), optimizer)
+        masters = {m: self.parameters[n] for n, m in self.named.items() if m is not self.parameters[n]}
+        if masters:
+            self.optimizer.low_precision = masters
         self.network = torch.compile(self.model) if train.compile else self.model
 
     def autocast(self) -> torch.autocast:
@@ -136,7 +162,8 @@ class TorchEngine:
             part.backward()
             loss = part.detach() if loss is None else loss + part.detach()
             terms.append({name: value.detach() for name, value in part_terms.items()})
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(grads).float()
         bad = ~(torch.isfinite(grad_norm) & torch.isfinite(loss))
         if self.max_grad_norm > 0:
             scale = (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
@@ -156,10 +183,13 @@ class TorchEngine:
 
     @contextmanager
     def ema_weights(self, index: int = 0) -> Iterator[nn.Module]:
-        name = ema_names(self.optimizer)[index]
-        swapped = [(p, p.data) for p in self.named.values() if name in self.optimizer.state.get(p, {})]
-        for param, _ in swapped:
-            param.data = self.optimizer.state[param][name]
+        key = ema_names(self.optimizer)[index]
+        swapped = []
+        for name, master in self.named.items():
+            if key in self.optimizer.state.get(master, {}):
+                param = self.parameters[name]
+                swapped.append((param, param.data))
+                param.data = self.optimizer.state[master][key].to(param.dtype)
         try:
             yield self.model
         finally:
@@ -204,7 +234,7 @@ class TorchEngine:
 
     def save(self, checkpoints: Checkpoints, step: int, state: dict) -> None:
         # a copy, so that training goes on while a thread writes; contiguous clones also undo shared step tensors
-        model = {name: snapshot(value) for name, value in self.model.state_dict().items()}
+        model = {name: snapshot(value) for name, value in self.state_dict().items()}
         optimizer = {name: snapshot(value) for name, value in self.optimizer_tensors().items()}
 
         def write(folder: Path) -> None:
@@ -213,16 +243,39 @@ class TorchEngine:
 
         checkpoints.save(step, write, state, background=True)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The network's state dict, with fp32 masters for 16-bit weights."""
+        return self.model.state_dict() | {name: master.detach() for name, master in self.named.items()}
+
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
-        self.model.load_state_dict(load_file(folder / "model.safetensors"))
-        for key, value in load_file(folder / "optimizer.safetensors").items():
-            name, _, field = key.rpartition(".")
-            self.optimizer.state[self.named[name]][field] = value.to(self.device)
+        if (folder / "model.safetensors").is_file():
+            weights = load_file(folder / "model.safetensors")
+            self.model.load_state_dict(weights)
+            for key, value in load_file(folder / "optimizer.safetensors").items():
+                name, _, field = key.rpartition(".")
+                self.optimizer.state[self.named[name]][field] = value.to(self.device)
+            for name, master in self.named.items():
+                master.copy_(weights[name])
+        else:
+            self.load_shards(folder)
+        for name, master in self.named.items():
+            self.parameters[name].copy_(master)
         self.optimizer.share_steps()
 
+    def load_shards(self, folder: Path) -> None:
+        """A checkpoint of the DeepSpeed engine, whatever the number of ranks."""
+        if not isinstance(self.optimizer, AdamWEMA):
+            raise ValueError(f"{folder} was saved by DeepSpeed ranks; resume it with optimizer.name adamw_ema")
+        with StateReader(folder) as reader:
+            for name, param in self.named.items():
+                reader.check_size(name, param.shape)
+                restore(reader, self.optimizer, name, param, 0, 0, param.numel())
+
     def export(self, index: int = 0) -> dict[str, Tensor]:
-        with self.ema_weights(index):
-            return {name: snapshot(value) for name, value in self.model.state_dict().items()}
+        key = ema_names(self.optimizer)[index]
+        averages = {n: self.optimizer.state.get(m, {}).get(key, m) for n, m in self.named.items()}
+        return {name: snapshot(averages.get(name, value)) for name, value in self.model.state_dict().items()}
 
 
 

@@ -27,6 +27,8 @@ class AdamWEMA(torch.optim.Optimizer):
       grad_scale   every gradient is multiplied by it (clipping, loss scale);  1 at first
       skip         != 0 leaves weights, moments, averages and the step number untouched
     `before_step`, where set, is called at the start of step() and may write both (DeepSpeed calls step() itself).
+    `low_precision` maps fp32 masters to the 16-bit parameters that a network computes with: their gradients are used,
+    and the same pass rounds the new masters into them.
     Source: AdamW (arXiv 1711.05101); with ema_warmup the decay of update n = 0, 1, ... is min(d, (1 + n) / (10 + n)).
     """
 
@@ -48,9 +50,19 @@ class AdamWEMA(torch.optim.Optimizer):
         self.ema_warmup = ema_warmup
         self.moment_dtype = moment_dtype
         self.before_step: Callable[[], None] | None = None
+        self.low_precision: dict[Tensor, Tensor] = {}
         device = self.param_groups[0]["params"][0].device
         self.grad_scale = torch.ones((), device=device)
         self.skip = torch.zeros((), device=device)
+
+    def grad(self, param: Tensor) -> Tensor | None:
+        """The gradient that updates a parameter: its own, or that of its low-precision copy."""
+        return self.low_precision.get(param, param).grad
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for copy in self.low_precision.values():
+            copy.grad = None
 
     def init_state(self, param: Tensor, step: Tensor) -> None:
         state = self.state[param]
@@ -71,20 +83,25 @@ class AdamWEMA(torch.optim.Optimizer):
             self.before_step()
         for group in self.param_groups:
             # parameters share their step number, except after gradients were absent for some of them
-            by_step: dict[int, list[Tensor]] = {}
+            by_step: dict[tuple[int, bool], list[Tensor]] = {}
             fresh = None
             for param in group["params"]:
-                if param.grad is None:
+                if self.grad(param) is None:
                     continue
                 if param not in self.state or not self.state[param]:
                     fresh = torch.zeros((), device=param.device) if fresh is None else fresh
                     self.init_state(param, fresh)
-                by_step.setdefault(id(self.state[param]["step"]), []).append(param)
-            for params in by_step.values():
-                self.update(params, group)
+                kind = id(self.state[param]["step"]), param in self.low_precision
+                by_step.setdefault(kind, []).append(param)
+            numbers = {}
+            for (step, _), params in by_step.items():
+                numbers[step] = self.update(params, group)
+            for done in numbers.values():
+                done.add_((self.skip.to(done.device) == 0).to(done.dtype))
         return loss
 
-    def update(self, params: list[Tensor], group: dict) -> None:
+    def update(self, params: list[Tensor], group: dict) -> Tensor:
+        """One kernel call; returns the step number that these parameters share, for step() to raise."""
         states = [self.state[p] for p in params]
         done = states[0]["step"]
         device = params[0].device
@@ -94,11 +111,11 @@ class AdamWEMA(torch.optim.Optimizer):
         lr = group["lr"]
         adamw_ema_step(
             params,
-            [p.grad for p in params],
+            [self.grad(p) for p in params],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [s["ema"] for s in states],
-            [],
+            [self.low_precision[p] for p in params if p in self.low_precision],
             lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float32, device=device),
             decays[0],
             number,
@@ -110,7 +127,7 @@ class AdamWEMA(torch.optim.Optimizer):
         )
         for i, decay in enumerate(decays[1:], start=1):
             lerp_ema([s[f"ema_{i}"] for s in states], params, decay, skip)
-        done.add_((skip == 0).to(done.dtype))
+        return done
 
     def decay(self, decay: float, number: Tensor) -> Tensor:
         full = torch.full((), decay, dtype=torch.float32, device=number.device)
@@ -230,6 +247,7 @@ def build_optimizer(params: Iterable, config: OptimizerConfig) -> AdamWEMA | Wit
             ema_decay=config.ema_decay,
             extra_ema_decays=tuple(config.extra_ema_decays),
             ema_warmup=config.ema_warmup,
+            moment_dtype=torch.bfloat16 if config.moments == "bf16" else None,
         )
     if config.name == "torch_fused":
         return WithEMA(torch.optim.AdamW(params, fused=True, **settings), config, device_scalars=True)

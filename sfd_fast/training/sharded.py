@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sfd_fast.training.optimizer import AdamWEMA
+
 SEPARATOR = "|"
 METADATA = "sfd_fast"
 WEIGHT = "param"
@@ -95,6 +97,14 @@ class StateReader:
         """Number of elements of a parameter; 0 where the checkpoint does not have it."""
         return max((stop for _, stop, _ in self.places.get(name, [])), default=0)
 
+    def check_size(self, name: str, shape: torch.Size) -> None:
+        """Raises ValueError where the checkpoint's parameter has another number of elements than `shape`."""
+        if self.size(name) != shape.numel():
+            raise ValueError(
+                f"checkpoint {self.folder} has {self.size(name)} elements of {name}, the model {shape.numel()}: it "
+                "belongs to a model of another size"
+            )
+
     def fields(self, name: str) -> list[str]:
         """Names of what is stored for a parameter, apart from the weight."""
         file, separator = (self.files[1], ".") if self.whole else (self.places[name][0][2], SEPARATOR)
@@ -144,3 +154,23 @@ def consolidated(folder: Path, field: str = "ema") -> dict[str, Tensor]:
             use = field if field == WEIGHT or field in reader.fields(name) else WEIGHT
             values[name] = reader.read(name, use, 0, reader.size(name))
         return values
+
+
+def restore(
+    reader: StateReader, optimizer: AdamWEMA, name: str, flat: Tensor, offset: int, start: int, count: int
+) -> None:
+    """Fills elements of one flat tensor and of its optimizer state from a checkpoint."""
+    place = slice(offset, offset + count)
+    flat.detach().view(-1)[place] = reader.read(name, WEIGHT, start, start + count).to(flat)
+    fields = reader.fields(name)
+    if "step" not in fields:
+        return
+    if not optimizer.state.get(flat):
+        optimizer.init_state(flat, torch.zeros((), device=flat.device))
+    state = optimizer.state[flat]
+    state["step"].copy_(reader.step(name))
+    for key in state:
+        if key != "step":
+            if key not in fields:
+                raise ValueError(f"checkpoint {reader.folder} has no {key} of {name}: other optimizer.extra_ema_decays")
+            state[key].view(-1)[place] = reader.read(name, key, start, start + count).to(state[key])
