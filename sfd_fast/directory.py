@@ -4,6 +4,7 @@
     DIR/config.json         the same JSON for people and search; never read back
 """
 
+import contextlib
 import json
 import os
 import re
@@ -50,7 +51,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             raise
         raise OSError(f"{path} could not be written ({first_line(error)}); {previous}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:

@@ -83,10 +83,10 @@ def read_torch_file(path: str | Path) -> object:
             f"checkpoint {path} is refused: it asks to load {what}, which could run foreign code. Expected are "
             "tensors, plain data and OmegaConf settings; nothing in the file was executed"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"checkpoint {path} is truncated or damaged: {first_line(error)}") from None
     except RecursionError:
         raise ValueError(f"checkpoint {path} is refused: its content refers to itself without end") from None
+    except (RuntimeError, EOFError, OSError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"checkpoint {path} is truncated or damaged: {first_line(error)}") from None
 
 
 def _plain(value: object) -> object:
