@@ -118,14 +118,14 @@ def run_features(config: FeaturesConfig) -> None:
 def run_encode(config: EncodeConfig) -> None:
     """Writes latent shards with statistics and manifest into config.out."""
     from sfd_fast.checkpoint import load_semvae
-    from sfd_fast.models.texture import load_texture_codec
+    from sfd_fast.models.diffusers_codec import load_codec
     from sfd_fast.models.vfm import load_vfm
 
     for name in ("images", "texture_codec", "semvae"):
         require(bool(getattr(config, name)), f"{name} is empty: `sfd encode` needs images, texture_codec and semvae")
     ranks = Ranks.from_environment()
     device = device_of(config.device, ranks)
-    codec = load_texture_codec(config.texture_codec).eval().to(device)
+    codec = load_codec(config.texture_codec).to(device)
     require(
         config.image_size % codec.downsampling == 0,
         f"image_size {config.image_size} must be a multiple of the codec's downsampling, {codec.downsampling}",

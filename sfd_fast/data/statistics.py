@@ -3,6 +3,7 @@
 Letters: B batch, C channels (C_t texture, C_s semantic), H, W.
 """
 
+import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -214,8 +215,11 @@ class LatentStatistics:
         ):
             if len(mean) == 0:
                 continue
+            # through memory: saved to a file, the archive would carry the temporary name
+            content = io.BytesIO()
+            torch.save({"mean": mean.cpu().view(1, -1, 1, 1), "std": std.cpu().view(1, -1, 1, 1)}, content)
             temporary = Path(folder, f".{name}.{os.getpid()}.tmp")
-            torch.save({"mean": mean.cpu().view(1, -1, 1, 1), "std": std.cpu().view(1, -1, 1, 1)}, temporary)
+            temporary.write_bytes(content.getvalue())
             os.replace(temporary, Path(folder, name))
 
     @classmethod

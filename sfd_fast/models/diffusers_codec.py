@@ -1,0 +1,48 @@
+"""Any KL autoencoder that diffusers saved, as a texture codec. B batch, C latent channels, s downsampling."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sfd_fast.models.texture import IdentityCodec, TextureCodec, load_texture_codec
+
+
+class DiffusersCodec(nn.Module):
+    """AutoencoderKL behind the interface of TextureCodec. Its scaling factor is not used: latents are standardised."""
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.latent_channels = autoencoder.config.latent_channels
+        self.downsampling = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior: images (B, 3, H, W) in [-1, 1] -> (mean, logvar), each (B, C, H / s, W / s)."""
+        posterior = self.autoencoder.encode(images).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents: (B, C, H / s, W / s) -> (B, 3, H, W), about [-1, 1]."""
+        return self.autoencoder.decode(latents).sample
+
+
+def is_diffusers_directory(path: str | Path) -> bool:
+    """Whether diffusers saved an AutoencoderKL there."""
+    config = Path(path, "config.json")
+    return config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderKL"
+
+
+def load_codec(path: str | Path) -> "DiffusersCodec | TextureCodec | IdentityCodec":
+    """The texture codec of a directory saved by diffusers, of our directory, or of a released LDM file; frozen.
+
+    No network attempt. Raises FileNotFoundError for a missing path, ValueError for foreign or damaged weights.
+    """
+    if is_diffusers_directory(path):
+        from diffusers import AutoencoderKL
+
+        codec = DiffusersCodec(AutoencoderKL.from_pretrained(path, local_files_only=True, torch_dtype=torch.float32))
+    else:
+        codec = load_texture_codec(path)
+    return codec.eval().requires_grad_(False)
