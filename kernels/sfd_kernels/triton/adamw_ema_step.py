@@ -34,20 +34,21 @@ def _one_minus_power(log_beta, step):
 
 @triton.jit(do_not_specialize=["sizes", "starts", "weight_decay"])
 def _step(
-    params, grads, exp_avgs, exp_avg_sqs, emas, copies, sizes, starts, lr, ema_decay, step, grad_scale, skip,
+    weights, grads, exp_avgs, exp_avg_sqs, emas, copies, sizes, starts, lr, ema_decay, step, grad_scale, skip,
     weight_decay, BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr,
     EPS: tl.constexpr, TENSORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # `weights`: Triton's generated launcher has a variable named params.
     program = tl.program_id(0)
     # The last tensor whose first block is not after this program.
-    p_at, g_at, m_at, s_at = params[0], grads[0], exp_avgs[0], exp_avg_sqs[0]
+    p_at, g_at, m_at, s_at = weights[0], grads[0], exp_avgs[0], exp_avg_sqs[0]
     ema_at = None if emas is None else emas[0]
     copy_at = None if copies is None else copies[0]
     size = tl.cast(sizes[0], tl.int64)
     start = tl.cast(starts[0], tl.int64)
     for i in tl.static_range(1, TENSORS):
         if program >= starts[i]:
-            p_at, g_at, m_at, s_at = params[i], grads[i], exp_avgs[i], exp_avg_sqs[i]
+            p_at, g_at, m_at, s_at = weights[i], grads[i], exp_avgs[i], exp_avg_sqs[i]
             if emas is not None:
                 ema_at = emas[i]
             if copies is not None:

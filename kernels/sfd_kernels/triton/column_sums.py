@@ -9,21 +9,21 @@ from sfd_kernels.triton.launch import launch
 
 @triton.jit
 def _column_sums(
-    partials, first, second, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    partials, first, second, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """partials (rows, 2 * width): the first half sums to `first` (width,), the second to `second`; None is skipped."""
+    """partials (rows, 2 WIDTH): the first half sums to `first` (WIDTH,), the second to `second`; None is skipped."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < 2 * width
+    inside = columns < 2 * WIDTH
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, num_rows, ROWS):
         rows = start + tl.arange(0, ROWS)
         valid = (rows < num_rows)[:, None] & inside[None, :]
-        total += tl.load(partials + rows[:, None] * (2 * width) + columns[None, :], mask=valid, other=0.0)
+        total += tl.load(partials + rows[:, None] * (2 * WIDTH) + columns[None, :], mask=valid, other=0.0)
     sums = tl.sum(total, 0)
     if first is not None:
-        tl.store(first + columns, sums.to(first.dtype.element_ty), mask=columns < width)
+        tl.store(first + columns, sums.to(first.dtype.element_ty), mask=columns < WIDTH)
     if second is not None:
-        tl.store(second + columns - width, sums.to(second.dtype.element_ty), mask=inside & (columns >= width))
+        tl.store(second + columns - WIDTH, sums.to(second.dtype.element_ty), mask=inside & (columns >= WIDTH))
 
 
 def column_sums(partials: Tensor, outputs: list[Tensor | None]) -> None:
@@ -32,6 +32,6 @@ def column_sums(partials: Tensor, outputs: list[Tensor | None]) -> None:
     # 16 columns (64 bytes) and 512 rows a step: 32 values for each of 256 threads, so that 2048 rows of the qk backward take
     # 4 steps of memory latency; 9 programs at d = 72.
     launch(
-        _column_sums, triton.cdiv(columns, 16), partials, *outputs, num_rows, columns // 2,
-        ROWS=512, COLUMNS=16, num_warps=8,
+        _column_sums, triton.cdiv(columns, 16), partials, *outputs, num_rows,
+        WIDTH=columns // 2, ROWS=512, COLUMNS=16, num_warps=8,
     )  # fmt: skip

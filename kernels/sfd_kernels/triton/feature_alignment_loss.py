@@ -87,7 +87,7 @@ def forward(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     pred, target = packed_last(pred), packed_last(target)
     mse, cosine = (torch.empty(batch, dtype=torch.float32, device=pred.device) for _ in range(2))
     # Nothing large is written and no vector is read again, so a program may be short: 16 rows, 512 programs at 8192 tokens.
-    tile = row_tile(width, rows=4, stages=3)
+    tile = row_tile(width, rows=4, stages=2 if pred.element_size() + target.element_size() == 8 else 3)
     rows = rows_per_program(batch, tokens, most=16)
     splits = triton.cdiv(tokens, rows)
     partials = torch.empty((batch * splits, 2), dtype=torch.float32, device=pred.device)
@@ -109,7 +109,7 @@ def backward(d_mse: Tensor, d_cos: Tensor, pred: Tensor, target: Tensor) -> Tens
     d_mse, d_cos, pred, target = d_mse.contiguous(), d_cos.contiguous(), packed_last(pred), packed_last(target)
     dpred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     # As the forward; both rows stay in registers between the dot products and the gradient.
-    tile = row_tile(width, rows=4, stages=3)
+    tile = row_tile(width, rows=4, stages=2 if pred.element_size() + target.element_size() == 8 else 3)
     rows = rows_per_program(batch, tokens, most=16)
     splits = triton.cdiv(tokens, rows)
     launch(

@@ -142,8 +142,9 @@ def backward(
     gate, scale, weight = packed_last(gate), packed_last(scale), weight.contiguous()
     dx = torch.empty(x_new.shape, dtype=x_new.dtype, device=x_new.device)
     dbranch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
-    # 2 rows: 16 values of each of four inputs for each thread; 4 rows need over 128 registers, one program an SM.
-    tile = row_tile(width, rows=2, stages=3)
+    # 2 rows, 16 values of each of four inputs for each thread, held to 128 registers: two programs of 8 warps an SM.
+    # 4-byte rows need 2 stages for that (3: 177 registers, or spills); 55 to 74 KB in flight on an SM.
+    tile = row_tile(width, rows=2, stages=3 if x_new.element_size() == 2 else 2)
     # Three fp32 sums for each program, stored and read again: 7.8 % more bytes at 32 rows of all-bf16.
     rows = rows_per_program(batch, tokens, most=32)
     splits = triton.cdiv(tokens, rows)
@@ -153,6 +154,7 @@ def backward(
         dx_new.stride(0), dx_new.stride(1), dy.stride(0), dy.stride(1), x_new.stride(0), x_new.stride(1),
         branch.stride(0), branch.stride(1), gate.stride(0), scale.stride(0), tokens, splits, rows, eps,
         WIDTH=width, BLOCK=tile.BLOCK, ROWS=tile.ROWS, STAGES=tile.STAGES, num_warps=tile.num_warps,
+        maxnreg=128,
     )  # fmt: skip
     dweight, dshift, dscale, dgate = modulation_gradients(partials, weight, scale, gate_dtype=gate.dtype)
     return dx, dbranch, dgate, dweight, dshift, dscale

@@ -34,28 +34,28 @@ def _update(
         moved = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
     else:
         moved = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    coefficient = tl.where(
-        texture, tl.load(coefficients).to(tl.float32), tl.load(coefficients + coefficients_row).to(tl.float32)
-    )
-    # A zero coefficient must not let a NaN through, and its history need not be read.
+    texture_row = coefficients
+    semantic_row = coefficients + coefficients_row
+    coefficient = tl.where(texture, tl.load(texture_row).to(tl.float32), tl.load(semantic_row).to(tl.float32))
+    # A zero coefficient must not let a NaN through.
     moved += tl.where(coefficient == 0.0, 0.0, coefficient * g)
     for k in tl.static_range(KEPT):
-        coefficient = tl.where(
-            texture,
-            tl.load(coefficients + 1 + k).to(tl.float32),
-            tl.load(coefficients + coefficients_row + 1 + k).to(tl.float32),
-        )
-        wanted = inside & (coefficient != 0.0)
-        kept = tl.load(history + k * total + offsets, mask=wanted, other=0.0).to(tl.float32)
+        for_texture = tl.load(texture_row + 1 + k).to(tl.float32)
+        for_semantic = tl.load(semantic_row + 1 + k).to(tl.float32)
+        # A slot that neither stream uses is not read; the limit is one number, so the loads stay vectors.
+        limit = tl.where((for_texture == 0.0) & (for_semantic == 0.0), 0, per_sample)
+        kept = tl.load(history + k * total + offsets, mask=within < limit, other=0.0).to(tl.float32)
+        coefficient = tl.where(texture, for_texture, for_semantic)
         moved += tl.where(coefficient == 0.0, 0.0, coefficient * kept)
     if write_slot is not None:
         slot = tl.load(write_slot)
-        written = inside & (slot >= 0) & (slot < KEPT)
-        tl.store(history + slot * total + offsets, g.to(history.dtype.element_ty), mask=written)
+        limit = tl.where((slot >= 0) & (slot < KEPT), per_sample, 0)
+        tl.store(history + slot * total + offsets, g.to(history.dtype.element_ty), mask=within < limit)
     stored = moved.to(x.dtype.element_ty)
     tl.store(x + offsets, stored, mask=inside)
     if commit is not None:
-        tl.store(base + offsets, stored.to(base.dtype.element_ty), mask=inside & (tl.load(commit) != 0))
+        limit = tl.where(tl.load(commit) != 0, per_sample, 0)
+        tl.store(base + offsets, stored.to(base.dtype.element_ty), mask=within < limit)
 
 
 @masked_velocity_update.triton

@@ -13,21 +13,24 @@ from sfd_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
 from sfd_kernels.triton.column_sums import column_sums
 from sfd_kernels.triton.launch import launch, packed_last, supported
 
-# One warp, and no barrier anywhere. Samples that share one read of cos, sin and the weights (XL, bf16: 1152 bytes beside
-# 9216 for each sample): 4 keep them at 3.1 % of the bytes. 8192 tokens are then 2048 programs, all resident at once (15 on
-# each multiprocessor of an H100, each with 4.6 KB of loads in flight).
+# One warp, no barrier. Samples that share one read of cos, sin and the weights (XL, bf16: 1152 bytes beside 9216 for each
+# sample): 4 keep them at 3.1 % of the bytes. 8192 tokens are then 2048 programs, 15 for each multiprocessor of an H100.
 SAMPLES, NUM_WARPS = 4, 1
 
+# Heads of a tile at most. Forward: 8 heads of d = 72, masked in a block of 128, are 32 values of q and of k for each lane: 96 to 120
+# registers, so all 15 programs are resident with 36 KB of loads in flight; 16 heads took 128 to 164. Backward: five loads
+# for each head; 4 heads 168 registers (12 programs resident, 35 KB in flight), 8 heads 250, and forcing 128 spills.
+FORWARD_HEADS, BACKWARD_HEADS = 8, 4
 
-def _heads_at_a_time(num_heads: int) -> int:
-    """Rows of a tile: the largest power of two that divides H, at most 16 (XL 16, XXL 8, B 4); 8 where that is below 4.
 
-    d = 72 is masked in a block of 128: 36 instructions of a warp for each head, where the memory leaves 88 at 3.0 TB/s; 64 + 8
-    columns were tried: 21 instructions, but 231 registers instead of 101. Under 4 rows of 64 columns the lanes of a warp
-    would hold less than a 128-bit vector of bf16.
+def _heads_at_a_time(num_heads: int, most: int) -> int:
+    """The largest power of two that divides H, within 4 and `most`: XL (H = 16) and XXL (24) 8 forward, B (12) 4.
+
+    Under 4 heads of d = 64 a lane would hold less than a 128-bit vector of bf16. d = 72 in a block of 128 costs 40 instructions
+    of a warp for each head forward, where the memory leaves 88 at 3.0 TB/s; splitting it into 64 + 8 columns was tried:
+    21 instructions, but 231 registers.
     """
-    divisor = min(num_heads & -num_heads, 16)
-    return divisor if divisor >= 4 else 8
+    return min(max(num_heads & -num_heads, 4), most)
 
 
 @triton.jit
@@ -96,7 +99,7 @@ def _forward(
     s = None if cos is None else _vector(sin + token * HEAD_DIM, columns, inside)
     for sample in range(first, tl.minimum(first + SAMPLES, batch)):
         row = sample * tokens + token
-        for head in tl.static_range(0, HEADS, ROWS):
+        for head in range(0, HEADS, ROWS):
             heads = head + tl.arange(0, ROWS)
             valid = (heads < HEADS)[:, None] & inside[None, :]
             offsets = heads[:, None] * HEAD_DIM + columns[None, :]
@@ -130,35 +133,34 @@ def _backward(
     dwk = tl.zeros((BLOCK,), tl.float32)
     for sample in range(first, tl.minimum(first + SAMPLES, batch)):
         row = (sample * tokens + token) * (3 * HEADS * HEAD_DIM)
-        for head in tl.static_range(0, HEADS, ROWS):
+        for head in range(0, HEADS, ROWS):
             heads = head + tl.arange(0, ROWS)
             valid = (heads < HEADS)[:, None] & inside[None, :]
-            offsets = row + heads[:, None] * HEAD_DIM + columns[None, :]
+            target = row + heads[:, None] * HEAD_DIM + columns[None, :]
+            # All loads go out before the first value is needed.
             at = (sample * dq_sample + token * dq_token + heads[:, None] * dq_head) * UNIT + columns[None, :]
             d_query = tl.load(dq + at, mask=valid, other=0.0)
+            query = d_query if q_weight is None else tl.load(qkv + target, mask=valid, other=0.0)
             at = (sample * dk_sample + token * dk_token + heads[:, None] * dk_head) * UNIT + columns[None, :]
             d_key = tl.load(dk + at, mask=valid, other=0.0)
+            key = d_key if k_weight is None else tl.load(qkv + target + HEADS * HEAD_DIM, mask=valid, other=0.0)
             if dv is not None:
                 at = (sample * dv_sample + token * dv_token + heads[:, None] * dv_head) * UNIT + columns[None, :]
                 d_value = tl.load(dv + at, mask=valid, other=0.0)
             else:
                 d_value = tl.zeros((ROWS, BLOCK), tl.float32)
-            query, key = d_query, d_key
-            if q_weight is not None:
-                query = tl.load(qkv + offsets, mask=valid, other=0.0)
-            if k_weight is not None:
-                key = tl.load(qkv + offsets + HEADS * HEAD_DIM, mask=valid, other=0.0)
             d_query, d_weight = _normalize_rotate_backward(d_query, query, wq, c, s, eps, HEAD_DIM)
             dwq += d_weight
-            tl.store(dqkv + offsets, d_query.to(dqkv.dtype.element_ty), mask=valid)
+            tl.store(dqkv + target, d_query.to(dqkv.dtype.element_ty), mask=valid)
             d_key, d_weight = _normalize_rotate_backward(d_key, key, wk, c, s, eps, HEAD_DIM)
             dwk += d_weight
-            tl.store(dqkv + offsets + HEADS * HEAD_DIM, d_key.to(dqkv.dtype.element_ty), mask=valid)
-            tl.store(dqkv + offsets + 2 * HEADS * HEAD_DIM, d_value.to(dqkv.dtype.element_ty), mask=valid)
+            tl.store(dqkv + target + HEADS * HEAD_DIM, d_key.to(dqkv.dtype.element_ty), mask=valid)
+            tl.store(dqkv + target + 2 * HEADS * HEAD_DIM, d_value.to(dqkv.dtype.element_ty), mask=valid)
     if partials is not None:
-        partials += tl.program_id(0) * (2 * HEAD_DIM)
-        tl.store(partials + columns, dwq, mask=inside)
-        tl.store(partials + HEAD_DIM + columns, dwk, mask=inside)
+        # Both rows in one store, so that a lane holds a whole 128-bit vector.
+        row = tl.arange(0, 2)[:, None] * HEAD_DIM + columns[None, :]
+        both = tl.trans(tl.join(dwq, dwk))
+        tl.store(partials + tl.program_id(0) * (2 * HEAD_DIM) + row, both, mask=tl.broadcast_to(inside[None, :], both.shape))
 
 
 @qk_norm_rope.triton
@@ -174,8 +176,8 @@ def forward(
     qkv, q_weight, k_weight, cos, sin = (t if t is None else t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     launch(
         _forward, tokens * triton.cdiv(batch, SAMPLES), qkv, q_weight, k_weight, cos, sin, q, k, batch, tokens, eps,
-        HEADS=num_heads, HEAD_DIM=head_dim, BLOCK=triton.next_power_of_2(head_dim), ROWS=_heads_at_a_time(num_heads),
-        SAMPLES=SAMPLES, num_warps=NUM_WARPS,
+        HEADS=num_heads, HEAD_DIM=head_dim, BLOCK=triton.next_power_of_2(head_dim),
+        ROWS=_heads_at_a_time(num_heads, FORWARD_HEADS), SAMPLES=SAMPLES, num_warps=NUM_WARPS,
     )  # fmt: skip
     return q, k
 
@@ -210,7 +212,7 @@ def backward(
         _backward, num_programs, dq, dk, dv, qkv, q_weight, k_weight, cos, sin, dqkv, partials,
         *(stride // unit for stride in strides), batch, tokens, eps,
         UNIT=unit, HEADS=num_heads, HEAD_DIM=head_dim, BLOCK=triton.next_power_of_2(head_dim),
-        ROWS=_heads_at_a_time(num_heads), SAMPLES=SAMPLES, num_warps=NUM_WARPS,
+        ROWS=_heads_at_a_time(num_heads, BACKWARD_HEADS), SAMPLES=SAMPLES, num_warps=NUM_WARPS,
     )  # fmt: skip
     weight_grads = [qkv.new_empty(0) if w is None else torch.empty_like(w) for w in (q_weight, k_weight)]
     if partials is not None:
