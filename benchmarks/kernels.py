@@ -26,6 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from readme import KERNELS_README, insert  # noqa: E402
 from sfd_kernels import backends, reference_only, split_qkv  # noqa: E402
 from sfd_kernels.registry import OPS, Op  # noqa: E402
 from timing import Timing, device_time, host_us, interleave, machine, steady_memory  # noqa: E402
@@ -335,7 +336,7 @@ def print_summary(rows: list[dict]) -> None:
             f"{row['ours_ms']:.3f} against {row['compile_ms']:.3f} ms"
         )
     if not losing:
-        print("every large case is faster than torch.compile beyond noise (90th percentile below its 10th)")
+        print("every large case is faster than torch.compile beyond noise (upper quartile below its lower one)")
     if rows:
         print(f"canary spread, worst case: {max(row['canary_spread'] for row in rows):.0%}")
 
@@ -380,6 +381,32 @@ def write_results(rows: list[dict], folder: Path, name: str) -> None:
     write_plot(rows, folder / f"{name}.png")
 
 
+def markdown(rows: list[dict]) -> str:
+    """A table of forward and whole times of the rows, for README.md."""
+    lines = [
+        "| operator | pass | dtype, shape | eager ms | compile ms | ours ms "
+        "| over compile | over eager | of copy | host us |",
+        "|---" * 10 + "|",
+    ]
+    for row in rows:
+        if row["pass"] != "backward":
+            name = {"forward": "forward", "both": "forward + backward"}[row["pass"]]
+            lines.append(
+                f"| {row['operator']} | {name} | {row['dtype']}, {row['shape']} | {row['reference_ms']:.2f} "
+                f"| {row['compile_ms']:.2f} | {row['ours_ms']:.2f} | {row['faster_than_compile']:.1f}x "
+                f"| {row['faster_than_reference']:.1f}x | {row['share_of_copy']:.0%} | {row['host_us']:.0f} |"
+            )
+    large = whole_rows(rows)
+    lines += [
+        "",
+        f"Geometric means over the {len(large)} cases whose copy takes {LARGE_COPY_MS} ms or more, forward + backward: "
+        f"{geometric_mean([row['faster_than_compile'] for row in large]):.1f}x torch.compile, "
+        f"{geometric_mean([row['faster_than_reference'] for row in large]):.1f}x eager. "
+        f"{rows[0]['device']}, torch {rows[0]['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
 def prepare(device: str) -> None:
     """One thread and steady memory on a CPU."""
     if device == "cpu":
@@ -395,7 +422,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of sampling for each case, CPU")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of kernels-DEVICE.{json,csv,png}")
+    parser.add_argument("--readme", action="store_true", help="only put the stored rows into kernels/README.md")
     options = parser.parse_args()
+    if options.readme:
+        rows = json.loads((options.out / "kernels-cpu.json").read_text())
+        insert(KERNELS_README, "kernels-cpu", markdown(rows))
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     modes = options.modes or (["fp32", "bf16", "mix"] if device == "cuda" else ["fp32"])
     prepare(device)

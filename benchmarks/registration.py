@@ -4,7 +4,8 @@
 
 The operator does nothing but allocate its output, so all of the time is registration. Styles: `autograd.Function` (no
 operator at all), torch.library.Library with register_autograd, torch.library.custom_op, torch.library.triton_op (its
-body is inlined by the compiler), and `Op` of sfd_kernels.registry. Prints a table and writes registration.json.
+body is inlined by the compiler), and `Op` of sfd_kernels.registry. Prints a table, writes registration.json and puts
+the table into kernels/README.md.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from readme import KERNELS_README, insert  # noqa: E402
 from sfd_kernels.registry import Op  # noqa: E402
 from timing import host_us, machine  # noqa: E402
 
@@ -135,6 +137,19 @@ def bumps_versions() -> dict[str, bool]:
     return found
 
 
+def markdown(rows: list[dict]) -> str:
+    """The table for README.md."""
+    titles = ["style", "no gradient", "forward", "forward + backward", "compiled call", "compiler sees", "by device"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        times = [row[key] for key in ("no_grad_us", "forward_us", "forward_backward_us", "compiled_us")]
+        cells = [row["style"], *[f"{value:.1f}" for value in times]]
+        cells.append("one node" if row["one_node_for_the_compiler"] else "its body")
+        cells.append("yes" if row["kernels_by_device"] else "no")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -181,6 +196,7 @@ def main() -> None:
     empty = host_us(lambda: torch.empty_like(x), "cpu")
     print(f"the allocation itself takes {empty:.1f} us")
     print(*[f"writing through {name} bumps version counters: {bumps}" for name, bumps in versions.items()], sep="\n")
+    insert(KERNELS_README, "registration", markdown(rows))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "registration.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -99,6 +99,7 @@ class Op:
         self._triton_loaded = False
         self._function: Any = None
         self._names = tuple(inspect.signature(reference).parameters)
+        self._written = [index for index, name in enumerate(self._names) if name in mutates]
         self.__doc__ = reference.__doc__
         self.__name__ = self.name
         self.__signature__ = inspect.signature(reference)
@@ -125,7 +126,7 @@ class Op:
             operator = torch.library.custom_op(qualified, self.reference, mutates_args=self.mutates, schema=schema)
             operator.register_fake(lambda *args: None)
             self.overload = getattr(torch.ops.sfd, name).default
-            _library.impl(name, self._refuse_gradients, "Autograd", with_keyset=True, allow_override=True)
+            _library.impl(name, self._autograd_of_writing, "Autograd", with_keyset=True, allow_override=True)
         else:
             _library.define(name + schema)
             _library.impl(name, self._run_reference, "CompositeExplicitAutograd")
@@ -161,8 +162,10 @@ class Op:
             args = self._positional(args, kwargs)
         if _only_reference:
             return self.reference(*args)
-        if self.mutates or torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.overload(*args)
+        if self.mutates:
+            return self._write(args)
         if in_functorch():
             return self.reference(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -182,14 +185,28 @@ class Op:
     def _run_reference(self, *args: Any) -> Any:
         return _fresh(self.reference(*args))
 
-    def _refuse_gradients(self, keyset: Any, *args: Any) -> None:
+    def _write(self, args: tuple) -> None:
+        """What custom_op does in eager mode, without its layers: refuse gradients, run, bump version counters."""
+        self._refuse_gradients(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            self.overload(*args)
+        if not torch.is_inference_mode_enabled():
+            for index in self._written:
+                written = args[index]
+                if written is not None:
+                    torch.autograd.graph.increment_version(written)
+
+    def _autograd_of_writing(self, keyset: Any, *args: Any) -> None:
+        self._refuse_gradients(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def _refuse_gradients(self, args: tuple) -> None:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             raise ValueError(
                 f"{self.name} writes {', '.join(self.mutates)} in place and has no gradient, "
                 "but an input requires grad; call it under torch.no_grad() or detach the inputs"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     # Kernels ---------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The kernel benchmark's rows and its timers; no test asserts a time."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -46,7 +47,52 @@ def test_interleave_runs_every_step_with_the_result_of_the_one_before(timing):
     assert canary.median > 0
 
 
-def test_timing_is_median_and_outer_deciles(timing):
-    timed = timing.Timing.of([float(value) for value in range(11)][::-1])
-    assert (timed.low, timed.median, timed.high) == (1.0, 5.0, 9.0)
-    assert timed.spread == pytest.approx(8 / 5)
+def test_readme_shows_the_stored_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("kernel_benchmark", ROOT / "benchmarks" / "kernels.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "kernel_benchmark", benchmark)
+    spec.loader.exec_module(benchmark)
+    from readme import KERNELS_README, section
+
+    rows = json.loads((ROOT / "benchmarks" / "results" / "kernels-cpu.json").read_text())
+    assert section(KERNELS_README, "kernels-cpu")[1].strip() == benchmark.markdown(rows)
+
+
+def test_timing_is_median_and_quartiles(timing):
+    timed = timing.Timing.of([float(value) for value in range(9)][::-1])
+    assert (timed.low, timed.median, timed.high) == (2.0, 4.0, 6.0)
+    assert timed.spread == 1.0
+
+
+class StandInDriver:
+    """As much of Triton's driver as a backlog needs; notes what is queued."""
+
+    def __init__(self, queue):
+        self.queue = queue
+
+    def clear_cache(self, cache):
+        self.queue.append("flush")
+
+
+def test_backlog_waits_on_the_device_after_every_flush_and_then_leaves_the_driver_alone(timing, monkeypatch):
+    runtime = pytest.importorskip("triton.runtime", reason="needs Triton: pip install triton")
+    queue = []
+    driver = StandInDriver(queue)
+    monkeypatch.setattr(runtime, "driver", type("Config", (), {"active": driver}))
+    monkeypatch.setattr(timing, "cycles_per_second", lambda: 2e9)
+    monkeypatch.setattr(timing.torch.cuda, "_sleep", queue.append)
+    with timing.backlog(1e-3):
+        driver.clear_cache(None)
+    driver.clear_cache(None)
+    assert queue == ["flush", 2_000_000, "flush"]
+
+
+@pytest.mark.gpu
+def test_device_time_of_a_copy_is_below_what_any_device_reaches(timing):
+    import torch
+
+    source = torch.ones(1 << 26, device="cuda")
+    timed = timing.device_time(lambda: source.clone())
+    # 512 MiB moved; 20 TB/s is more than any device has
+    assert timed.low > 2**29 / 20e12 * 1e3
