@@ -48,6 +48,9 @@ SFD_INLINE float accumulate(const FlowArgs& a, const Narrow* pred, const Wide* x
 #pragma GCC unroll 2
       for (int k = 0; k < Count; ++k) {
         const i64 j = (c + k) * a.positions + i;
+        prefetch(pred + j + 1024);
+        prefetch(x0 + j + 1024);
+        prefetch(x1 + j + 1024);
         const vf p = load(pred + j, lanes), v = load(x1 + j, lanes) - load(x0 + j, lanes), e = p - v;
         errors[k] += e * e;
         pp += p * p;
