@@ -116,7 +116,7 @@ def test_mistakes_are_clear(tmp_path):
     with pytest.raises(ValueError, match="is a bert; vision encoders supported: dinov2_with_registers"):
         load_vfm(tmp_path / "bert")
     vfm = load_vfm(save_dinov2(tmp_path / "dino"), grid_size=4)
-    with pytest.raises(ValueError, match=r"images \(1, 3, 64, 64\) of torch.uint8: give uint8 \(B, H, W, 3\) or"):
+    with pytest.raises(ValueError, match=r"images \(1, 3, 64, 64\), torch.uint8: give uint8 \(B, H, W, 3\) or"):
         vfm.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 

@@ -103,6 +103,13 @@ class ImageIndex:
             digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
 
+    def at(self, source: str | Path) -> "ImageIndex":
+        """This index of the same images at another place; each is checked when it is read."""
+        root = _root(source)
+        moved = [str(Path(root, Path(name).name)) for name in self.metadata["containers"]]
+        columns = {name: getattr(self, name) for name in COLUMNS} | {"name_ends": self._ends}
+        return ImageIndex(columns, self._names, self.metadata | {"root": root, "containers": moved})
+
     @classmethod
     def load(cls, path: str | Path) -> "ImageIndex":
         header = read_header(path)

@@ -19,7 +19,7 @@ from sfd_fast.data.order import flips, shuffled_indices
 from sfd_fast.data.remote import local_shards
 from sfd_fast.data.rows import RowTable
 from sfd_fast.data.shards import map_tensors, read_header
-from sfd_fast.data.statistics import LatentStatistics
+from sfd_fast.data.statistics import ChannelMoments, LatentStatistics, join_channels
 from sfd_fast.transport import noise, split_latents
 
 Batch = dict[str, Tensor]
@@ -85,6 +85,28 @@ class LatentShards:
         part.__dict__.update(self.__dict__)
         part._range = (self._range[0] + start, self._range[0] + stop)
         return part
+
+    def numbers(self, indices: Tensor) -> Tensor:
+        """Numbers in the whole cache of samples of this set (a slice counts from its start). (B,) int64, both."""
+        return indices + self._range[0]
+
+    def shard_moments(self, k: int) -> tuple[ChannelMoments, ChannelMoments]:
+        """Moments of the unflipped (texture, semantic) latents of shard k, whole whatever the slice.
+
+        Raises ValueError naming the shard where a value is not finite.
+        """
+        moments = []
+        for tables in (self._texture, self._semantic):
+            parts = [ChannelMoments.empty(0)]
+            for table in tables:
+                try:
+                    parts.append(ChannelMoments.of(table.shard(k)))
+                except ValueError as error:
+                    raise ValueError(f"{self.paths[k]}: {error}") from None
+            moments.append(join_channels(parts))
+        if self._logvar:
+            moments[0] = moments[0].with_noise(self._logvar.shard(k))
+        return moments[0], moments[1]
 
     def statistics(self, multiplier: float = 1.0) -> LatentStatistics:
         """The statistics beside the cache. Raises ValueError where they have other channel counts than the latents."""

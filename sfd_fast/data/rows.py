@@ -40,6 +40,10 @@ class RowTable:
         space = np.ctypeslib.as_array((c_type * words).from_address(self._low))
         return torch.from_numpy(space).as_strided((max(words - row + 1, 0), row), (1, 1))
 
+    def shard(self, k: int) -> Tensor:
+        """The plain tensor of shard k, (n_k, ...), mapped."""
+        return self._maps[0][k]
+
     def gather(self, shards: np.ndarray, rows: np.ndarray, flip: np.ndarray, out: Tensor) -> None:
         """out[i] = row rows[i] of shard shards[i], of its flipped tensor where flip[i].
 

@@ -94,6 +94,16 @@ def chunk_of(values: Tensor) -> int:
     return max(1, 2**22 * len(values) // max(values.numel(), 1))
 
 
+def join_channels(parts: Iterable[ChannelMoments]) -> ChannelMoments:
+    """Moments of several groups of channels of the same samples as one."""
+    parts = list(parts)
+    return ChannelMoments(
+        max(part.count for part in parts),
+        torch.cat([part.mean for part in parts]),
+        torch.cat([part.squares for part in parts]),
+    )
+
+
 def merge_all(parts: Iterable[ChannelMoments]) -> ChannelMoments:
     """Moments of all parts in the order given: the same order gives the same bits, whoever computed the parts."""
     merged = None

@@ -88,7 +88,7 @@ class VFM(nn.Module):
             images = images.permute(0, 3, 1, 2).float() / 255
         elif not (images.is_floating_point() and images.dim() == 4 and images.shape[1] == 3):
             raise ValueError(
-                f"images {tuple(images.shape)} of {images.dtype}: give uint8 (B, H, W, 3) or float (B, 3, H, W) in [0, 1]"
+                f"images {tuple(images.shape)}, {images.dtype}: give uint8 (B, H, W, 3) or float (B, 3, H, W) in [0, 1]"
             )
         images = (images.float() - self.mean) / self.std
         if tuple(images.shape[2:]) == (self.resolution, self.resolution):

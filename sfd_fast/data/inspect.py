@@ -1,0 +1,171 @@
+"""`sfd inspect PATH`: what a cache holds, whether it is whole, and a picture of its first images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfd_fast.config import require
+from sfd_fast.data import layout
+from sfd_fast.data.images import to_pixels
+from sfd_fast.data.latents import LatentShards
+from sfd_fast.data.manifest import read_manifest
+from sfd_fast.data.ranks import Ranks
+from sfd_fast.data.shards import Header, checksum, map_tensors, read_header, shard_paths
+from sfd_fast.data.statistics import SEMANTIC_FILE, TEXTURE_FILE, ChannelMoments, LatentStatistics, merge_all
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What to show of a cache."""
+
+    path: str = ""
+    """folder of shards: latents or features, the released layout or ours"""
+    verify: bool = False
+    """read everything: checksums against the manifest, NaN and infinity"""
+    statistics: bool = False
+    """compute the statistics exactly, over all unflipped latents, and write latents_stats.pt and latents_sv_stats.pt"""
+    picture: str = ""
+    """PNG file for the first images; empty: none"""
+    texture_codec: str = ""
+    """decodes the picture; empty: three principal components of the latents are shown as colours"""
+    num_images: int = 8
+
+
+def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) -> None:
+    """Prints what config.path holds. Raises ValueError naming the file for whatever is wrong with it."""
+    require(bool(config.path), "path is empty: give the folder of a cache")
+    paths = shard_paths(config.path)
+    headers = [read_header(path) for path in paths]
+    for line in describe(config.path, paths, headers):
+        report(line)
+    if config.verify:
+        verify(config.path, paths, headers)
+        report("every shard is whole: checksums agree with the manifest where there is one, all values are finite")
+    if layout.FEATURES in headers[0].entries and not layout.texture_keys(headers[0].entries):
+        return
+    shards = LatentShards(config.path)
+    if config.statistics:
+        texture, semantic = cache_moments(shards)
+        LatentStatistics.from_moments(texture, semantic).save(shards.folder)
+        report(f"statistics of {len(shards)} samples written: {TEXTURE_FILE}, {SEMANTIC_FILE}")
+    if Path(shards.folder, TEXTURE_FILE).is_file():
+        for line in describe_statistics(shards.statistics()):
+            report(line)
+    else:
+        report(f"no statistics yet: `sfd inspect --path {config.path} --statistics true` computes them")
+    if config.picture:
+        draw(shards, config).save(config.picture)
+        report(f"picture: {config.picture}")
+
+
+def describe(folder: str, paths: list[str], headers: list[Header]) -> list[str]:
+    """Counts, tensors, labels and the manifest, as lines."""
+    first = headers[0].entries
+    counts = [next(iter(header.entries.values())).shape[0] for header in headers]
+    size = sum(header.size for header in headers)
+    lines = [f"{folder}: {sum(counts)} samples in {len(paths)} shards, {size / 2**30:.3f} GiB, "
+             f"{size / max(sum(counts), 1):.0f} bytes a sample"]  # fmt: skip
+    for name, entry in sorted(first.items()):
+        lines.append(f"  {name:<22} {str(entry.dtype).removeprefix('torch.'):<9} {entry.shape[1:]}")
+    if layout.LABELS in first:
+        labels = np.concatenate([map_tensors(p, h)[layout.LABELS].numpy() for p, h in zip(paths, headers)])
+        classes, per_class = np.unique(labels, return_counts=True)
+        lines.append(
+            f"  {len(classes)} classes, labels {classes.min()} to {classes.max()}, {per_class.min()} to "
+            f"{per_class.max()} samples each"
+        )
+    manifest = read_manifest(folder) if Path(folder).is_dir() else None
+    if manifest is None:
+        return [*lines, "  no manifest: a released cache, or shards copied without it"]
+    state = "complete" if manifest.get("complete") else "UNFINISHED: run the command that makes it again"
+    lines.append(f"  manifest: {state}")
+    for name, value in manifest.get("settings", {}).items():
+        shown = f"{value[:16]}..." if isinstance(value, str) and len(value) == 64 else value
+        lines.append(f"    {name:<20} {shown}")
+    if "semvae_target_cosine" in manifest:
+        cosine = manifest["semvae_target_cosine"]
+        lines.append(f"    cosine of `semvae` REPA targets with the true features: {cosine:.4f}")
+    return lines
+
+
+def describe_statistics(statistics: LatentStatistics) -> list[str]:
+    """Range of means and standard deviations of both streams."""
+    lines = []
+    for stream in ("texture", "semantic"):
+        mean, std = getattr(statistics, f"{stream}_mean"), getattr(statistics, f"{stream}_std")
+        if len(mean):
+            lines.append(
+                f"  {stream}: {len(mean)} channels, means {mean.min():.4g} to {mean.max():.4g}, "
+                f"standard deviations {std.min():.4g} to {std.max():.4g}"
+            )
+    return lines
+
+
+def verify(folder: str, paths: list[str], headers: list[Header]) -> None:
+    """Raises ValueError naming the first shard with a wrong checksum, or with values that are not finite."""
+    manifest = read_manifest(folder) if Path(folder).is_dir() else None
+    for path, header in zip(paths, headers):
+        listed = (manifest or {}).get("shards", {}).get(Path(path).name)
+        if listed is not None and checksum(path) != listed["sha256"]:
+            raise ValueError(f"{path}: its checksum is not the manifest's: the file was damaged; delete it, delete the "
+                             "manifest and run the command that made it again")  # fmt: skip
+        for name, values in map_tensors(path, header).items():
+            if values.is_floating_point():
+                try:
+                    ChannelMoments.of(values)
+                except ValueError as error:
+                    raise ValueError(f"{path}: '{name}': {error}") from None
+
+
+def cache_moments(shards: LatentShards, ranks: Ranks | None = None) -> tuple[ChannelMoments, ChannelMoments]:
+    """Exact moments of all unflipped latents (texture, semantic), the same bits for any number of ranks.
+
+    Each rank takes whole shards; the parts are merged in the order of the shards.
+    """
+    ranks = ranks or Ranks()
+    mine = {k: shards.shard_moments(k) for k in ranks.mine(len(shards.paths))}
+    parts: dict[int, tuple[ChannelMoments, ChannelMoments]] = {}
+    for share in ranks.gather(mine):
+        parts |= share
+    ordered = [parts[k] for k in sorted(parts)]
+    return merge_all(texture for texture, _ in ordered), merge_all(semantic for _, semantic in ordered)
+
+
+def draw(shards: LatentShards, config: InspectConfig) -> Image.Image:
+    """First row: images decoded from texture, or its principal components; second row: semantics, likewise."""
+    count = min(config.num_images, len(shards))
+    raw = shards.gather(torch.arange(count), torch.zeros(count, dtype=torch.bool))
+    if config.texture_codec:
+        from sfd_fast.models.diffusers_codec import load_codec
+
+        with torch.no_grad():
+            images = load_codec(config.texture_codec).decode(raw["texture"].float())
+        rows = [to_pixels(images)]
+    else:
+        rows = [principal_colours(raw["texture"].float())]
+    if shards.semantic_channels:
+        rows.append(principal_colours(raw["semantic"].float()))
+    size = max(64, *(row.shape[1] for row in rows))
+    canvas = Image.new("RGB", (count * size, len(rows) * size))
+    for y, row in enumerate(rows):
+        for x, pixels in enumerate(row):
+            tile = Image.fromarray(pixels.numpy()).resize((size, size), Image.Resampling.NEAREST)
+            canvas.paste(tile, (x * size, y * size))
+    return canvas
+
+
+def principal_colours(latents: Tensor) -> Tensor:
+    """Three principal components over all positions as red, green and blue. (B, C, H, W) -> (B, H, W, 3) uint8."""
+    flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+    flat = flat - flat.mean(0)
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    colours = torch.zeros(len(flat), 3)
+    components = flat @ directions[:3].T
+    colours[:, : components.shape[1]] = components
+    colours = colours / (3 * colours.std(0, keepdim=True) + 1e-12) * 0.5 + 0.5
+    return (colours.clamp(0, 1) * 255).to(torch.uint8).view(len(latents), *latents.shape[2:], 3)
