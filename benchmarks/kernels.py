@@ -149,13 +149,13 @@ def liger_swiglu() -> Callable[..., Tensor] | None:
     return LigerSiLUMulFunction.apply
 
 
-def make_providers(case: Case, args: tuple, device: str) -> dict[str, Provider]:
+def make_providers(case: Case, args: tuple, device: str, backend: str = "inductor") -> dict[str, Provider]:
     """reference, compile, ours, and what else has the operator."""
     op = case.op
     called = CALLED_AS.get(op.name, op)
     plain = op.reference if called is op else functools.partial(called)
     torch._dynamo.reset()
-    compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+    compiled = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
     found = {
         "reference": Provider(plain, op, args, True),
         "compile": Provider(compiled, op, args, True),
@@ -192,9 +192,9 @@ def copy_of(num_bytes: int, device: str) -> Callable[[], Any]:
     return lambda: target.copy_(source)
 
 
-def time_cpu(case: Case, args: tuple, sizes: dict[str, int], seconds: float) -> tuple[dict, float, float]:
+def time_cpu(case: Case, args: tuple, sizes: dict[str, int], seconds: float, backend: str) -> tuple[dict, float, float]:
     """{pass: {provider: Timing}}, and the canary's median and spread."""
-    providers = make_providers(case, args, "cpu")
+    providers = make_providers(case, args, "cpu", backend)
     candidates = {name: (provider.forward,) for name, provider in providers.items()}
     candidates["copy"] = (copy_of(sizes["forward"], "cpu"),)
     timings, canary = interleave(candidates, seconds=seconds)
@@ -212,9 +212,9 @@ def time_cpu(case: Case, args: tuple, sizes: dict[str, int], seconds: float) -> 
     return found, canary.median, canary.spread
 
 
-def time_cuda(case: Case, args: tuple, sizes: dict[str, int]) -> tuple[dict, float, float]:
+def time_cuda(case: Case, args: tuple, sizes: dict[str, int], backend: str) -> tuple[dict, float, float]:
     """As time_cpu; the canary is a copy of 256 MiB."""
-    providers = make_providers(case, args, "cuda")
+    providers = make_providers(case, args, "cuda", backend)
     canary = device_time(copy_of(1 << 28, "cuda"))
     found: dict[str, dict[str, Timing]] = {name: {} for name in case.passes}
     for name, provider in providers.items():
@@ -233,11 +233,11 @@ def time_cuda(case: Case, args: tuple, sizes: dict[str, int]) -> tuple[dict, flo
     return found, canary.median, canary.spread
 
 
-def host_times(case: Case, device: str) -> dict[str, dict[str, float]]:
+def host_times(case: Case, device: str, backend: str) -> dict[str, dict[str, float]]:
     """Microseconds of a call on tiny tensors, by pass and provider; backward is the difference of both and forward."""
     args = next(case.op.examples(case.mode, "tiny", device=device))[1]
     found: dict[str, dict[str, float]] = {name: {} for name in case.passes}
-    providers = make_providers(case, args, device)
+    providers = make_providers(case, args, device, backend)
     for name in ("reference", "compile", "ours"):
         provider = providers[name]
         # The switch to the reference is thrown once, outside the loop: it is no part of a call.
@@ -253,15 +253,15 @@ def host_times(case: Case, device: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def rows_of(case: Case, device: str, seconds: float) -> Iterator[dict[str, Any]]:
+def rows_of(case: Case, device: str, seconds: float, backend: str) -> Iterator[dict[str, Any]]:
     """The rows of one case."""
     args = next(case.op.examples(case.mode, case.size, case.batch, device))[1]
     sizes = least_bytes(case, args, device)
     if device == "cuda":
-        timings, canary, canary_spread = time_cuda(case, args, sizes)
+        timings, canary, canary_spread = time_cuda(case, args, sizes, backend)
     else:
-        timings, canary, canary_spread = time_cpu(case, args, sizes, seconds)
-    host = host_times(case, device)
+        timings, canary, canary_spread = time_cpu(case, args, sizes, seconds, backend)
+    host = host_times(case, device, backend)
     for name in case.passes:
         timed = timings[name]
         ours = timed["ours"]
@@ -343,11 +343,14 @@ def print_summary(rows: list[dict]) -> None:
 
 def write_plot(rows: list[dict], path: Path) -> None:
     """Speed over eager and over torch.compile of every large case, forward + backward."""
-    import matplotlib
+    try:
+        import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install matplotlib)")
+        return
     large = whole_rows(rows)
     if not large:
         return
@@ -422,6 +425,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of sampling for each case, CPU")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of kernels-DEVICE.{json,csv,png}")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--readme", action="store_true", help="only put the stored rows into kernels/README.md")
     options = parser.parse_args()
     if options.readme:
@@ -434,7 +438,7 @@ def main() -> None:
     print(*[f"{name}: {text}" for name, text in {**machine(device), **backends()}.items()], sep="\n")
     rows: list[dict] = []
     for case in make_cases(options.ops, modes, options.sizes):
-        rows += rows_of(case, device, options.seconds)
+        rows += rows_of(case, device, options.seconds, options.backend)
         print(f"measured {case.label}", file=sys.stderr)
     print_rows(rows)
     print_summary(rows)
