@@ -185,7 +185,7 @@ def convert_released(
         model = _semvae(semvae_config(released.weights, released.settings), released.weights, source)
         save_model(target, model, card={"source": Path(source).name})
     if released.tree is not None:
-        tree = released.tree if keep_training_state else _without_training_state(released.tree)
+        tree = released.tree if keep_training_state else _without_training_state(released.tree, weights)
         stored = set(read_safetensors(Path(target, WEIGHTS))[0])
         known = {name: tensor for name, tensor in released.weights.items() if name in stored}
         text, tensors = pack_tree(tree, known)
@@ -250,8 +250,8 @@ def _read_released(path: str | Path, config: ReleasedSettings | None, weights: s
     return _Released(tensors, settings, tree)
 
 
-def _without_training_state(tree: dict) -> dict:
-    kept = ("ema", "config", "model_state_dict", "state_dict", "iteration", "input_dim", "bottleneck_dim")
+def _without_training_state(tree: dict, weights: str) -> dict:
+    kept = (weights, "config", "model_state_dict", "state_dict", "iteration", "input_dim", "bottleneck_dim")
     return {key: value for key, value in tree.items() if key in kept or isinstance(value, Tensor)}
 
 

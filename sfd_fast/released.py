@@ -205,7 +205,7 @@ def unpack_tree(text: str, tensors: dict[str, Tensor], known: dict[str, Tensor])
 
 
 def state_dict_of(tree: object, weights: str = "ema") -> dict[str, Tensor]:
-    """The network's weights in a released file, without `module.` before their names.
+    """The network's weights in a released file, names without `module.` (DDP) and `_orig_mod.` (torch.compile).
 
     weights: "ema" or "model" where the file has both; also files of SemVAE ("model_state_dict"), LDM ("state_dict") and
     bare state dicts.
@@ -226,4 +226,4 @@ def state_dict_of(tree: object, weights: str = "ema") -> dict[str, Tensor]:
     for key, value in found.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"weights entry '{key}' is a {type(value).__name__}, not a tensor")
-    return {key.removeprefix("module."): value for key, value in found.items()}
+    return {key.removeprefix("module.").replace("_orig_mod.", ""): value for key, value in found.items()}

@@ -45,6 +45,12 @@ FIXED = {
     ("sample", "likelihood"): (False, False),
 }
 
+# The network of a file that lists none of its switches.
+UNLISTED = {
+    "use_shift": True, "use_qk_norm": False, "use_rope": False, "two_clocks": False, "semantic_channels": 0,
+    "repa_channels": 0,
+}  # fmt: skip
+
 # Settings that `constructor_arguments` reads.
 NETWORK_KEYS = {
     "model_type", "in_chans", "in_channels", "semantic_chans", "use_qknorm", "use_rope", "wo_shift", "use_repa",
@@ -100,8 +106,7 @@ def model_config(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | N
     for key in said.keys() & shape.keys():
         if said[key] != shape[key]:
             raise ValueError(f"the configuration says {key} = {said[key]}, the weights have {shape[key]}")
-    defaults = {} if weights is not None else {"use_shift": True, "use_qk_norm": False, "use_rope": False}
-    values = {**defaults, **said, **shape}
+    values = {**(UNLISTED if weights is None else {}), **said, **shape}
     for key, option in (("channels", "in_channels"), ("semantic_channels", "semantic_chans")):
         if key not in values:
             raise ValueError(f"the network's {key} are unknown; pass config={{'{option}': ...}} or a released YAML")

@@ -81,11 +81,15 @@ def stand_in_library(monkeypatch):
             monkeypatch.setitem(sys.modules, path, stand_in)
         setattr(stand_in, FUNCTION[name], function)
         monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(capabilities=(), dtypes=()))
-        module._not_installed.cache_clear()
+        forget()
         return calls
 
+    def forget():
+        module._not_installed.cache_clear()
+        module._remembered_choice.cache_clear()
+
     yield install
-    module._not_installed.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("head_dim", [64, 72])
@@ -150,6 +154,7 @@ def test_auto_keeps_to_traceable_libraries_inside_torch_compile(gpu_of):
 
 def test_the_choice_is_said_once(caplog):
     module._say_once.cache_clear()
+    module._remembered_choice.cache_clear()
     with caplog.at_level(logging.INFO, "sfd_fast.attention"):
         for _ in range(3):
             attention(*heads(64))

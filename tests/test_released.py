@@ -107,8 +107,8 @@ def test_the_released_checkpoint_is_written_back_identically(tmp_path):
 def test_every_kind_of_plain_data_survives_packing():
     tree = {
         "tuple": (1, 2.5, None, True, "text"), "list": [[1], {"a": (2,)}], 3: {0.5: "number keys"},
-        "empty": [{}, (), []], "float": 0.1 + 0.2, "ordered": OrderedDict(b=1, a=2), "config": PickledConfig(a={"b": [1]}),
-        "tensors": [torch.arange(3), torch.tensor(2.0), torch.zeros(0, 2)],
+        "empty": [{}, (), []], "float": 0.1 + 0.2, "ordered": OrderedDict(b=1, a=2),
+        "config": PickledConfig(a={"b": [1]}), "tensors": [torch.arange(3), torch.tensor(2.0), torch.zeros(0, 2)],
     }  # fmt: skip
     tree["ordered"]._metadata = {"": {"version": 1}}
     text, tensors = pack_tree(tree, {})
@@ -204,7 +204,7 @@ def test_callback_states_of_lightning_do_not_stop_an_autoencoder_from_loading(tm
 
 
 def test_ema_and_raw_weights_are_told_apart_and_prefixes_dropped():
-    tree = {"model": {"module.w": torch.zeros(1)}, "ema": {"w": torch.ones(1)}}
+    tree = {"model": {"module._orig_mod.w": torch.zeros(1)}, "ema": {"w": torch.ones(1)}}
     assert state_dict_of(tree)["w"] == 1
     assert state_dict_of(tree, "model")["w"] == 0
 

@@ -178,6 +178,11 @@ def choose(backend: str, device_type: str, dtype: torch.dtype, head_dim: int, tr
     raise AssertionError("torch SDPA fits every device and dtype")
 
 
+@functools.cache
+def _remembered_choice(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    return choose(backend, device_type, dtype, head_dim)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(d)) v for each head, without mask or dropout.
 
@@ -185,7 +190,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
     Returns (B, N, H, d) in the same dtype; under autocast SDPA casts to the autocast dtype first.
     Raises as `choose`.
     """
-    name = choose(backend, q.device.type, q.dtype, q.shape[-1], torch.compiler.is_compiling())
+    if torch.compiler.is_compiling():
+        name = choose(backend, q.device.type, q.dtype, q.shape[-1], True)
+    else:
+        name = _remembered_choice(backend, q.device.type, q.dtype, q.shape[-1])
     return BACKENDS[name].call(q, k, v)
 
 
