@@ -5,9 +5,6 @@ depend on a sample's place or company in the batch, results of two sizes differ 
 Letters: B micro-batch, C channels, H height, W width.
 """
 
-import contextlib
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,20 +22,17 @@ from sfd_fast.config import (
     Precision,
     SamplerConfig,
     SFDConfig,
-    from_dict,
     require,
     to_dict,
 )
 from sfd_fast.data.statistics import LatentStatistics
-from sfd_fast.directory import first_line, write_atomically
 from sfd_fast.graphs import StepRunners
 from sfd_fast.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg
-from sfd_fast.models.texture import load_texture_codec, to_uint8
+from sfd_fast.models.texture import to_uint8
+from sfd_fast.pipeline_files import check_finite, check_parts, load_parts, local_folder, save_parts
 from sfd_fast.sampler import Callback, Plan, check_solver, guidance_table, make_plan, sample, time_grid
 from sfd_fast.transport import noise, split_latents
 
-INDEX = "pipeline.json"
-"""marks a folder as a pipeline and holds its settings; beside it transformer/, guide/, texture_codec/, statistics/"""
 DEFAULT_MICRO_BATCH = 32
 BACKENDS = ("eager", "compile", "cuda_graph")
 
@@ -59,6 +53,28 @@ class Frame:
     tau: float
     semantic: np.ndarray
     images: np.ndarray
+
+
+@dataclass
+class _Batch:
+    """Images on their way to the host."""
+
+    images: Tensor
+    finite: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    copied: torch.cuda.Event | None
+
+    def collect(self) -> np.ndarray:
+        if self.copied is not None:
+            self.copied.synchronize()
+        if not self.finite.all():
+            bad = ~self.finite
+            raise ValueError(
+                f"sample {self.sample_ids[bad][0].item()} (label {self.labels[bad][0].item()}) is not finite: lower "
+                "the guidance scale, or sample in fp32"
+            )
+        return self.images.numpy()
 
 
 class SFDPipeline:
@@ -296,22 +312,38 @@ class SFDPipeline:
     ) -> Iterator[np.ndarray]:
         """Images of checked labels and ids, micro-batch by micro-batch: (at most B, H, W, 3) uint8.
 
+        On CUDA the next micro-batch is queued before the last one is waited for, so the device never idles.
         Raises ValueError where a sample is not finite.
         """
-        for start in range(0, len(labels), self.micro_batch_size):
-            part, ids = labels[start : start + self.micro_batch_size], sample_ids[start : start + self.micro_batch_size]
-            count = len(part)
-            padding = (0, self.micro_batch_size - count)
-            latents = self.sample_latents(
-                nn.functional.pad(part, padding), nn.functional.pad(ids, padding), seed, sampler, guidance
-            )
-            finite = latents[:count].flatten(1).isfinite().all(dim=1).cpu()
-            if not finite.all():
-                raise ValueError(
-                    f"sample {ids[~finite][0].item()} (label {part[~finite][0].item()}) is not finite: lower the "
-                    "guidance scale, or sample in fp32"
-                )
-            yield self.decode(latents)[:count].cpu().numpy()
+        queued: _Batch | None = None
+        for part, ids in zip(labels.split(self.micro_batch_size), sample_ids.split(self.micro_batch_size)):
+            if len(part) == 0:
+                return
+            launched = self._launch(part, ids, seed, sampler, guidance)
+            if queued is not None:
+                yield queued.collect()
+            queued = launched
+        if queued is not None:
+            yield queued.collect()
+
+    def _launch(
+        self, labels: Tensor, ids: Tensor, seed: int, sampler: SamplerConfig, guidance: GuidanceConfig
+    ) -> "_Batch":
+        count = len(labels)
+        padding = (0, self.micro_batch_size - count)
+        latents = self.sample_latents(
+            nn.functional.pad(labels, padding), nn.functional.pad(ids, padding), seed, sampler, guidance
+        )
+        finite = latents[:count].flatten(1).isfinite().all(dim=1)
+        images = self.decode(latents)[:count]
+        if self.device.type != "cuda":
+            return _Batch(images, finite, labels, ids, None)
+        on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (images, finite)]
+        for target, value in zip(on_host, (images, finite)):
+            target.copy_(value, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return _Batch(*on_host, labels, ids, copied)
 
     def trajectory(
         self,
@@ -331,17 +363,30 @@ class SFDPipeline:
         labels: at most one micro-batch.  Raises ValueError for more.
         """
         labels, ids = self.checked_inputs(labels, sample_ids, seed)
+        settings = self.resolve(num_steps, guidance_scale, solver, None, guidance)
+        return self.frames(labels, ids, seed, *settings, num_frames=num_frames)
+
+    def frames(
+        self,
+        labels: Tensor,
+        sample_ids: Tensor,
+        seed: int,
+        sampler: SamplerConfig,
+        guidance: GuidanceConfig,
+        *,
+        num_frames: int,
+    ) -> list[Frame]:
+        """What trajectory returns, for checked labels and ids and resolved settings."""
         count = len(labels)
         require(
             1 <= count <= self.micro_batch_size,
             f"a trajectory shows 1 to micro_batch_size = {self.micro_batch_size} samples, not {count}",
         )
-        sampler, guidance = self.resolve(num_steps, guidance_scale, solver, None, guidance)
         padding = (0, self.micro_batch_size - count)
-        states: list[tuple[float, Tensor]] = [(0.0, self.initial_noise(ids, seed))]
+        states: list[tuple[float, Tensor]] = [(0.0, self.initial_noise(sample_ids, seed))]
         self.sample_latents(
             nn.functional.pad(labels, padding),
-            nn.functional.pad(ids, padding),
+            nn.functional.pad(sample_ids, padding),
             seed,
             sampler,
             guidance,
@@ -377,142 +422,19 @@ class SFDPipeline:
 
         Raises ValueError where the weights have been cast to bf16, OSError where the place cannot be written.
         """
-        from sfd_fast.checkpoint import save_codec, save_model
-
         require(self.precision == "fp32", "a pipeline in bf16 has lost bits of its weights: save the fp32 one")
-        folder = Path(folder)
-        statistics = self.statistics.to("cpu")
-        save_model(folder / "transformer", self.model, config=self.training, statistics=statistics)
-        if self.guide is not None:
-            save_model(folder / "guide", self.guide, statistics=statistics)
-        save_codec(folder / "texture_codec", self.codec)
-        (folder / "statistics").mkdir(exist_ok=True)
-        statistics.save(folder / "statistics")
-        index = {
-            "delta_t": self.delta_t,
-            "latent_multiplier": statistics.multiplier,
-            "sampler": to_dict(self.sampler),
-            "guidance": to_dict(self.guidance),
-            "micro_batch_size": self.micro_batch_size,
-        }
-        text = json.dumps(index, indent=1) + "\n"
-        write_atomically(folder / INDEX, lambda temporary: temporary.write_text(text))
-
-
-def local_folder(source: str | Path) -> Path:
-    """The folder itself, or a download of that name from the Hugging Face hub; FileNotFoundError where neither is."""
-    path = Path(source)
-    if path.exists():
-        return path
-    if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
-        raise FileNotFoundError(f"model folder {source} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source)))
-    except Exception as error:  # the hub client raises many kinds: no network, no such repository, no permission
-        raise FileNotFoundError(
-            f"{source} is neither a folder here nor a model that could be fetched from the Hugging Face hub: "
-            f"{first_line(error)}"
-        ) from error
-
-
-def load_parts(
-    folder: Path, guide: str | Path | None, codec: str | Path | nn.Module | None, statistics: LatentStatistics | None
-) -> dict:
-    """Arguments of SFDPipeline from files; raises as from_pretrained."""
-    from sfd_fast.checkpoint import load_model, read_config, read_statistics
-
-    parts: dict = {}
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())
-        parts["delta_t"], parts["micro_batch_size"] = index["delta_t"], index["micro_batch_size"]
-        parts["sampler"] = from_dict(SamplerConfig, index["sampler"])
-        parts["guidance"] = from_dict(GuidanceConfig, index["guidance"])
-        statistics = statistics or LatentStatistics.load(folder / "statistics", index["latent_multiplier"])
-        model_folder = folder / "transformer"
-        guide = guide or ((folder / "guide") if (folder / "guide").is_dir() else None)
-        codec = codec or folder / "texture_codec"
-        with contextlib.suppress(ValueError):  # saved without the config of its training
-            parts["training"] = read_config(model_folder)
-    else:
-        model_folder = folder
-        parts["training"] = training = read_config(model_folder)
-        parts["delta_t"] = training.transport.delta_t
-        parts["sampler"], parts["guidance"] = training.sampler, training.guidance
-        statistics = statistics or read_statistics(model_folder)
-        codec = codec or training.data.texture_codec or None
-    require(
-        statistics is not None,
-        f"{folder} holds no statistics of its latents: give those of the training cache as statistics="
-        "LatentStatistics.load(CACHE)",
-    )
-    require(codec is not None, f"{folder} names no texture codec: give its folder or file as codec=...")
-    parts["statistics"] = statistics
-    for name, place in (("model", model_folder), ("guide", guide)):
-        if place is not None:
-            parts[name] = load_model(place)
-            recorded = read_statistics(place) if Path(place).is_dir() else None
-            check_statistics(statistics, recorded, f"the {name} in {place}")
-    parts["codec"] = codec if isinstance(codec, nn.Module) else load_texture_codec(codec)
-    return parts
-
-
-def check_statistics(statistics: LatentStatistics, recorded: LatentStatistics | None, name: str) -> None:
-    """Raises ValueError where a network was trained on latents with other statistics than the given ones.
-
-    Decoding with another cache's statistics, or a guide of another cache, costs several points of FID (METHOD 2).
-    """
-    if recorded is not None and fingerprint(recorded) != fingerprint(statistics):
-        raise ValueError(
-            f"statistics of another data set: those given have the fingerprint {fingerprint(statistics)}, {name} was "
-            f"trained on latents with {fingerprint(recorded)}; use the statistics (and a guide) of the same cache"
+        save_parts(
+            Path(folder),
+            self.model,
+            self.guide,
+            self.codec,
+            self.statistics.to("cpu"),
+            self.training,
+            delta_t=self.delta_t,
+            sampler=to_dict(self.sampler),
+            guidance=to_dict(self.guidance),
+            micro_batch_size=self.micro_batch_size,
         )
-
-
-def fingerprint(statistics: LatentStatistics) -> str:
-    """16 hexadecimal digits that differ where any value of the statistics does."""
-    digest = hashlib.sha256(np.float64(statistics.multiplier).tobytes())
-    for name in ("texture_mean", "texture_std", "semantic_mean", "semantic_std"):
-        digest.update(getattr(statistics, name).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def check_parts(
-    model: ModelConfig, statistics: LatentStatistics, codec: nn.Module, delta_t: float, guide: ModelConfig | None
-) -> None:
-    """Raises ValueError where model, statistics, codec and guide are not of one system."""
-    require(
-        (delta_t > 0) == model.two_clocks,
-        f"delta_t is {delta_t} but the model was built with {'two clocks' if model.two_clocks else 'one clock'}: two "
-        "clocks need delta_t > 0, and delta_t = 0 has one clock",
-    )
-    for stream in ("texture", "semantic"):
-        have, want = getattr(statistics, f"{stream}_channels"), getattr(model, f"{stream}_channels")
-        require(
-            have == want,
-            f"statistics of {have} {stream} channels for a model with {want}: they belong to another data set",
-        )
-    require(
-        codec.latent_channels == model.texture_channels,
-        f"the texture codec has {codec.latent_channels} latent channels, the model {model.texture_channels} texture "
-        "channels: use the codec that the latents were encoded with",
-    )
-    if guide is None:
-        return
-    for name in ("grid_size", "texture_channels", "semantic_channels", "num_classes", "two_clocks"):
-        require(
-            getattr(guide, name) == getattr(model, name),
-            f"the guide has {name} = {getattr(guide, name)}, the model {getattr(model, name)}: a guide is trained on "
-            "the same latents and classes",
-        )
-
-
-def check_finite(module: nn.Module, name: str) -> None:
-    """Raises ValueError naming the first tensor of a network that holds NaN or infinity."""
-    for key, value in module.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"the {name}'s weight {key} holds NaN or infinity: the checkpoint is damaged or diverged")
 
 
 def _spread(states: list[tuple[float, Tensor]], count: int, delta_t: float) -> list[tuple[float, Tensor]]:

@@ -1,0 +1,135 @@
+"""Generated images on disk: written by threads beside the sampler, each file whole or absent, one npz out of many
+parts.
+
+Images are (N, H, W, 3) uint8.
+"""
+
+import contextlib
+import io
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+TEMPORARY = ".writing-"
+ENCODERS: dict[str, dict] = {
+    "png": {"format": "PNG", "compress_level": 1},  # 1 encodes about four times as fast as 6, 10 % larger
+    "webp": {"format": "WEBP", "lossless": True, "quality": 0, "method": 0},
+}
+
+
+def write_whole(path: Path, content: bytes | Callable[[io.BufferedWriter], None]) -> None:
+    """Writes a file under a temporary name and renames it: whoever sees `path` sees all of it."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    with open(temporary, "wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            content(file)
+    os.replace(temporary, path)
+
+
+def create_once(path: Path, content: bytes) -> bool:
+    """Creates a file that nobody has created yet, whole; False where it exists already."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{threading.get_ident()}-{path.name}")
+    temporary.write_bytes(content)
+    try:
+        os.link(temporary, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+
+
+class AsyncWriter:
+    """Runs write jobs on threads, at most `max_waiting` ahead; a failure is raised at the next submit or at close.
+
+    Used as a context manager: leaving it waits for everything that was submitted.
+    """
+
+    def __init__(self, num_threads: int, max_waiting: int) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="writer")
+        self._room = threading.Semaphore(max_waiting)
+        self._failed: BaseException | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queues a job; waits while too many are under way, so that memory stays bounded."""
+        self._raise()
+        self._room.acquire()
+        self._pool.submit(job).add_done_callback(self._done)
+
+    def _done(self, future: Future) -> None:
+        self._failed = self._failed or future.exception()
+        self._room.release()
+
+    def _raise(self) -> None:
+        if self._failed is not None:
+            raise OSError(
+                f"an image could not be written ({self._failed}); what is complete is kept: make room and run the same "
+                "command again to go on"
+            ) from self._failed
+
+    def __enter__(self) -> "AsyncWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            self._raise()
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """One image (H, W, 3) as PNG or lossless WebP, by the path's suffix."""
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, **ENCODERS[path.suffix[1:]])
+    write_whole(path, encoded.getvalue())
+
+
+def write_part(path: Path, images: np.ndarray) -> None:
+    """Some images as .npy."""
+    write_whole(path, lambda file: np.save(file, images))
+
+
+def write_npz(path: Path, parts: list[Path], order: np.ndarray, part_size: int, others: dict[str, np.ndarray]) -> None:
+    """The images of all parts in the given order as arr_0 of an uncompressed npz, streamed; then `others`.
+
+    Image i stands in parts[i // part_size]. The bytes of the file depend on its content alone.
+    """
+    opened = [np.load(part, mmap_mode="r") for part in parts]
+    shape = (len(order), *opened[0].shape[1:])
+
+    def rows() -> Iterable[bytes]:
+        for i in order.tolist():
+            yield opened[i // part_size][i % part_size].tobytes()
+
+    def write(file: io.BufferedWriter) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            _add_array(archive, "arr_0", shape, np.dtype(np.uint8), rows())
+            for name, values in others.items():
+                _add_array(archive, name, values.shape, values.dtype, [np.ascontiguousarray(values).tobytes()])
+
+    write_whole(path, write)
+
+
+def _add_array(
+    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterable[bytes]
+) -> None:
+    entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with archive.open(entry, "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in chunks:
+            file.write(chunk)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Deletes what killed writers left behind; nobody may be writing there."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
