@@ -18,9 +18,8 @@ def test_flags_win_over_files_and_files_over_presets(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("model:\n  depth: 5\n  num_classes: 7\ntrain:\n  max_steps: 11\n")
     second.write_text("train:\n  max_steps: 22\n")
-    config = cli.parse(
-        "train", ["--preset", "B", "--config", str(first), "--config", str(second), "--train.seed=3", "--model.depth", "6"]
-    )
+    files = ["--config", str(first), "--config", str(second)]
+    config = cli.parse("train", ["--preset", "B", *files, "--train.seed=3", "--model.depth", "6"])
     assert isinstance(config, SFDConfig)
     assert (config.model.hidden_size, config.model.depth, config.model.num_classes) == (B.hidden_size, 6, 7)
     assert (config.train.max_steps, config.train.seed) == (22, 3)

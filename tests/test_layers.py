@@ -1,4 +1,4 @@
-"""Imports run one way, optional packages are imported in one file each, and importing does nothing: from syntax trees."""
+"""Imports run one way, optional packages are imported in one file each, importing does nothing: from syntax trees."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ LAYERS = [
     ["data", "checkpoint", "released_config", "released_semvae", "guidance"],
     ["sampler", "adaptive"],
     ["graphs"],
-    ["evaluation", "pipeline", "training", "generate", "convert", "digits", "doctor"],
+    ["evaluation", "pipeline_files", "pipeline", "image_files", "training", "generate", "convert", "digits", "doctor"],
     ["demo", "cli", "__main__"],
 ]
 ONE_FILE = {
