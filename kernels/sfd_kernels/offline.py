@@ -1,9 +1,9 @@
 """Compiles, with no GPU, the launches that the operators really make, and reads what the machine code needs.
 
-The operator's own Python launch function runs on fake CUDA tensors (which also shows that it never waits for the device:
-reading a value of one is an error); each kernel launch is recorded instead of started, then compiled for an architecture
-by the same path that a launch takes (JITFunction.run), under a driver that only names the architecture. So the cubin has
-the launch's own dtypes, alignments, integer specialisations, tile sizes and warps.
+The operator's own Python launch function runs on fake CUDA tensors (which also shows that it never waits for the
+device: reading a value of one is an error); each kernel launch is recorded instead of started, then compiled for an
+architecture by the same path that a launch takes (JITFunction.run), under a driver that only names the architecture. So
+the cubin has the launch's own dtypes, alignments, integer specialisations, tile sizes and warps.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
@@ -32,7 +31,7 @@ BATCH = 32
 """samples of 256 tokens: 8192 tokens, as DESIGN's floors are stated"""
 
 LARGE_BYTES = 512 * 1024
-"""A tensor from this size on is large: its accesses must be 128 bits wide. Below are weights, modulation rows, tables, losses."""
+"""A tensor from this size on is large and must be carried by 128-bit accesses. Below: weights, modulation, losses."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _active(stand_in: _Architecture) -> Iterator[None]:
 
 
 class Pointer:
-    """A tensor as Triton's argument specialisation sees it: dtype, and an address whose alignment is the storage offset's."""
+    """A tensor as Triton's argument specialisation sees it: dtype, and an address aligned as its storage offset is."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
@@ -149,15 +148,16 @@ def example(op: Op, mode: str, size: str, batch: int = BATCH) -> tuple[str, tupl
 def _on_cuda(value: Any) -> Any:
     """Fake CPU tensors as fake CUDA tensors with the same strides and storage offset."""
     if isinstance(value, Tensor):
-        storage = torch.empty(value.untyped_storage().nbytes() // value.element_size(), dtype=value.dtype, device="cuda:0")
+        num_elements = value.untyped_storage().nbytes() // value.element_size()
+        storage = torch.empty(num_elements, dtype=value.dtype, device="cuda:0")
         return storage.as_strided(value.shape, value.stride(), value.storage_offset())
     return type(value)(map(_on_cuda, value)) if isinstance(value, (tuple, list)) else value
 
 
 def record(op: Op, args: tuple) -> list[Launch]:
-    """The launches that op's Triton implementation makes for these (fake CUDA) arguments; none where the reference serves."""
+    """The launches that op makes for these (fake CUDA) arguments; none where the reference serves."""
     if INTERPRET:
-        raise RuntimeError("TRITON_INTERPRET=1 is set: Triton was imported as an interpreter and cannot compile; unset it")
+        raise RuntimeError("TRITON_INTERPRET=1 is set, and the interpreter cannot compile; unset it")
     function = op.load_triton()
     if function is None:
         return []
@@ -226,13 +226,13 @@ class Compiled:
                 file.write(self.kernel.asm["ptx"])
             ptxas = (knobs.nvidia.ptxas_blackwell if self.arch >= 100 else knobs.nvidia.ptxas).path
             target = f"sm_{self.arch}" + ("a" if self.arch >= 90 else "")
-            options = ["-v", "--regAllocOptLevel=2", f"--gpu-name={target}", source, "-o", os.path.join(folder, "cubin")]
-            said = subprocess.run([ptxas, *options], check=True, capture_output=True, text=True).stderr
+            command = [ptxas, "-v", "--regAllocOptLevel=2", f"--gpu-name={target}", source, "-o", f"{source}.cubin"]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
 
     @property
     def programs_per_multiprocessor(self) -> int:
-        """How many programs fit on one multiprocessor by registers (given out in 256 a warp), shared memory and warps."""
+        """How many programs fit on one by registers (given out in units of 256 for a warp), shared memory and warps."""
         limits = MULTIPROCESSORS[self.arch]
         registers_of_warp = -(-self.registers * 32 // 256) * 256
         by_registers = limits.registers // registers_of_warp // self.num_warps
@@ -256,9 +256,8 @@ class Compiled:
     @cached_property
     def large_access_bits(self) -> dict[str, int]:
         """The narrowest access to every large tensor that the kernel touches."""
-        return {
-            name: min(bits) for name, bits in self.accesses.items() if self.launch.tensor_bytes.get(name, 0) >= LARGE_BYTES
-        }
+        sizes = self.launch.tensor_bytes
+        return {name: min(bits) for name, bits in self.accesses.items() if sizes[name] >= LARGE_BYTES}
 
     @cached_property
     def _origins(self) -> dict[str, frozenset[str]]:
@@ -277,7 +276,7 @@ class Compiled:
                 origins[register] = frozenset([names[int(index)]])
         moves = []
         for line in ptx.splitlines():
-            found = re.match(r"\s*(?:@!?%p\d+\s+)?(?:add|sub|mad|mov|selp|cvta|or|and|shl|ld\.param)[\w.]*\s+(%rd\d+), (.*);", line)
+            found = re.match(rf"\s*(?:@!?%p\d+\s+)?(?:{_ADDRESS_ARITHMETIC})[\w.]*\s+(%rd\d+), (.*);", line)
             if found:
                 moves.append((found[1], re.findall(r"%rd\d+", found[2])))
         changed = True
@@ -299,12 +298,15 @@ class Compiled:
         return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
 
 
+_ADDRESS_ARITHMETIC = r"add|sub|mad|mov|selp|cvta|or|and|shl|ld\.param"
+_COPY = re.compile(r"cp\.async\.\w+\.shared\.global\S*\s+\[[^\]]*\], \[ ?(%rd\d+)[^\]]*\], (0x[0-9a-f]+|\d+)")
+_ACCESS = re.compile(r"\b(?:ld|st)\.global\S*?((?:\.v[248])?)\.[busf](\d+)\s.*?\[ ?(%rd\d+)")
+
+
 def _global_accesses(ptx: str) -> Iterator[tuple[str, int]]:
     """(address register, bits) of every access to global memory in the PTX."""
     for line in ptx.splitlines():
-        copy = re.search(r"cp\.async\.\w+\.shared\.global\S*\s+\[[^\]]*\], \[ ?(%rd\d+)[^\]]*\], (0x[0-9a-f]+|\d+)", line)
-        if copy:
+        if copy := _COPY.search(line):
             yield copy[1], 8 * int(copy[2], 0)
-        access = re.search(r"\b(?:ld|st)\.global\S*?((?:\.v[248])?)\.[busf](\d+)\s.*?\[ ?(%rd\d+)", line)
-        if access:
+        if access := _ACCESS.search(line):
             yield access[3], int(access[2]) * int(access[1][2:] or 1)

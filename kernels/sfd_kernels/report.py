@@ -4,8 +4,8 @@ For every operator at the sizes of XL, XXL and B with 8192 tokens, in bf16, the 
 launches that the operator really makes (offline.py), counts the bytes that they really move (traffic.py), and sets both
 against what must hold: no spills, large tensors in 128-bit accesses, hardly more bytes than the least possible.
 
-Source of the bandwidth: 3.0 TB/s, a copy measured on an H100 of 3.35 TB/s; A100 (2.04) and B200 (8.0) at the same 90 % share of
-their data sheets. A predicted time is bytes / bandwidth: what the memory needs, without launch and latency.
+Source of the bandwidth: 3.0 TB/s, a copy measured on an H100 of 3.35 TB/s; A100 (2.04) and B200 (8.0) at the same 90 %
+share of their data sheets. A predicted time is bytes / bandwidth: what the memory needs, without launch and latency.
 """
 
 import argparse
@@ -27,7 +27,9 @@ BANDWIDTH_TB_S = {80: 1.83, 90: 3.0, 100: 7.2}
 BYTES_BOUND = 1.05
 """moved bytes over the least possible: inputs once, outputs once"""
 REDUCING_BOUND = {
-    name: 1.10 for name in ("rms_norm_modulate_backward", "gated_residual_norm_modulate_backward", "qk_norm_rope_backward")
+    "rms_norm_modulate_backward": 1.10,
+    "gated_residual_norm_modulate_backward": 1.10,
+    "qk_norm_rope_backward": 1.10,
 }
 """backwards that reduce over tokens: their partial sums are stored and read once more"""
 
@@ -72,8 +74,11 @@ def rows(
 
 
 def _row(op: Op, mode: str, size: str, moved: dict, bytes_of: dict, compiled: Compiled) -> dict[str, Any]:
-    large = compiled.large_access_bits
-    widest = [max(compiled.accesses[name]) for name in large] or [max(map(max, compiled.accesses.values()))]
+    large: dict[str, int] = {}
+    for name, bits in compiled.large_access_bits.items():
+        large[_list_name(name)] = min(bits, large.get(_list_name(name), bits))
+    widest = [max(compiled.accesses[name]) for name in compiled.large_access_bits]
+    widest = widest or [max(map(max, compiled.accesses.values()))]
     total = sum(_total(launch) for launch in moved["launches"])
     bandwidth = BANDWIDTH_TB_S[compiled.arch]
     return {
@@ -96,8 +101,8 @@ def _row(op: Op, mode: str, size: str, moved: dict, bytes_of: dict, compiled: Co
         "large_tensor_bits": large,
         "layout_conversions": compiled.layout_conversions,
         "bytes": _total(bytes_of),
-        "loaded": bytes_of["loaded"],
-        "stored": bytes_of["stored"],
+        "loaded": _by_argument(bytes_of["loaded"]),
+        "stored": _by_argument(bytes_of["stored"]),
         "interpreted_programs": bytes_of["interpreted"],
         "operator_bytes": total,
         "least_bytes": moved["least_bytes"],
@@ -107,6 +112,18 @@ def _row(op: Op, mode: str, size: str, moved: dict, bytes_of: dict, compiled: Co
         "predicted_us": round(_total(bytes_of) / bandwidth / 1e6, 2),
         "operator_predicted_us": round(total / bandwidth / 1e6, 2),
     }
+
+
+def _list_name(name: str) -> str:
+    """`grads[3]` -> `grads`."""
+    return name.split("[")[0]
+
+
+def _by_argument(bytes_of: dict[str, int]) -> dict[str, int]:
+    summed: dict[str, int] = {}
+    for name, number in bytes_of.items():
+        summed[_list_name(name)] = summed.get(_list_name(name), 0) + number
+    return summed
 
 
 def _total(launch: dict) -> int:

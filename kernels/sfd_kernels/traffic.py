@@ -16,6 +16,7 @@ import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ class ZeroMake(Make):
         super().__init__(mode, "cpu")
 
     def _draw(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype) if torch.Size(shape).numel() > LARGE_ELEMENTS else super()._draw(shape, dtype)
+        if torch.Size(shape).numel() > LARGE_ELEMENTS:
+            return torch.zeros(shape, dtype=dtype)
+        return super()._draw(shape, dtype)
 
 
 def sampled_programs(num_programs: int) -> range:
@@ -55,7 +58,9 @@ def sampled_programs(num_programs: int) -> range:
 
 def count(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Traffic of each spec, counted in a new process; see `_count_one` for what a result holds."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    package = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "sfd_kernels.traffic"]
     done = subprocess.run(command, input=json.dumps(specs), env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -145,7 +150,8 @@ class _Counter:
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.counts: dict[str, Counter] = {"loaded": Counter(), "stored": Counter()}
-        ranges = sorted((tensor.data_ptr(), label) for name, value in values.items() for label, tensor in _tensors(name, value))
+        named = [pair for name, value in values.items() for pair in _tensors(name, value)]
+        ranges = sorted((tensor.data_ptr(), label) for label, tensor in named)
         self._starts = [start for start, _ in ranges]
         self._labels = [label for _, label in ranges]
 

@@ -1,1 +1,1 @@
-"""CUDA kernels in Triton, one file per operator, written for sm_80, sm_90 and sm_100; imported at an operator's first call."""
+"""CUDA kernels in Triton, one file per operator, written for sm_80, sm_90 and sm_100."""

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,10 +14,11 @@ from torch import Tensor
 from sfd_kernels.ops.adamw_ema_step import adamw_ema_step
 from sfd_kernels.triton.launch import launch, supported
 
-# 32 tensors a launch: XL has about 400, so 13 launches; 192 pointers are 1.5 of the 4 KB that kernel arguments may take.
+# 32 tensors a launch: XL has about 400, so 13 launches; 192 pointers are 1.5 of the 4 KB that kernel arguments may
+# take.
 TENSORS = 32
-# 1024 elements on 4 warps: 8 adjacent ones a thread, two 128-bit accesses of each of four or five fp32 tensors and one of bf16
-# gradients: 10 loads in flight for each thread and few enough registers for half of the warps that an SM holds.
+# 1024 elements on 4 warps: 8 adjacent ones a thread, two 128-bit accesses of each of four or five fp32 tensors and one
+# of bf16 gradients: 10 loads in flight for each thread and few enough registers for half of the warps that an SM holds.
 BLOCK, NUM_WARPS = 1024, 4
 
 

@@ -8,9 +8,7 @@ from sfd_kernels.triton.launch import launch
 
 
 @triton.jit
-def _column_sums(
-    partials, first, second, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _column_sums(partials, first, second, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """partials (rows, 2 WIDTH): the first half sums to `first` (WIDTH,), the second to `second`; None is skipped."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < 2 * WIDTH
@@ -29,8 +27,8 @@ def _column_sums(
 def column_sums(partials: Tensor, outputs: list[Tensor | None]) -> None:
     """Writes the sums over the rows of partials (R, 2 W), fp32, to two outputs (W,) of any floating dtype."""
     num_rows, columns = partials.shape
-    # 16 columns (64 bytes) and 512 rows a step: 32 values for each of 256 threads, so that 2048 rows of the qk backward take
-    # 4 steps of memory latency; 9 programs at d = 72.
+    # 16 columns (64 bytes) and 512 rows a step: 32 values for each of 256 threads, so that 2048 rows of the qk backward
+    # take 4 steps of memory latency; 9 programs at d = 72.
     launch(
         _column_sums, triton.cdiv(columns, 16), partials, *outputs, num_rows,
         WIDTH=columns // 2, ROWS=512, COLUMNS=16, num_warps=8,

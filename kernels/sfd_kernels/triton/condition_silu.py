@@ -42,7 +42,8 @@ def _backward(
     tex = None if e_tex is None else e_tex + sample * tex_sample
     c = _condition(e_sem + sample * sem_sample, tex, e_label + sample * label_sample, columns, WIDTH, HALF)
     s = tl.sigmoid(c)
-    grad = tl.load(dy + sample * dy_sample + columns, mask=inside, other=0.0).to(tl.float32) * s * (1.0 + c * (1.0 - s))
+    grad = tl.load(dy + sample * dy_sample + columns, mask=inside, other=0.0).to(tl.float32)
+    grad *= s * (1.0 + c * (1.0 - s))
     tl.store(de_label + sample * WIDTH + columns, grad.to(de_label.dtype.element_ty), mask=inside)
     tl.store(de_sem + sample * HALF + columns, grad.to(de_sem.dtype.element_ty), mask=columns < HALF)
     if e_tex is not None:
@@ -51,7 +52,7 @@ def _backward(
 
 
 def _meta(e_sem: Tensor, e_label: Tensor) -> dict[str, int]:
-    """A row a program: B x D is a few hundred KB, so the kernel lasts as long as its launch; 8 values for each thread."""
+    """One row a program, 8 values for each thread: a few hundred KB in all, so it lasts as long as its launch."""
     width = e_label.shape[-1]
     block = triton.next_power_of_2(width)
     return {"WIDTH": width, "HALF": e_sem.shape[-1], "BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}

@@ -86,7 +86,8 @@ def forward(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, width = pred.shape
     pred, target = packed_last(pred), packed_last(target)
     mse, cosine = (torch.empty(batch, dtype=torch.float32, device=pred.device) for _ in range(2))
-    # Nothing large is written and no vector is read again, so a program may be short: 16 rows, 512 programs at 8192 tokens.
+    # Nothing large is written and no vector is read again, so a program may be short: 16 rows, 512 programs at 8192
+    # tokens.
     tile = row_tile(width, rows=4, stages=2 if pred.element_size() + target.element_size() == 8 else 3)
     rows = rows_per_program(batch, tokens, most=16)
     splits = triton.cdiv(tokens, rows)

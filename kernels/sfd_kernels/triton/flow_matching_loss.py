@@ -1,4 +1,4 @@
-"""flow_matching_loss and its backward: the target x1 - x0 exists in registers only. B batch, C channels, H W positions."""
+"""flow_matching_loss and its backward: the target x1 - x0 exists in registers only. B batch, C channels."""
 
 import torch
 import triton
@@ -9,11 +9,12 @@ from sfd_kernels.ops.flow_matching_loss import flow_matching_loss, flow_matching
 from sfd_kernels.triton.inverse_norm import inverse_norm
 from sfd_kernels.triton.launch import launch, supported
 
-# Forward: one program for a sample, so one kernel and no second stage; the loss lasts as long as its launch. 16 channels x 256 positions on
-# 16 warps: 8 adjacent positions a thread, the three channel steps of C = 48 unrolled, so that all loads go out at once.
+# Forward: one program for a sample, so one kernel and no second stage; the loss lasts as long as its launch. 16
+# channels x 256 positions on 16 warps: 8 adjacent positions a thread, the three channel steps of C = 48 unrolled, so
+# that all loads go out at once.
 FORWARD_CHANNELS, FORWARD_POSITIONS, FORWARD_WARPS = 16, 256, 16
-# Backward: all channels of a few positions stay in registers between the dot products and the gradient: 64 x 32 of C = 48 on
-# 4 warps (16 values of prediction and of target a thread), 256 programs at batch 32.
+# Backward: all channels of a few positions stay in registers between the dot products and the gradient: 64 x 32 of C =
+# 48 on 4 warps (16 values of prediction and of target a thread), 256 programs at batch 32.
 BACKWARD_ELEMENTS, BACKWARD_WARPS = 2048, 4
 
 

@@ -1,4 +1,4 @@
-"""What every launch function needs: which dtypes the kernels take, readable strides, the launch on the tensor's device."""
+"""What every launch function needs: the dtypes that kernels take, readable strides, the launch on a tensor's device."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def supported(*tensors: Tensor | None) -> bool:
 
 
 def packed_last(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last dimension is dense, as rows of a packed tensor are; a copy if not (stride 0, transposed).
+    """The tensor itself if its last dimension is dense, as rows of a packed tensor are; else a copy.
 
     Also a copy where offsets within one sample pass 2^31: kernels keep the sample's offset in int64, the rest in int32.
     """

@@ -10,8 +10,8 @@ from torch import Tensor
 from sfd_kernels.ops.masked_velocity_update import masked_velocity_update
 from sfd_kernels.triton.launch import launch, packed_last, supported
 
-# 1024 elements on 4 warps: 8 adjacent ones a thread, two 128-bit accesses of the fp32 state and one of a bf16 velocity. 384 programs
-# for 32 latents of 48 x 16 x 16, all resident at once: the kernel lasts as long as its launch.
+# 1024 elements on 4 warps: 8 adjacent ones a thread, two 128-bit accesses of the fp32 state and one of a bf16 velocity.
+# 384 programs for 32 latents of 48 x 16 x 16, all resident at once: the kernel lasts as long as its launch.
 BLOCK, NUM_WARPS = 1024, 4
 
 
@@ -29,7 +29,9 @@ def _update(
     g = tl.load(v + offsets, mask=inside, other=0.0).to(tl.float32)
     if v_guide is not None:
         guide = tl.load(v_guide + offsets, mask=inside, other=0.0).to(tl.float32)
-        g = guide + tl.where(texture, tl.load(guidance).to(tl.float32), tl.load(guidance + 1).to(tl.float32)) * (g - guide)
+        g = guide + tl.where(texture, tl.load(guidance).to(tl.float32), tl.load(guidance + 1).to(tl.float32)) * (
+            g - guide
+        )
     if base is not None:
         moved = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
     else:

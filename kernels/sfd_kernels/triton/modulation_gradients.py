@@ -47,8 +47,8 @@ def modulation_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dweight (D,), dshift (B, D), dscale (B, D), dgate (B, D) or None) from per-program sums.
 
-    partials (B * S, 2 or 3, D) fp32: A = sum of dy x_hat, sum of dy and, with a gate, sum of branch dx over the rows of a
-    split. With A_b the sum over splits: dscale_b = weight A_b, dweight = sum_b (1 + scale_b) A_b.
+    partials (B * S, 2 or 3, D) fp32: A = sum of dy x_hat, sum of dy and, with a gate, sum of branch dx over the rows of
+    a split. With A_b the sum over splits: dscale_b = weight A_b, dweight = sum_b (1 + scale_b) A_b.
     """
     batch, width = scale.shape
     dweight = torch.empty_like(weight)

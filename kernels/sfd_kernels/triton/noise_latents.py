@@ -8,8 +8,8 @@ from torch import Tensor
 from sfd_kernels.ops.noise_latents import noise_latents
 from sfd_kernels.triton.launch import launch, supported
 
-# 1024 elements on 4 warps: 8 adjacent ones a thread, two 128-bit accesses in fp32. 48 x 16 x 16 latents are 12 blocks: 384 programs
-# at batch 32, all resident at once; the kernel lasts as long as its launch.
+# 1024 elements on 4 warps: 8 adjacent ones a thread, two 128-bit accesses in fp32. 48 x 16 x 16 latents are 12 blocks:
+# 384 programs at batch 32, all resident at once; the kernel lasts as long as its launch.
 BLOCK, NUM_WARPS = 1024, 4
 
 

@@ -1,7 +1,7 @@
 """qk_norm_rope and its backward: q and k read once from packed qkv, written once in attention's layout.
 
-B batch, N tokens, H heads, d head_dim. A program owns one token position in a few samples: its row of cos and sin is read
-once and stays in registers, and the heads of a token, which are adjacent in memory, are the rows of its tiles.
+B batch, N tokens, H heads, d head_dim. A program owns one token position in a few samples: its row of cos and sin is
+read once and stays in registers, and the heads of a token, which are adjacent in memory, are the rows of its tiles.
 """
 
 import torch
@@ -13,22 +13,24 @@ from sfd_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
 from sfd_kernels.triton.column_sums import column_sums
 from sfd_kernels.triton.launch import launch, packed_last, supported
 
-# One warp, no barrier. Samples that share one read of cos, sin and the weights (XL, bf16: 1152 bytes beside 9216 for each
-# sample): 4 keep them at 3.1 % of the bytes. 8192 tokens are then 2048 programs, 15 for each multiprocessor of an H100.
+# One warp, no barrier. Samples that share one read of cos, sin and the weights (XL, bf16: 1152 bytes beside 9216 for
+# each sample): 4 keep them at 3.1 % of the bytes. 8192 tokens are then 2048 programs, 15 for each multiprocessor of an
+# H100.
 SAMPLES, NUM_WARPS = 4, 1
 
-# Heads of a tile at most. Forward: 8 heads of d = 72, masked in a block of 128, are 32 values of q and of k for each lane: 96 to 120
-# registers, so all 15 programs are resident with 36 KB of loads in flight; 16 heads took 128 to 164. Backward: five loads
-# for each head; 4 heads 168 registers (12 programs resident, 35 KB in flight), 8 heads 250, and forcing 128 spills.
+# Heads of a tile at most. Forward: 8 heads of d = 72, masked in a block of 128, are 32 values of q and of k for each
+# lane: 96 to 120 registers, so all 15 programs are resident with 36 KB of loads in flight; 16 heads took 128 to 164.
+# Backward: five loads for each head; 4 heads 168 registers (12 programs resident, 35 KB in flight), 8 heads 250, and
+# forcing 128 spills.
 FORWARD_HEADS, BACKWARD_HEADS = 8, 4
 
 
 def _heads_at_a_time(num_heads: int, most: int) -> int:
     """The largest power of two that divides H, within 4 and `most`: XL (H = 16) and XXL (24) 8 forward, B (12) 4.
 
-    Under 4 heads of d = 64 a lane would hold less than a 128-bit vector of bf16. d = 72 in a block of 128 costs 40 instructions
-    of a warp for each head forward, where the memory leaves 88 at 3.0 TB/s; splitting it into 64 + 8 columns was tried:
-    21 instructions, but 231 registers.
+    Under 4 heads of d = 64 a lane would hold less than a 128-bit vector of bf16. d = 72 in a block of 128 costs 40
+    instructions of a warp for each head forward, where the memory leaves 88 at 3.0 TB/s; splitting it into 64 + 8
+    columns was tried: 21 instructions, but 231 registers.
     """
     return min(max(num_heads & -num_heads, 4), most)
 
@@ -160,7 +162,8 @@ def _backward(
         # Both rows in one store, so that a lane holds a whole 128-bit vector.
         row = tl.arange(0, 2)[:, None] * HEAD_DIM + columns[None, :]
         both = tl.trans(tl.join(dwq, dwk))
-        tl.store(partials + tl.program_id(0) * (2 * HEAD_DIM) + row, both, mask=tl.broadcast_to(inside[None, :], both.shape))
+        wanted = tl.broadcast_to(inside[None, :], both.shape)
+        tl.store(partials + tl.program_id(0) * (2 * HEAD_DIM) + row, both, mask=wanted)
 
 
 @qk_norm_rope.triton
@@ -173,7 +176,8 @@ def forward(
     q, k = (torch.empty((batch, tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device) for _ in range(2))
     if q.numel() == 0:
         return q, k
-    qkv, q_weight, k_weight, cos, sin = (t if t is None else t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
+    tables = (None if table is None else table.contiguous() for table in (q_weight, k_weight, cos, sin))
+    qkv, (q_weight, k_weight, cos, sin) = qkv.contiguous(), tables
     launch(
         _forward, tokens * triton.cdiv(batch, SAMPLES), qkv, q_weight, k_weight, cos, sin, q, k, batch, tokens, eps,
         HEADS=num_heads, HEAD_DIM=head_dim, BLOCK=triton.next_power_of_2(head_dim),
@@ -197,8 +201,10 @@ def backward(
     if not supported(dq, dk, dv, qkv, q_weight, k_weight, cos, sin) or qkv.numel() == 0:
         return NotImplemented
     batch, tokens, _, num_heads, head_dim = qkv.shape
-    qkv, q_weight, k_weight, cos, sin = (t if t is None else t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
-    # Attention returns gradients in layouts of its own, (B, H, N, d) in memory for instance: any strides over the heads.
+    tables = (None if table is None else table.contiguous() for table in (q_weight, k_weight, cos, sin))
+    qkv, (q_weight, k_weight, cos, sin) = qkv.contiguous(), tables
+    # Attention returns gradients in layouts of its own, (B, H, N, d) in memory for instance: any strides over the
+    # heads.
     dq, dk, dv = packed_last(dq), packed_last(dk), None if dv is None else packed_last(dv)
     strides = [s for t in (dq, dk, dv) for s in ((0, 0, 0) if t is None else t.stride()[:3])]
     # Triton knows of a stride only whether 16 divides it; d = 72 does not, but 8 elements are what a vector needs.

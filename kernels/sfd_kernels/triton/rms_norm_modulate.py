@@ -87,8 +87,8 @@ def forward(x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor, eps:
         return y
     x, weight, scale = packed_last(x), weight.contiguous(), packed_last(scale)
     shift = None if shift is None else packed_last(shift)
-    # 4 rows: 32 values for each thread, 64 registers. weight, scale and shift are read once for 32 rows: 4.7 % more bytes.
-    # Rows of 2-byte elements need 4 stages to keep as many bytes in flight as 4-byte ones with 3 (37 KB an SM).
+    # 4 rows: 32 values for each thread, 64 registers. weight, scale and shift are read once for 32 rows: 4.7 % more
+    # bytes. Rows of 2-byte elements need 4 stages to keep as many bytes in flight as 4-byte ones with 3 (37 KB an SM).
     tile = row_tile(width, rows=4, stages=4 if x.element_size() == 2 else 3)
     rows = rows_per_program(batch, tokens, most=32)
     splits = triton.cdiv(tokens, rows)
@@ -101,16 +101,14 @@ def forward(x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor, eps:
 
 
 @rms_norm_modulate_backward.triton
-def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not supported(dy, x, weight, scale) or x.numel() == 0:
         return NotImplemented
     batch, tokens, width = x.shape
     dy, x, weight, scale = packed_last(dy), packed_last(x), weight.contiguous(), packed_last(scale)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    # 2 rows: at most 128 registers, so two programs of 8 warps fit an SM; 4 rows need 150 to 175 (bf16 spills if held to 128).
-    # 37 KB (bf16) to 74 KB (fp32) in flight on an SM.
+    # 2 rows: at most 128 registers, so two programs of 8 warps fit an SM; 4 rows need 150 to 175 (bf16 spills if held
+    # to 128). 37 KB (bf16) to 74 KB (fp32) in flight on an SM.
     tile = row_tile(width, rows=2, stages=3)
     # Two fp32 sums for each program, stored and read again: 10.4 % more bytes at 32 rows of all-bf16, so 40 there.
     rows = rows_per_program(batch, tokens, most=32 if x.element_size() + dy.element_size() > 4 else 40)

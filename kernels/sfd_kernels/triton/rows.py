@@ -1,8 +1,8 @@
 """Tiles for kernels that reduce along rows of width D: how many columns, rows, warps and stages a program takes.
 
-B batch, N tokens, D width. A program owns consecutive rows of one sample, so the sample's shift, scale and gate are read
-once into registers and the column sums of the backward pass stay there; it walks its rows in tiles of a few, the loads of
-the next tile in flight (cp.async) while the present one is computed.
+B batch, N tokens, D width. A program owns consecutive rows of one sample, so the sample's shift, scale and gate are
+read once into registers and the column sums of the backward pass stay there; it walks its rows in tiles of a few, the
+loads of the next tile in flight (cp.async) while the present one is computed.
 """
 
 from dataclasses import dataclass

@@ -8,38 +8,38 @@ from torch import Tensor
 from sfd_kernels.ops.swiglu import swiglu, swiglu_backward
 from sfd_kernels.triton.launch import launch, supported
 
-# 1024 columns divide the widths of XL (3072), XXL (4096) and B (2048). 4 warps own 8 adjacent columns a thread: 128-bit accesses
-# in bf16, two of them in fp32. 2 rows: 4 (backward: 6) loads in flight for each thread at 64 registers or less, so 64 KB
-# and more in flight on a multiprocessor. Odd widths (2730 of L, 4778 of 1p6B) put `up` at 4-byte alignment: they compile
-# to 32-bit accesses.
+# 1024 columns divide the widths of XL (3072), XXL (4096) and B (2048). On 4 warps a thread owns 8 adjacent columns: one
+# 128-bit access in bf16, two in fp32. 2 rows: 4 (backward 6) loads in flight for each thread at under 64 registers, so
+# over 64 KB on a multiprocessor. HIDDEN is a constant: of an odd multiple of 2 (2730 of L, 4778 of 1p6B) the compiler
+# then knows the alignment that `up` has, 4 bytes, and uses 32-bit accesses; as a run-time argument they were 16-bit.
 COLUMNS, ROWS, NUM_WARPS = 1024, 2, 4
 
 
 @triton.jit
-def _forward(x, y, num_rows, hidden, blocks, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _forward(x, y, num_rows, blocks, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    valid = (rows < num_rows)[:, None] & (columns < hidden)[None, :]
-    source = x + rows[:, None] * (2 * hidden) + columns[None, :]
+    valid = (rows < num_rows)[:, None] & (columns < HIDDEN)[None, :]
+    source = x + rows[:, None] * (2 * HIDDEN) + columns[None, :]
     gate = tl.load(source, mask=valid, other=0.0).to(tl.float32)
-    up = tl.load(source + hidden, mask=valid, other=0.0).to(tl.float32)
+    up = tl.load(source + HIDDEN, mask=valid, other=0.0).to(tl.float32)
     result = gate * tl.sigmoid(gate) * up
-    tl.store(y + rows[:, None] * hidden + columns[None, :], result.to(y.dtype.element_ty), mask=valid)
+    tl.store(y + rows[:, None] * HIDDEN + columns[None, :], result.to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def _backward(dy, x, dx, num_rows, hidden, blocks, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _backward(dy, x, dx, num_rows, blocks, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    valid = (rows < num_rows)[:, None] & (columns < hidden)[None, :]
-    offsets = rows[:, None] * (2 * hidden) + columns[None, :]
+    valid = (rows < num_rows)[:, None] & (columns < HIDDEN)[None, :]
+    offsets = rows[:, None] * (2 * HIDDEN) + columns[None, :]
     gate = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
-    up = tl.load(x + offsets + hidden, mask=valid, other=0.0).to(tl.float32)
-    grad = tl.load(dy + rows[:, None] * hidden + columns[None, :], mask=valid, other=0.0).to(tl.float32)
+    up = tl.load(x + offsets + HIDDEN, mask=valid, other=0.0).to(tl.float32)
+    grad = tl.load(dy + rows[:, None] * HIDDEN + columns[None, :], mask=valid, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
     d_gate = grad * up * s * (1.0 + gate * (1.0 - s))
     tl.store(dx + offsets, d_gate.to(dx.dtype.element_ty), mask=valid)
-    tl.store(dx + offsets + hidden, (grad * gate * s).to(dx.dtype.element_ty), mask=valid)
+    tl.store(dx + offsets + HIDDEN, (grad * gate * s).to(dx.dtype.element_ty), mask=valid)
 
 
 def _grid(num_rows: int, hidden: int) -> tuple[int, int]:
@@ -58,7 +58,8 @@ def forward(x: Tensor) -> Tensor:
         return y
     num_rows = y.numel() // hidden
     num_programs, blocks = _grid(num_rows, hidden)
-    launch(_forward, num_programs, x, y, num_rows, hidden, blocks, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=NUM_WARPS)
+    meta = {"HIDDEN": hidden, "COLUMNS": COLUMNS, "ROWS": ROWS, "num_warps": NUM_WARPS}
+    launch(_forward, num_programs, x, y, num_rows, blocks, **meta)
     return y
 
 
@@ -73,5 +74,6 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
         return dx
     num_rows = dy.numel() // hidden
     num_programs, blocks = _grid(num_rows, hidden)
-    launch(_backward, num_programs, dy, x, dx, num_rows, hidden, blocks, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=NUM_WARPS)
+    meta = {"HIDDEN": hidden, "COLUMNS": COLUMNS, "ROWS": ROWS, "num_warps": NUM_WARPS}
+    launch(_backward, num_programs, dy, x, dx, num_rows, blocks, **meta)
     return dx

@@ -1,0 +1,199 @@
+"""The offline report: what the Triton kernels compile to, and that each of its checks can fail."""
+
+import dataclasses
+import importlib.util
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from sfd_kernels.registry import INTERPRET, OPS
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton"),
+    pytest.mark.skipif(INTERPRET, reason="compiles kernels; TRITON_INTERPRET=1 makes them interpreted functions"),
+]
+COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "triton_report.json"
+SIZED = [
+    "gated_residual_norm_modulate",
+    "gated_residual_norm_modulate_backward",
+    "qk_norm_rope",
+    "qk_norm_rope_backward",
+    "rms_norm_modulate",
+    "rms_norm_modulate_backward",
+    "swiglu",
+    "swiglu_backward",
+]
+"""operators whose shapes differ between XL, XXL and B"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    from sfd_kernels.report import rows
+
+    return rows(archs=[90], modes=["mix"], sizes=["XL"])
+
+
+def test_every_operator_has_a_triton_kernel_and_a_row(found):
+    assert {row["operator"] for row in found} == set(OPS)
+
+
+def test_no_spill_wide_accesses_and_hardly_a_byte_too_many_at_xl(found):
+    from sfd_kernels.report import faults
+
+    assert faults(found) == []
+
+
+def test_rows_hold_the_promised_columns(found):
+    promised = "operator kernel pass arch dtype shape registers spills shared_bytes occupancy widest_access_bits bytes"
+    promised += " least_bytes layout_conversions intensity_flop_per_byte predicted_us"
+    for row in found:
+        assert set(promised.split()) <= set(row)
+
+
+def test_large_tensors_of_a_known_launch_are_found(found):
+    (row,) = [row for row in found if row["operator"] == "gated_residual_norm_modulate"]
+    assert set(row["large_tensor_bits"]) == {"x", "branch", "x_new", "y"}
+    elements = 32 * 256 * 1152
+    assert row["loaded"]["x"] == 4 * elements and row["stored"]["y"] == 2 * elements
+    assert row["predicted_us"] == pytest.approx(row["bytes"] / 3.0e12 * 1e6, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "size,mode,arch",
+    [("XL", "bf16", 80), ("XXL", "mix", 100), ("XXL", "bf16", 90), ("B", "fp32", 90), ("B", "mix", 80)],
+)
+def test_other_sizes_compile_without_spills_in_wide_accesses(size, mode, arch):
+    from sfd_kernels.offline import launches_of
+
+    for name in SIZED:
+        for launch in launches_of(OPS[name], mode, size):
+            compiled = launch.compile(arch)
+            assert compiled.spill_bytes == 0, name
+            assert compiled.large_access_bits, name
+            assert set(compiled.large_access_bits.values()) == {128}, (name, compiled.large_access_bits)
+
+
+def test_spill_is_seen():
+    from sfd_kernels.offline import launches_of
+
+    launch = launches_of(OPS["gated_residual_norm_modulate_backward"], "mix", "XL")[0]
+    starved = dataclasses.replace(launch, meta=launch.meta | {"maxnreg": 64})
+    assert starved.compile(90).spill_bytes > 0
+
+
+def test_narrow_access_is_seen():
+    """The hidden width of L, 2730, puts `up` at 4-byte alignment."""
+    from sfd_kernels.offline import record
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(32, 256, 2 * 2730, dtype=torch.bfloat16, device="cuda:0")
+        (launch,) = record(OPS["swiglu"], (x,))
+    assert launch.compile(90).large_access_bits == {"x": 32, "y": 32}
+
+
+def test_misaligned_view_is_seen():
+    from sfd_kernels.offline import record
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(32 * 256 * 512 + 8, dtype=torch.float32, device="cuda:0")
+        views = [x.as_strided((32, 256, 512), (256 * 512, 512, 1), offset) for offset in (4, 1)]
+        (aligned,), (shifted,) = (record(OPS["swiglu"], (view,)) for view in views)
+    assert aligned.compile(90).large_access_bits["x"] == 128
+    assert shifted.compile(90).large_access_bits["x"] == 32
+
+
+def test_launch_function_that_waits_for_the_device_is_an_error(monkeypatch):
+    from sfd_kernels.offline import launches_of
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+
+    op = OPS["swiglu"]
+    op.load_triton()
+    monkeypatch.setattr(op, "triton_kernel", lambda x: x.sum().item())
+    with pytest.raises(DataDependentOutputException):
+        launches_of(op, "mix", "B")
+
+
+def test_float64_and_unknown_dtypes_launch_nothing():
+    from sfd_kernels.offline import launches_of
+
+    for op in OPS.values():
+        if not op.name.startswith("philox"):
+            assert launches_of(op, "fp64", "B", batch=2) == [], op.name
+
+
+GOOD = {
+    "operator": "swiglu", "kernel": "forward", "arch": 90, "dtype": "mix", "size": "XL", "spills": 0,
+    "large_tensor_bits": {"x": 128}, "bytes_over_least": 1.05,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({}, None),
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"large_tensor_bits": {"x": 64}}, "carries x in 64-bit"),
+        ({"bytes_over_least": 1.051}, "moves 1.051"),
+        ({"operator": "rms_norm_modulate_backward", "bytes_over_least": 1.1}, None),
+        ({"operator": "rms_norm_modulate_backward", "bytes_over_least": 1.101}, "moves 1.101"),
+    ],
+)
+def test_faults_say_what_is_wrong(change, said):
+    from sfd_kernels.report import faults
+
+    found = faults([GOOD | change])
+    assert (found == []) if said is None else (len(found) == 1 and said in found[0])
+
+
+def test_occupancy_follows_the_scarcest_resource():
+    from sfd_kernels.offline import Compiled
+
+    class Kernel:
+        class metadata:
+            num_warps, shared = 8, 100 * 1024
+
+    compiled = Compiled(None, 90, Kernel)
+    compiled.__dict__["_resources"] = {"REG": 128, "STACK": 0, "LOCAL": 0}
+    assert compiled.programs_per_multiprocessor == 2  # 65536 registers / (128 * 256); 228 KB / 101 KB
+    assert compiled.occupancy == 16 / 64
+    assert dataclasses.replace(compiled, arch=80).__class__ is Compiled
+    small = Compiled(None, 80, Kernel)
+    small.__dict__["_resources"] = {"REG": 32, "STACK": 0, "LOCAL": 0}
+    assert small.programs_per_multiprocessor == 1  # 164 KB / 101 KB
+
+
+def test_command_writes_json_csv_and_cubins(tmp_path, capsys):
+    from sfd_kernels.report import main
+
+    arguments = ["--operator", "noise_latents", "--arch", "80", "90", "--dtype", "fp32", "--size", "B"]
+    outputs = ["--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv"), "--dump", str(tmp_path / "cubins")]
+    assert main(arguments + outputs) == 0
+    assert "no faults" in capsys.readouterr().out
+    assert [row["arch"] for row in json.loads((tmp_path / "r.json").read_text())] == [80, 90]
+    assert len((tmp_path / "r.csv").read_text().splitlines()) == 3
+    cubins = sorted((tmp_path / "cubins").iterdir())
+    assert len(cubins) == 2 and all(cubin.read_bytes()[:4] == b"\x7fELF" for cubin in cubins)
+
+
+@pytest.mark.parametrize("arguments,said", [(["--operator", "swigloo"], "swigloo"), (["--arch", "70"], "70")])
+def test_command_names_what_it_does_not_know(arguments, said, capsys):
+    from sfd_kernels.report import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_committed_report_is_complete_and_without_faults():
+    from sfd_kernels.offline import MULTIPROCESSORS
+    from sfd_kernels.report import MODES, SIZES, faults
+
+    committed = json.loads(COMMITTED.read_text())
+    covered = {(row["operator"], row["arch"], row["dtype"], row["size"]) for row in committed}
+    assert covered == set(product(OPS, MULTIPROCESSORS, MODES, SIZES))
+    assert faults(committed) == []

@@ -1,0 +1,188 @@
+"""Triton kernels just past the edges of their tiles: several programs, splits, groups and masked remainders.
+
+The registry's tiny examples fit one tile. These tests run on a GPU as they are; elsewhere one subprocess runs them in
+Triton's interpreter on CPU tensors.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import assert_accurate, run, to_double
+from sfd_kernels.examples import MODES, Make
+from sfd_kernels.registry import INTERPRET, OPS
+
+DEVICE = "cpu" if INTERPRET else "cuda"
+on_kernels = [] if INTERPRET else [pytest.mark.gpu]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
+@pytest.mark.skipif(INTERPRET, reason="this already runs in the interpreter")
+def test_these_kernels_pass_in_the_interpreter():
+    # Triton reads TRITON_INTERPRET when a kernel is decorated, hence the separate process.
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def norm(make, b, n, d):
+    scale, shift, gate = make.packed(3, b, d)
+    return {
+        "rms_norm_modulate": (make.wide(b, n, d), make.weight(d), shift, scale, 1e-6),
+        "rms_norm_modulate_backward": (make.narrow(b, n, d), make.wide(b, n, d), make.weight(d), scale, 1e-6),
+        "gated_residual_norm_modulate": (
+            make.wide(b, n, d), make.narrow(b, n, d), gate, make.weight(d), shift, scale, 1e-6
+        ),
+        "gated_residual_norm_modulate_backward": (
+            make.wide(b, n, d), make.narrow(b, n, d), make.wide(b, n, d), make.narrow(b, n, d), gate, make.weight(d),
+            scale, 1e-6,
+        ),
+    }  # fmt: skip
+
+
+def qk(make, b, n, h, d):
+    qkv = make.narrow(b, n, 3, h, d)
+    tables = make.weight(d), make.weight(d), make.state(n, d), make.state(n, d), 1e-6
+    # Gradients as attention returns them: heads before tokens in memory.
+    dq, dk = (make.narrow(b, h, n, d).transpose(1, 2) for _ in range(2))
+    return {
+        "qk_norm_rope": (qkv, *tables),
+        "qk_norm_rope_backward": (dq, dk, make.narrow(b, n, h, d), qkv, *tables),
+    }
+
+
+def losses(make, b, latent, tokens, features):
+    pred, x0, x1 = make.narrow(b, *latent), make.wide(b, *latent), make.wide(b, *latent)
+    p, t, d1, d2 = make.narrow(b, tokens, features), make.wide(b, tokens, features), make.state(b), make.state(b)
+    return {
+        "flow_matching_loss": (pred, x0, x1, 5, 2.0),
+        "flow_matching_loss_backward": (d1, d2, pred, x0, x1, 5, 2.0),
+        "feature_alignment_loss": (p, t),
+        "feature_alignment_loss_backward": (d1, d2, p, t),
+        "noise_latents": (x1, x0, make.uniform(b), make.uniform(b), 5),
+    }
+
+
+def optimizer(make):
+    # One tensor more than a launch takes (32), one empty, one of three blocks, two kinds of copies.
+    shapes = [(3,)] * 30 + [(0,), (2049,), (5, 7), (1024,), (1,)]
+    params, firsts, emas = ([make.state(*shape) for shape in shapes] for _ in range(3))
+    seconds = [make.state(*shape).square() for shape in shapes]
+    copies = [p.to(torch.float16 if index % 2 else torch.bfloat16) for index, p in enumerate(params)]
+    scalars = [make.scalar(value) for value in (1e-2, 0.9, 2, 0.5, 0)]
+    grads = [make.narrow(*shape) for shape in shapes]
+    return {"adamw_ema_step": (params, grads, firsts, seconds, emas, copies, *scalars, 0.9, 0.999, 1e-8, 0.1)}
+
+
+EDGES = {
+    # 37 tokens: several programs a sample, the last with a remainder; 1100 columns in a block of 2048.
+    "norms past a split": lambda make: norm(make, 2, 37, 1100),
+    # 33 samples: the second stage takes 32 at a time; 40 columns: two programs.
+    "norms past the second stage's tile": lambda make: norm(make, 33, 2, 40),
+    # 5 samples in groups of 4, 12 heads in groups of 4, d = 24 in a block of 32.
+    "heads and samples past a group": lambda make: qk(make, 5, 2, 12, 24),
+    # 3 heads where tiles have 4, strides that no vector divides
+    "heads below a group": lambda make: qk(make, 2, 3, 3, 6),
+    # 18 channels past 16, 272 positions past 256, 4896 elements past 1024; 19 tokens past two splits of 8
+    "losses past a block": lambda make: losses(make, 2, (18, 17, 16), 19, 70),
+    "columns past a block": lambda make: {
+        "swiglu": (make.narrow(3, 2 * 1030),),
+        "swiglu_backward": (make.narrow(3, 1030), make.narrow(3, 2 * 1030)),
+    },
+    "words past a block": lambda make: {
+        name: (make.integers(7, 2**40 + 1), -5, 3, 1030) for name in ("philox_bits", "philox_normal")
+    },
+    "tensors past a launch": optimizer,
+}
+
+
+def edges():
+    for name, build in EDGES.items():
+        for operator in build(Make(MODES["fp32"], "cpu")):
+            yield pytest.param(operator, name, marks=on_kernels, id=f"{operator}-{name}".replace(" ", "_"))
+
+
+@pytest.mark.parametrize("operator,edge", edges())
+def test_edge_of_a_tile(operator, edge):
+    op = OPS[operator]
+    mode = "fp32" if INTERPRET else "mix"
+    args = EDGES[edge](Make(MODES[mode], DEVICE))[operator]
+    assert_accurate(run(op, op, args), run(op.reference, op, args), run(op.reference, op, to_double(args)), operator)
+
+
+@pytest.mark.parametrize("operator", ["rms_norm_modulate_backward", "gated_residual_norm_modulate_backward"])
+@pytest.mark.parametrize("edge", [pytest.param("norms past a split", marks=on_kernels)])
+def test_reductions_over_several_programs_are_bit_equal_between_runs(operator, edge):
+    op = OPS[operator]
+    args = EDGES[edge](Make(MODES["fp32"], DEVICE))[operator]
+    for a, b in zip(run(op, op, args), run(op, op, args)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("num_rows", [pytest.param(1025, marks=on_kernels)])
+def test_second_stage_sums_more_rows_than_its_tile(num_rows):
+    from sfd_kernels.triton.column_sums import column_sums
+
+    partials = torch.arange(num_rows * 2 * 9, device=DEVICE).reshape(num_rows, 18).remainder(7).float()
+    first, second = torch.empty(9, device=DEVICE), torch.empty(9, device=DEVICE)
+    column_sums(partials, [first, second])
+    assert torch.equal(torch.cat([first, second]), partials.sum(0))
+
+
+@pytest.mark.skipif(not INTERPRET, reason="counts the interpreter's accesses")
+def test_sampled_bytes_equal_those_of_all_programs():
+    from sfd_kernels.traffic import _record, execute, sampled_programs
+
+    op = OPS["noise_latents"]
+    args = next(op._examples(Make(MODES["fp32"], "cpu"), size_of(batch=6)))[1]
+    ((kernel, num_programs, launch_args, meta),) = _record(op, args)
+    assert num_programs == 6 * 12
+    counts = [
+        execute(kernel, launch_args, meta, num_programs, programs)
+        for programs in (range(num_programs), sampled_programs(num_programs))
+    ]
+    for kind in ("loaded", "stored"):
+        full, sampled = (counter[kind] for counter in counts)
+        scale = num_programs / len(sampled_programs(num_programs))
+        assert full == {name: round(number * scale) for name, number in sampled.items()}
+
+
+@pytest.mark.skipif(not INTERPRET, reason="counts the interpreter's accesses")
+def test_every_large_tensor_is_read_once_and_written_once():
+    from sfd_kernels.traffic import _record, execute
+
+    op = OPS["gated_residual_norm_modulate_backward"]
+    args = EDGES["norms past a split"](Make(MODES["mix"], "cpu"))[op.name]
+    kernel, num_programs, launch_args, meta = _record(op, args)[0]
+    counts = execute(kernel, launch_args, meta, num_programs, range(num_programs))
+    elements = 2 * 37 * 1100
+    inputs = {"dx_new": 4, "dy": 2, "x_new": 4, "branch": 2}
+    assert {name: counts["loaded"][name] for name in inputs} == {name: elements * size for name, size in inputs.items()}
+    assert {name: counts["stored"][name] for name in ("dx", "dbranch")} == {"dx": elements * 4, "dbranch": elements * 2}
+
+
+@pytest.mark.skipif(not INTERPRET, reason="counts the interpreter's accesses")
+@pytest.mark.parametrize("coefficient,slots", [(0.5, 1), (0.0, 0)])
+def test_history_that_no_stream_uses_is_not_read(coefficient, slots):
+    from sfd_kernels.traffic import _record, execute
+
+    make = Make(MODES["fp32"], "cpu")
+    x, v, history = make.state(2, 5, 4, 4), make.state(2, 5, 4, 4), make.state(1, 2, 5, 4, 4)
+    coefficients = torch.tensor([[0.1, coefficient], [0.2, 0.0]])
+    args = x, None, history, v, None, None, coefficients, make.integers(-1), None, 3
+    ((kernel, num_programs, launch_args, meta),) = _record(OPS["masked_velocity_update"], args)
+    counts = execute(kernel, launch_args, meta, num_programs, range(num_programs))
+    assert counts["loaded"]["history"] == slots * history.numel() * 4
+    assert counts["stored"]["history"] == 0
+
+
+def size_of(batch):
+    from sfd_kernels.examples import SIZES
+
+    return SIZES["B"].with_batch(batch)
