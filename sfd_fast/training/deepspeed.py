@@ -6,10 +6,14 @@ as well (sharded.py). With 16-bit weights, norm weights and the position embeddi
 network's parameters and updated beside ZeRO, the same on every rank.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
 import socket
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +50,10 @@ def load_deepspeed(device: str):
     # built by g++ at first use, which takes minutes, and its shared memory outlives a killed rank; gloo serves as well
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+class LostRankError(OSError):
+    """Another rank died or hangs."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,37 @@ def take_out(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         setattr(module, attribute, tensor)
         taken[name] = tensor
     return taken
+
+
+class Watchdog:
+    """Ends this process, with every thread's trace, where no step begins for timeout_s: no rank is left behind.
+
+    Collectives of DeepSpeed's own groups wait for half an hour whatever the timeout; this does not.
+    """
+
+    def __init__(self, rank: int, timeout_s: float):
+        self.rank, self.timeout_s = rank, timeout_s
+        self.last = time.monotonic()
+        self.stopped = threading.Event()
+        threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        self.last = time.monotonic()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def watch(self) -> None:
+        while not self.stopped.wait(min(1.0, self.timeout_s / 10)):
+            if time.monotonic() - self.last > self.timeout_s:
+                sys.stderr.write(
+                    f"rank {self.rank}: no step for {self.timeout_s:g} s (deepspeed.timeout_s): this rank hangs, or "
+                    "waits for one that does; it ends now, and the run goes on from its last checkpoint when started "
+                    "again\n"
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                sys.stderr.flush()
+                os._exit(1)
 
 
 class DeepSpeedEngine:
@@ -133,11 +172,14 @@ class DeepSpeedEngine:
                 config=self.config,
                 dist_init_required=False,
             )
+        if train.compile:
+            self.engine.compile()
         self.zero = self.engine.optimizer if self.stage > 0 else None
         self.model = model
         self.loss_bad = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         self.write_config(Path(train.out))
+        self.watchdog = Watchdog(self.rank, settings.timeout_s)
 
     def write_config(self, folder: Path) -> None:
         """The JSON that DeepSpeed got, kept in the run directory."""
@@ -163,7 +205,7 @@ class DeepSpeedEngine:
             return self.engine(*inputs, **options)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        self.watch()
+        self.watchdog.beat()
         loss, terms = None, []
         for batch in batches:
             part, part_terms = self.job.objective(self.network, batch)
@@ -233,7 +275,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> dict[str, Tensor]:
-        self.watch()
+        self.watchdog.beat()
         return objective(self.network, batch)[1]
 
     @contextmanager
@@ -280,16 +322,25 @@ class DeepSpeedEngine:
         if self.control is not None:
             dist.barrier(group=self.control)
 
-    def watch(self) -> None:
-        """Arms a timer that ends this process, with every thread's trace, unless the next step comes in time."""
-        faulthandler.dump_traceback_later(self.timeout.total_seconds() * 1.5, exit=True)
-
     def close(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
-        if self.pending is not None:
-            self.pending[0].wait()
-            self.pending = None
+        with contextlib.suppress(RuntimeError):  # a lost rank has been reported already
+            if self.pending is not None:
+                self.pending[0].wait()
+                self.pending = None
+        self.watchdog.stop()
         self.engine.destroy()
+
+    def explained(self, error: RuntimeError) -> Exception:
+        signs = ("connection", "gloo", "nccl", "timed out", "timeout", "socket", "peer")
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lost = isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
+        if self.world_size == 1 or not lost:
+            return error
+        return LostRankError(
+            f"rank {self.rank} of {self.world_size} has lost another rank: it died, or did not answer within "
+            f"{self.timeout.total_seconds():g} s (deepspeed.timeout_s). The first rank to report an error knows why. "
+            f"All ranks end now; start again to go on from the last checkpoint. ({message})"
+        )
 
     # ------------------------------------------------------------------ state
 

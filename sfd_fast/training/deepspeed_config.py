@@ -93,6 +93,11 @@ def generate(
         f"train.precision 'bf16' with {accumulation} accumulated micro-batches sums gradients in bf16 under ZeRO 1; "
         "use zero_stage 2 (it sums in fp32), micro_batch_size 0, or precision parity",
     )
+    require(
+        not train.compile or stage < 3,
+        "train.compile does not work with deepspeed.zero_stage 3: traced code reads a sharded weight before DeepSpeed "
+        "has gathered it (its size is 0); use zero_stage 0, 1 or 2, or leave train.compile out",
+    )
     only_stage3 = ("stage3", "sub_")
     sizes = {name: value for name, (value, _) in BUCKETS.items() if stage == 3 or not name.startswith(only_stage3)}
     zero = {"stage": stage, "overlap_comm": device == "cuda", "contiguous_gradients": True, **sizes}

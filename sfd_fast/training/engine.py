@@ -73,6 +73,9 @@ class Engine(Protocol):
     def close(self) -> None:
         """Ends what runs beside the steps; the engine is not used afterwards."""
 
+    def explained(self, error: RuntimeError) -> Exception:
+        """The error to raise for one that the framework raised: clearer where the engine knows its cause."""
+
     def autocast(self) -> torch.autocast:
         """The precision of a forward pass."""
 
@@ -219,6 +222,9 @@ class TorchEngine:
 
     def close(self) -> None:
         return None
+
+    def explained(self, error: RuntimeError) -> Exception:
+        return error
 
     def notes(self, state: dict) -> list[str]:
         if state["world_size"] != 1:

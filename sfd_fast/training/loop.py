@@ -300,6 +300,11 @@ def run_job(job: Job, engine: Engine, *, resume: bool = True, progress: bool = T
         stopped = train_steps(run, log, checkpoints, Stop(folder))
         checkpoints.wait()
         model = None if stopped else export_model(run, folder)
+    except RuntimeError as error:
+        explained = engine.explained(error)
+        if explained is error:
+            raise
+        raise explained from error
     finally:
         log.close()
         checkpoints.finish()  # an error of the loop itself matters more than that of a write behind it

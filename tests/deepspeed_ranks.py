@@ -1,0 +1,433 @@
+"""One rank of the DeepSpeed tests: runs many cases in one launched process, since a launch costs seconds.
+
+`python deepspeed_ranks.py FOLDER CASE ...` under a launcher; FOLDER/data holds the shards. Each case's result goes to
+FOLDER/CASE.RANK.json.
+"""
+
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tiny_run import MODEL, tiny_config, with_data
+
+from sfd_fast.config import DeepSpeedConfig, OptimizerConfig
+from sfd_fast.models import dit
+from sfd_fast.training import deepspeed as engine_module
+from sfd_fast.training.diffusion import diffusion_job
+from sfd_fast.training.engine import TorchEngine
+from sfd_fast.training.loop import Stop, build_engine, run_train
+from sfd_fast.training.sharded import snapshot_pieces
+
+CASES = {}
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def config(folder, name, stage=2, overrides=None, **train):
+    settings = {"engine": "deepspeed", "log_every": 1, "checkpoint_every": 1000} | train
+    made = tiny_config(folder / "data", folder / name, **settings)
+    extra = {}
+    if overrides:
+        extra["config_file"] = str(folder / f"{name}.{RANK}.overrides.json")
+        Path(extra["config_file"]).write_text(json.dumps(overrides))
+    return replace(made, deepspeed=DeepSpeedConfig(zero_stage=stage, timeout_s=60, **extra))
+
+
+NOT_PERSISTENT = {"zero_optimization": {"stage3_param_persistence_threshold": 100}}
+"""the tiny model's parameters would all be small enough to stay whole under ZeRO 3"""
+
+
+def train(made):
+    return run_train(made, device="cpu", progress=False)
+
+
+def losses(result):
+    return [row["loss"] for row in result.metrics if row["kind"] == "train"]
+
+
+def figures(result):
+    return {"losses": losses(result), "step": result.step, "exit_code": result.exit_code,
+            "events": [row["message"] for row in result.metrics if row["kind"] == "event"],
+            "validation": [row for row in result.metrics if row["kind"] == "validation"]}  # fmt: skip
+
+
+def stopped_at(step, made):
+    """Runs until `step` as if asked to stop there; the answer of any_rank comes one step later."""
+    calls = itertools.count(1)
+    requested = Stop.requested
+    Stop.requested = lambda self: next(calls) == step
+    try:
+        return train(made)
+    finally:
+        Stop.requested = requested
+
+
+def after_steps(made, action):
+    """Waits until the run has logged a few steps, then acts."""
+    log = Path(made.train.out) / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 5:
+        time.sleep(0.01)
+    action()
+
+
+@case
+def stages(folder):
+    """Losses of 30 steps under every ZeRO stage, with clipping, accumulation, validation and averages."""
+    out = {}
+    for stage in range(4):
+        settings = {"max_steps": 30, "validate_every": 15, "micro_batch_size": 2}
+        overrides = NOT_PERSISTENT if stage == 3 else None
+        out[stage] = figures(train(config(folder, f"stages-{stage}", stage, overrides, **settings)))
+    return out
+
+
+@case
+def resume(folder):
+    """Stopped at steps 3 and 6 and resumed, beside unbroken runs, for each stage and precision."""
+    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "parity"), (3, "fp32"), (3, "bf16")):
+        name = f"resume-{stage}-{precision}"
+        overrides = NOT_PERSISTENT if stage == 3 else None
+        train(config(folder, f"{name}-unbroken", stage, overrides, precision=precision))
+        broken = config(folder, f"{name}-broken", stage, overrides, precision=precision)
+        assert stopped_at(3, broken).exit_code == 75
+        assert stopped_at(2, broken).exit_code == 75
+        train(broken)
+    return True
+
+
+@case
+def shares(folder):
+    """Bytes of weights, gradients, moments and averages on this rank under ZeRO 3, in the middle of a step."""
+    made = config(folder, "shares", 3, NOT_PERSISTENT, max_steps=4)
+    made = replace(made, model=replace(MODEL, hidden_size=128, depth=3, num_heads=4))
+    job = diffusion_job(made)
+    engine = build_engine(job, "cpu")
+    batches = job.batches(0, engine)
+    engine.train_step([next(batches)], 1e-3)
+    total = sum(p.ds_numel for p in engine.named.values())
+    seen = {}
+    prepare = engine.optimizer.before_step
+
+    def measure():
+        prepare()
+        zero = engine.zero
+        flats = zero.fp32_partitioned_groups_flat
+        seen["parameters"] = sum(p.ds_tensor.numel() * 4 for p in engine.named.values())
+        seen["whole"] = sum(p.data.numel() * 4 for p in engine.named.values())
+        seen["gradients"] = sum(f.grad.numel() * 4 for f in flats if f.grad is not None)
+        state = [v for f in flats for v in engine.optimizer.state[f].values() if v.dim()]
+        seen["moments and average"] = sum(v.numel() * v.element_size() for v in state)
+
+    engine.optimizer.before_step = measure
+    engine.train_step([next(batches)], 1e-3)
+    engine.close()
+    one_rank = {"parameters": 4 * total, "gradients": 4 * total, "moments and average": 12 * total}
+    return {"rank": seen, "one_rank": one_rank}
+
+
+@case
+def precision(folder):
+    """bf16: which parameters keep fp32, and the dtype of the clocks that the network sees."""
+    made = config(folder, "precision", 2, precision="bf16")
+    job = diffusion_job(made)
+    engine = build_engine(job, "cpu")
+    clocks = []
+    features = dit.timestep_features
+
+    def watched(t, count):
+        clocks.append(str(t.dtype))
+        return features(t, count)
+
+    dit.timestep_features = watched
+    result = engine.train_step([next(job.batches(0, engine))], 1e-3)
+    dit.timestep_features = features
+    out = {
+        "clocks": sorted(set(clocks)),
+        "kept": {n: str(v.dtype) for n, v in engine.kept.items()},
+        "sharded": sorted({str(p.dtype) for p in engine.named.values()}),
+        "masters": sorted({str(f.dtype) for _, f, *_ in engine.shards()}),
+        "loss": str(result.loss.dtype),
+    }
+    engine.close()
+    return out
+
+
+@case
+def bad_batch(folder):
+    """A NaN batch on one rank only: all ranks skip, nothing changes, the next step goes on."""
+    out = {}
+    for stage, kind in ((0, "fp32"), (2, "fp32"), (1, "bf16"), (3, "bf16")):
+        job = diffusion_job(config(folder, f"bad-{stage}-{kind}", stage, precision=kind))
+        engine = build_engine(job, "cpu")
+        batches = job.batches(0, engine)
+        engine.train_step([next(batches)], 1e-2)
+        before = snapshot_pieces(engine.pieces())
+        batch = dict(next(batches))
+        if RANK == 1:
+            batch["latents"] = torch.full_like(batch["latents"], float("nan"))
+        skipped = float(engine.train_step([batch], 1e-2).skipped)
+        after = snapshot_pieces(engine.pieces())
+        same = [torch.equal(a.fields[k], b.fields[k]) for a, b in zip(before, after) for k in a.fields]
+        good = float(engine.train_step([next(batches)], 1e-2).skipped)
+        stayed = [torch.equal(a.fields["param"], p.fields["param"]) for a, p in zip(after, engine.pieces())]
+        # under ZeRO 0 the second rank writes no pieces
+        moved = not all(stayed) or (stage == 0 and RANK > 0)
+        out[f"{stage}-{kind}"] = {"skipped": skipped, "same": all(same), "next": good, "moved": moved}
+        engine.close()
+    return out
+
+
+@case
+def averages(folder):
+    """Inside ema_weights the network's forward pass uses the averages; outside the weights, to the bit."""
+    out = {}
+    for stage in range(4):
+        overrides = NOT_PERSISTENT if stage == 3 else None
+        job = diffusion_job(config(folder, f"averages-{stage}", stage, overrides))
+        engine = build_engine(job, "cpu")
+        batches = job.batches(0, engine)
+        for _ in range(3):
+            engine.train_step([next(batches)], 1e-2)
+        before = snapshot_pieces(engine.pieces())
+        plain, shown = job.evaluate(engine), engine.export()
+        same = all(
+            torch.equal(a.fields[k], b.fields[k]) for a, b in zip(before, engine.pieces()) for k in a.fields
+        )
+        again = job.evaluate(engine)
+        out[stage] = {"first": plain, "second": again, "same": same}
+        if RANK == 0:
+            alone = diffusion_job(tiny_config(folder / "data", folder / "alone"))
+            alone.model.load_state_dict(shown)
+            parts = {"optimizer": alone.optimizer, "train": alone.train, "device": torch.device("cpu")}
+            out[stage]["exported"] = alone.evaluate(TorchEngine(alone.model, alone.objective, **parts))["loss"]
+        engine.close()
+    return out
+
+
+@case
+def pre_emption(folder):
+    """SIGTERM to one rank: all save the same step and end with 75."""
+    made = config(folder, "pre-emption", 2, max_steps=400)
+    if RANK == 1:
+        threading.Thread(target=lambda: after_steps(made, lambda: os.kill(os.getpid(), signal.SIGTERM))).start()
+    result = train(made)
+    return {"exit_code": result.exit_code, "step": result.step}
+
+
+@case
+def disk_full(folder):
+    """A rank that cannot write its part: every rank stops with an error, the previous checkpoint stays."""
+    made = config(folder, "disk-full", 2, checkpoint_every=2, max_steps=8)
+    write = engine_module.write_pieces
+
+    def full(path, pieces, extra=None):
+        write(path, pieces, extra)
+        if RANK == 1 and "00000004" in str(path):
+            raise OSError(28, "No space left on device")
+
+    engine_module.write_pieces = full
+    try:
+        train(made)
+    except OSError as error:
+        message = str(error)
+    else:
+        message = ""
+    finally:
+        engine_module.write_pieces = write
+    dist.barrier()
+    return message
+
+
+@case
+def host_reads(folder):
+    """Reads of device values by the host during a step: by DeepSpeed and torch, and by our code."""
+    import deepspeed
+    import sfd_kernels
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import sfd_fast
+
+    packages = {"deepspeed": deepspeed, "sfd_fast": sfd_fast, "sfd_kernels": sfd_kernels}
+    owners = {name: str(Path(package.__file__).parent) for name, package in packages.items()}
+
+    class Reads(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.found = {}
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                files = [frame.filename for frame in reversed(traceback.extract_stack())]
+                owner = next(o for f in files for o, folder in owners.items() if f.startswith(folder))
+                self.found[owner] = self.found.get(owner, 0) + 1
+            return function(*args, **(kwargs or {}))
+
+    out = {}
+    for stage, kind in ((1, "parity"), (2, "bf16"), (3, "bf16")):
+        job = diffusion_job(config(folder, f"reads-{stage}-{kind}", stage, precision=kind))
+        engine = build_engine(job, "cpu")
+        batches = job.batches(0, engine)
+        engine.train_step([next(batches)], 1e-3)
+        batch = next(batches)
+        with Reads() as reads:
+            engine.train_step([batch], 1e-3)
+        out[f"{stage}-{kind}"] = reads.found
+        engine.close()
+    return out
+
+
+@case
+def options(folder):
+    """Offload, activation checkpointing and torch.compile beside the plain run of the same stage."""
+    out = {}
+    for name, stage, engine_options, train_options in (
+        ("plain-2", 2, {}, {}),
+        ("offload-2", 2, {"offload_optimizer": True}, {}),
+        ("plain-3", 3, {}, {}),
+        ("offload-3", 3, {"offload_optimizer": True, "offload_parameters": True}, {}),
+        ("checkpointing-3", 3, {}, {"checkpoint_activations": 1.0}),
+    ):
+        made = config(folder, f"options-{name}", stage, NOT_PERSISTENT if stage == 3 else None, **train_options)
+        made = replace(made, deepspeed=replace(made.deepspeed, **engine_options))
+        out[name] = losses(train(made))
+    return out
+
+
+@case
+def from_one(folder):
+    """Two ranks take over what one saved: every field of every piece, against the file of that rank."""
+    made = config(folder, "one", 1, max_steps=8)
+    saved = load_file(folder / "one" / "checkpoints" / "00000004" / "state-00000.safetensors")
+    worst, covered = {}, {}
+    for stage in (1, 2, 3):
+        job = diffusion_job(replace(made, deepspeed=replace(made.deepspeed, zero_stage=stage)))
+        engine = build_engine(job, "cpu")
+        engine.load(folder / "one" / "checkpoints" / "00000004")
+        for piece in engine.pieces():
+            for field, value in piece.fields.items():
+                if value.dim():
+                    wanted = saved[f"{piece.name}|{field}"][piece.start : piece.stop]
+                    worst[field] = max(worst.get(field, 0.0), float((value - wanted).abs().max()))
+                    covered[field] = covered.get(field, 0) + value.numel()
+        engine.close()
+    return {"worst": worst, "covered": covered}
+
+
+@case
+def two(folder):
+    """A run of two ranks under ZeRO 3, stopped after 4 of 8 steps, for one rank to go on with."""
+    stopped_at(3, config(folder, "two", 3, NOT_PERSISTENT, max_steps=8))
+    train(config(folder, "two-unbroken", 3, NOT_PERSISTENT, max_steps=8))
+    return True
+
+
+@case
+def one(folder):
+    """A run of one rank, checkpoints at 4 and 8."""
+    return figures(train(config(folder, "one", 1, max_steps=8, checkpoint_every=4)))
+
+
+@case
+def from_two(folder):
+    """One rank takes over what two saved, compares every element with their files, and finishes the run."""
+    made = config(folder, "two", 1, max_steps=8)
+    latest = folder / "two" / "checkpoints" / (folder / "two" / "checkpoints" / "latest").read_text()
+    parts = [load_file(path) for path in sorted(latest.glob("state-*.safetensors"))]
+    job = diffusion_job(made)
+    engine = build_engine(job, "cpu")
+    engine.load(latest)
+    worst, covered = {}, {}
+    for piece in engine.pieces():
+        for field, value in piece.fields.items():
+            if value.dim():
+                key = f"{piece.name}|{field}"
+                wanted = torch.cat([part[key] for part in parts if key in part])
+                worst[field] = max(worst.get(field, 0.0), float((value - wanted).abs().max()))
+                covered[field] = covered.get(field, 0) + value.numel()
+    engine.close()
+    return {"worst": worst, "covered": covered, "ranks": len(parts)} | figures(train(made))
+
+
+@case
+def contradictions(folder):
+    """Configurations that do not fit, and a checkpoint of another model."""
+    def message(made):
+        try:
+            train(made)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    plain = config(folder, "contradictions", 1)
+    other = replace(config(folder, "one", 1, max_steps=16), model=replace(MODEL, depth=3))
+    return {
+        "world size": message(config(folder, "contradictions", 1, global_batch_size=9)),
+        "micro batch": message(config(folder, "contradictions", 1, global_batch_size=12, micro_batch_size=4)),
+        "stage": message(config(folder, "contradictions", 0, precision="bf16")),
+        "optimizer": message(replace(plain, optimizer=OptimizerConfig(name="torch_fused"))),
+        "file": message(config(folder, "contradictions", 1, {"gradient_clipping": 1.0})),
+        "preset": message(other),
+    }
+
+
+@case
+def dies(folder):
+    """Rank 1 kills itself in the middle of the run."""
+    made = config(folder, "dies", 2, max_steps=100_000)
+    if RANK == 1:
+        threading.Thread(target=lambda: after_steps(made, lambda: os.kill(os.getpid(), signal.SIGKILL))).start()
+    return train(made).exit_code
+
+
+@case
+def hangs(folder):
+    """Rank 1 stops answering: its data never comes."""
+    made = config(folder, "hangs", 2, max_steps=100_000)
+    made = replace(made, deepspeed=replace(made.deepspeed, timeout_s=4))
+    if RANK == 1:
+        from sfd_fast.training import diffusion
+
+        loader = diffusion.LatentLoader
+
+        class Stuck(loader):
+            def __iter__(self):
+                yield from itertools.islice(super().__iter__(), 3)
+                time.sleep(600)
+
+        diffusion.LatentLoader = Stuck
+    return train(with_data(made)).exit_code
+
+
+def main() -> None:
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    folder, *names = arguments
+    folder = Path(folder)
+    torch.set_num_threads(1)
+    for name in names:
+        start = time.monotonic()
+        try:
+            result = CASES[name](folder)
+        except Exception as error:
+            (folder / f"{name}.{RANK}.json").write_text(json.dumps({"error": traceback.format_exc()}))
+            print(f"rank {RANK}, case {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            raise
+        result = {"result": result, "seconds": time.monotonic() - start}
+        (folder / f"{name}.{RANK}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

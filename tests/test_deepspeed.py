@@ -1,0 +1,347 @@
+"""The DeepSpeed engine on one and two gloo ranks; three launches run all cases (see deepspeed_ranks.py)."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import tiny_config, write_data
+
+from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
+from sfd_fast.training.deepspeed_config import BUCKETS, batch_shares, generate
+from sfd_fast.training.loop import run_train
+from sfd_fast.training.sharded import Piece, StateReader, consolidated, write_pieces
+
+HERE = Path(__file__).resolve().parent
+ABSENT = "deepspeed is not installed: DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason=ABSENT)
+
+TWO_RANKS = (
+    "stages", "resume", "shares", "precision", "bad_batch", "averages", "pre_emption", "host_reads", "options", "two",
+    "from_one", "contradictions", "disk_full",
+)  # fmt: skip
+
+
+def environment(**extra):
+    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path} | extra
+
+
+def start_ranks(world_size, folder, *cases):
+    """The ranks of a plain launch, each in a process group of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "deepspeed_ranks.py"), str(folder), *cases],
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            ),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+
+
+def finish(ranks, timeout_s=200):
+    """(exit code, stderr) of every rank; none is left running."""
+    try:
+        return [(rank.wait(timeout_s), rank.stderr.read()) for rank in ranks]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, signal.SIGKILL)
+
+
+def launcher(folder, *cases):
+    """The same under the deepspeed launcher, as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
+    program = subprocess.run(
+        [*command, str(HERE / "deepspeed_ranks.py"), str(folder), *cases],
+        env=environment(), capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert program.returncode == 0, program.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """All cases of one and two ranks: {case: [result of rank 0, result of rank 1]}; the folder is ran.folder."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip(ABSENT)
+    folder = tmp_path_factory.mktemp("ranks")
+    write_data(folder / "data")
+    for code, error in finish(start_ranks(1, folder, "one")):
+        assert code == 0, error[-6000:]
+    launcher(folder, *TWO_RANKS)
+    for code, error in finish(start_ranks(1, folder, "from_two")):
+        assert code == 0, error[-6000:]
+
+    class Ran(dict):
+        pass
+
+    results = Ran()
+    for path in folder.glob("*.json"):
+        name, rank, *rest = path.name.split(".")
+        if rest == ["json"] and name != "deepspeed":
+            results.setdefault(name, {})[int(rank)] = json.loads(path.read_text())["result"]
+    results.folder = folder
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(ran):
+    """Losses and held-out figures of one plain torch process with the same global batch."""
+    config = tiny_config(ran.folder / "data", ran.folder / "alone", max_steps=30, log_every=1, validate_every=15)
+    config = replace(config, train=replace(config.train, micro_batch_size=4))
+    rows = run_train(config, device="cpu", progress=False).metrics
+    return [r["loss"] for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "validation"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_follow_one_process(ran, alone, stage):
+    """30 steps with clipping, a cosine schedule and accumulation; micro-batches of 2 on two ranks against 4 on one."""
+    result = ran["stages"][0][str(stage)]
+    assert len(result["losses"]) == 30
+    assert result["losses"] == pytest.approx(alone[0], rel=1e-5)
+    for mine, theirs in zip(result["validation"], alone[1], strict=True):
+        for key in ("loss", "loss_ema", "velocity_ema"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["0-fp32", "1-bf16", "2-parity", "3-fp32", "3-bf16"])
+def test_a_run_stopped_twice_ends_with_the_same_bits(ran, kind):
+    folders = [ran.folder / f"resume-{kind}-{name}" / "checkpoints" / "00000008" for name in ("unbroken", "broken")]
+    names = sorted(path.name for path in folders[0].glob("state-*.safetensors"))
+    assert names == ["state-00000.safetensors", "state-00001.safetensors"]
+    for name in names:
+        a, b = (load_file(folder / name) for folder in folders)
+        assert a.keys() == b.keys()
+        assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    exported = [load_file(folder.parents[1] / "model" / "model.safetensors") for folder in folders]
+    assert all(torch.equal(exported[0][key], exported[1][key]) for key in exported[0])
+
+
+def test_zero_3_holds_half_on_each_of_two_ranks(ran):
+    for rank in (0, 1):
+        measured = ran["shares"][rank]
+        assert sum(measured["rank"].values()) <= 0.52 * sum(measured["one_rank"].values())
+        for part in ("parameters", "gradients", "moments and average"):
+            assert 0.49 <= measured["rank"][part] / measured["one_rank"][part] <= 0.52
+
+
+def test_norms_positions_and_clocks_stay_fp32_with_bf16_weights(ran):
+    seen = ran["precision"][0]
+    assert seen["clocks"] == ["torch.float32"] and seen["loss"] == "torch.float32"
+    assert seen["sharded"] == ["torch.bfloat16"] and seen["masters"] == ["torch.float32"]
+    assert set(seen["kept"].values()) == {"torch.float32"}
+    assert {"pos_embed", "blocks.0.norm1.weight", "blocks.1.attn.k_norm.weight"} <= set(seen["kept"])
+
+
+@pytest.mark.parametrize("kind", ["0-fp32", "2-fp32", "1-bf16", "3-bf16"])
+def test_a_nan_batch_on_one_rank_skips_the_step_on_all(ran, kind):
+    for rank in (0, 1):
+        assert ran["bad_batch"][rank][kind] == {"skipped": 1.0, "same": True, "next": 0.0, "moved": True}
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_averages_are_used_inside_their_context_and_leave_no_trace(ran, stage):
+    result = ran["averages"][0][stage]
+    assert result["same"] and ran["averages"][1][stage]["same"]
+    assert result["first"] == result["second"]
+    assert result["first"]["loss"] != result["first"]["loss_ema"]
+    assert result["exported"] == pytest.approx(result["first"]["loss_ema"], rel=1e-5)
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(ran):
+    first, second = (ran["pre_emption"][rank] for rank in (0, 1))
+    assert first == second and first["exit_code"] == 75
+    latest = ran.folder / "pre-emption" / "checkpoints" / "latest"
+    assert int(latest.read_text()) == first["step"]
+
+
+def test_our_code_reads_nothing_from_the_device_during_a_step(ran):
+    """DeepSpeed's own reads (1 under ZeRO 1, see README) are counted too, so the counter is known to work."""
+    for found in ran["host_reads"][0].values():
+        assert found.get("deepspeed", 0) >= 1
+        assert set(found) == {"deepspeed"}
+
+
+@pytest.mark.parametrize(
+    ("option", "plain"), [("offload-2", "plain-2"), ("offload-3", "plain-3"), ("checkpointing-3", "plain-3")]
+)
+def test_options_change_memory_and_not_losses(ran, option, plain):
+    assert ran["options"][0][option] == pytest.approx(ran["options"][0][plain], rel=1e-6)
+
+
+def test_one_rank_to_two_moves_every_average_exactly(ran):
+    """Every element of weight, moments and average, under ZeRO 1, 2 and 3, equals what one rank saved."""
+    total = sum(v.numel() for v in consolidated(ran.folder / "one" / "checkpoints" / "00000004").values())
+    for rank in (0, 1):
+        assert ran["from_one"][rank]["worst"] == {"param": 0, "exp_avg": 0, "exp_avg_sq": 0, "ema": 0}
+    for field in ("param", "exp_avg", "exp_avg_sq", "ema"):
+        assert sum(ran["from_one"][rank]["covered"][field] for rank in (0, 1)) == 3 * total
+
+
+def test_two_ranks_to_one_moves_every_average_exactly_and_ends_alike(ran):
+    moved = ran["from_two"][0]
+    folder = ran.folder / "two-unbroken" / "checkpoints" / "00000008"
+    assert moved["ranks"] == 2
+    assert moved["worst"] == {"param": 0, "exp_avg": 0, "exp_avg_sq": 0, "ema": 0}
+    assert moved["covered"]["ema"] == sum(v.numel() for v in consolidated(folder).values())
+    assert any("saved by 2 ranks, resumed by 1" in event for event in moved["events"])
+    ended = consolidated(ran.folder / "two" / "checkpoints" / "00000008")
+    for name, value in consolidated(folder).items():
+        torch.testing.assert_close(ended[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_one_plain_process_goes_on_from_two_ranks(ran, tmp_path):
+    """The torch engine reads what two ranks of ZeRO 3 saved and ends where they did, to rounding."""
+    source = ran.folder / "two-unbroken"
+    target = tmp_path / "run" / "checkpoints"
+    target.mkdir(parents=True)
+    (target / "00000008").symlink_to(source / "checkpoints" / "00000008")
+    (target / "latest").write_text("00000008")
+    result = run_train(tiny_config(ran.folder / "data", tmp_path / "run", max_steps=8), device="cpu", progress=False)
+    a, b = (load_file(folder / "model.safetensors") for folder in (result.model, source / "model"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_rank_that_cannot_write_stops_all_with_the_old_checkpoint(ran):
+    messages = [ran["disk_full"][rank] for rank in (0, 1)]
+    assert "rank 1 could not write its part" in messages[0] and "the checkpoint of step 2 is intact" in messages[0]
+    assert "No space left on device" in messages[1]
+    assert (ran.folder / "disk-full" / "checkpoints" / "latest").read_text() == "00000002"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("world size", "global_batch_size 9 must be a multiple of the 2 ranks; use 8 or 10"),
+        ("micro batch", "each of 2 ranks takes 6 .*micro_batch_size 4 does not divide; use one of .1, 2, 3, 6."),
+        ("stage", "'bf16' keeps fp32 masters in ZeRO's optimizer, but deepspeed.zero_stage is 0"),
+        ("optimizer", "optimizer.name is 'torch_fused', but train.engine 'deepspeed' shards the averages"),
+        ("file", "sets gradient_clipping to 1.0, which contradicts optimizer.max_grad_norm"),
+        ("preset", "belongs to another configuration: model.depth was 2 and is 3"),
+    ],
+)
+def test_contradictions_are_errors(ran, what, message):
+    import re
+
+    assert re.search(message, ran["contradictions"][0][what])
+
+
+def test_the_generated_json_is_kept_in_the_run_directory(ran):
+    kept = json.loads((ran.folder / "stages-3" / "deepspeed.json").read_text())
+    assert kept["zero_optimization"]["stage"] == 3
+    assert kept["zero_optimization"]["stage3_param_persistence_threshold"] == 100
+    assert kept["gradient_accumulation_steps"] == 2 and kept["train_batch_size"] == 8
+
+
+@needs_deepspeed
+def test_a_rank_that_dies_ends_the_others_with_a_clear_error(tmp_path):
+    write_data(tmp_path / "data")
+    (code, error), (killed, _) = finish(start_ranks(2, tmp_path, "dies"), 120)
+    assert killed == -signal.SIGKILL and code == 1
+    assert "rank 0 of 2 has lost another rank: it died, or did not answer" in error
+
+
+@needs_deepspeed
+def test_a_rank_that_hangs_ends_all_with_a_clear_error(tmp_path):
+    write_data(tmp_path / "data")
+    ended = finish(start_ranks(2, tmp_path, "hangs"), 120)
+    for rank, (code, error) in enumerate(ended):
+        assert code == 1
+        assert f"rank {rank}: no step for 4 s" in error or "has lost another rank" in error
+    assert "time.sleep" in ended[1][1] or "__iter__" in ended[1][1]
+
+
+def test_deepspeed_absent_is_an_error_with_the_install_command(tmp_path, monkeypatch):
+    write_data(tmp_path / "data")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match="needs the package deepspeed.*DS_BUILD_OPS=0 pip install deepspeed==0.19.8"):
+        run_train(tiny_config(tmp_path / "data", tmp_path / "run", engine="deepspeed"), device="cpu", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("precision", "section"), [("parity", "torch_autocast"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", None)]
+)
+def test_each_precision_mode_has_its_section(precision, section):
+    train = TrainConfig(global_batch_size=64, micro_batch_size=4, precision=precision)
+    made = generate(train, OptimizerConfig(), DeepSpeedConfig(zero_stage=2), world_size=8, device="cuda")
+    present = {key for key in ("torch_autocast", "bf16", "fp16") if made.get(key, {}).get("enabled")}
+    assert present == ({section} if section else set())
+    assert made["gradient_accumulation_steps"] == 2 and made["gradient_clipping"] == 0.0
+    assert made["zero_optimization"]["overlap_comm"] is True
+    assert "stage3_prefetch_bucket_size" not in made["zero_optimization"]
+
+
+def test_every_bucket_size_has_a_reason():
+    made = generate(TrainConfig(), OptimizerConfig(), DeepSpeedConfig(zero_stage=3), world_size=8, device="cuda")
+    for name, (value, reason) in BUCKETS.items():
+        assert made["zero_optimization"][name] == value and len(reason) > 30
+
+
+def test_a_file_overrides_what_is_not_ours(tmp_path):
+    path = tmp_path / "deepspeed.json"
+    values = {"zero_optimization": {"reduce_bucket_size": 7, "stage": 1}, "wall_clock_breakdown": True}
+    path.write_text(json.dumps(values))
+    settings = DeepSpeedConfig(zero_stage=1, config_file=str(path))
+    made = generate(TrainConfig(), OptimizerConfig(), settings, world_size=8, device="cuda")
+    assert made["zero_optimization"]["reduce_bucket_size"] == 7 and made["wall_clock_breakdown"] is True
+    assert made["zero_optimization"]["allgather_bucket_size"] == BUCKETS["allgather_bucket_size"][0]
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(ValueError, match="zero_optimization.stage to 3, which contradicts deepspeed.zero_stage"):
+        generate(TrainConfig(), OptimizerConfig(), settings, world_size=8, device="cuda")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        generate(TrainConfig(), OptimizerConfig(), settings, world_size=8, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"offload_parameters": True}, "offload_parameters needs zero_stage 3"),
+        ({"zero_stage": 0, "offload_optimizer": True}, "offload_optimizer needs zero_stage 1, 2 or 3"),
+    ],
+)
+def test_offload_without_sharding_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DeepSpeedConfig(**settings)
+
+
+def test_compile_under_zero_3_is_refused_with_its_reason():
+    settings = TrainConfig(compile=True), OptimizerConfig(), DeepSpeedConfig(zero_stage=3)
+    with pytest.raises(ValueError, match="train.compile does not work with deepspeed.zero_stage 3.*size is 0"):
+        generate(*settings, world_size=8, device="cuda")
+
+
+def test_shares_of_a_batch():
+    assert batch_shares(TrainConfig(global_batch_size=256), 8) == (32, 1)
+    assert batch_shares(TrainConfig(global_batch_size=256, micro_batch_size=8), 8) == (8, 4)
+
+
+def test_pieces_of_three_ranks_are_read_across_their_borders(tmp_path):
+    whole = torch.arange(10.0)
+    for rank, (start, stop) in enumerate([(0, 4), (4, 5), (5, 10)]):
+        fields = {"param": whole[start:stop], "ema": -whole[start:stop], "step": torch.tensor(3.0)}
+        write_pieces(tmp_path / f"state-{rank:05d}.safetensors", [Piece("w", start, fields)])
+    with StateReader(tmp_path) as reader:
+        assert torch.equal(reader.read("w", "ema", 3, 9), -whole[3:9])
+        assert reader.size("w") == 10 and float(reader.step("w")) == 3
+        assert sorted(reader.fields("w")) == ["ema", "step"]
+    (tmp_path / "state-00001.safetensors").unlink()
+    with StateReader(tmp_path) as reader, pytest.raises(ValueError, match="has 5 of the elements 3 to 9 of ema of w"):
+        reader.read("w", "ema", 3, 9)
