@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -165,6 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.write(f"sfd: error: unknown command '{name}'{hint}; commands: {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("sfd_fast").setLevel(logging.INFO)  # what was chosen, once, at start-up
     try:
         config = parse(name, argv[1:])
         result = load(COMMANDS[name].run)(config)
