@@ -179,5 +179,6 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write(f"sfd {name}: interrupted\n")
         raise SystemExit(130) from None
-    if isinstance(result, int) and not isinstance(result, bool) and result:
-        raise SystemExit(result)
+    code = getattr(result, "exit_code", 0)  # 75: pre-empted, start again
+    if code:
+        raise SystemExit(code)
