@@ -130,7 +130,7 @@ def build_parser(name: str, argv: list[str]) -> Parser:
 
 def parse(name: str, argv: list[str]) -> Any:
     """The configuration object of command `name` from its command line."""
-    argv = [normalized(word) for word in argv]
+    argv = with_values([normalized(word) for word in argv], bool_keys(load(COMMANDS[name].config)))
     parser = build_parser(name, argv)
     values = parser.parse_args(argv)
     values.pop("config", None)
@@ -144,6 +144,26 @@ def normalized(word: str) -> str:
         return word
     key, equals, value = word[2:].partition("=")
     return "--" + key.replace("-", "_") + equals + value
+
+
+def bool_keys(kind: type, prefix: str = "") -> set[str]:
+    """Paths of the true-or-false fields of a dataclass tree."""
+    keys = set()
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            keys |= bool_keys(field.type, f"{prefix}{field.name}.")
+        elif field.type is bool:
+            keys.add(prefix + field.name)
+    return keys
+
+
+def with_values(argv: list[str], switches: set[str]) -> list[str]:
+    """A switch without a value (--show_stages) means true."""
+    following = [*argv[1:], "--"]
+    return [
+        f"{word}=true" if word[2:] in switches and word[:2] == after[:2] == "--" else word
+        for word, after in zip(argv, following)
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
