@@ -69,6 +69,16 @@ def test_zero_prediction_has_cosine_zero_and_no_cosine_gradient(name, device):
 
 
 @each_device
+def test_philox_normal_is_within_two_units_in_the_last_place(device):
+    op = OPS["philox_normal"]
+    require_kernel(op)
+    args = torch.arange(5, device=device) + 2**33, 42, 1, 1000
+    got, expected = op(*args), op.reference(*args)
+    unit = torch.nextafter(expected.abs(), torch.full_like(expected, torch.inf)) - expected.abs()
+    assert ((got - expected).abs() <= 2 * unit).all()
+
+
+@each_device
 @pytest.mark.parametrize("name,position", [("flow_matching_loss", 1), ("feature_alignment_loss", 1)])
 def test_loss_refuses_to_differentiate_its_target(name, position, device):
     args = list(example(OPS[name], device=device))
