@@ -8,7 +8,7 @@ import torch
 from image_trees import encoded, photographs
 from PIL import Image
 
-from sfd_fast.data.images import adm_crop, decode, flip_images, load, read_batches, resize_crop, to_codec, to_pixels
+from sfd_fast.data.images import decode, flip_images, load, read_batches, square, to_codec, to_pixels
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
@@ -33,24 +33,24 @@ def test_adm_crop_is_the_published_rule_pixel_for_pixel(name, size, halvings):
     image = photographs()[name]
     expected, steps = reference_crop(image, size)
     assert steps == halvings
-    assert np.array_equal(np.asarray(adm_crop(image, size)), expected)
+    assert np.array_equal(np.asarray(square(image, size)), expected)
 
 
 def test_adm_crop_enlarges_small_images():
     image = photographs()["china"].crop((0, 0, 50, 70))
     expected, _ = reference_crop(image, 64)
-    assert np.array_equal(np.asarray(adm_crop(image, 64)), expected)
+    assert np.array_equal(np.asarray(square(image, 64)), expected)
 
 
 def test_adm_crop_of_an_image_of_the_right_size_changes_nothing():
     image = photographs()["china"].crop((5, 9, 133, 137))
-    assert np.array_equal(np.asarray(adm_crop(image, 128)), np.asarray(image))
+    assert np.array_equal(np.asarray(square(image, 128)), np.asarray(image))
 
 
 def test_resize_crop_has_the_semvae_trainings_geometry():
     image = photographs()["china"]  # 640 x 427 -> 383 x 256 -> 224 x 224 at (80, 16)
     expected = image.resize((383, 256), BICUBIC).crop((80, 16, 304, 240))
-    assert np.array_equal(np.asarray(resize_crop(image, 224)), np.asarray(expected))
+    assert np.array_equal(np.asarray(square(image, 224, "resize")), np.asarray(expected))
 
 
 def small():

@@ -1,13 +1,12 @@
 """Preparing a small tree of real photographs with tiny encoders that transformers and diffusers saved."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from tiny_encoders import save_autoencoder, save_dinov2
 from sfd_fast import streams
 from sfd_fast.checkpoint import save_model
 from sfd_fast.config import SemVAEConfig
-from sfd_fast.data.images import adm_crop
+from sfd_fast.data.images import square
 from sfd_fast.data.latents import LatentLoader, LatentShards
 from sfd_fast.data.prepare import EncodeConfig, FeaturesConfig, run_encode, run_features
 from sfd_fast.models.semvae import SemVAE
@@ -48,7 +47,7 @@ def parts(tmp_path_factory):
 
 
 def encode_config(parts, out, **more):
-    settings = {"image_size": SIZE, "shard_size": 5, "batch_size": 4, "storage": "fp32", "num_threads": 1}
+    settings = {"image_size": SIZE, "shard_size": 2, "batch_size": 4, "storage": "fp32", "num_threads": 1}
     return EncodeConfig(out=str(out), device="cpu", **(parts | settings | more))
 
 
@@ -89,7 +88,7 @@ def test_latents_are_what_the_libraries_compute(parts, encoded_cache, flip):
     from sfd_fast.checkpoint import load_semvae
 
     path = sorted(Path(parts["images"], "hopper").iterdir())[2]
-    pixels = np.asarray(adm_crop(Image.open(path).convert("RGB"), SIZE)).astype(np.float32) / 255
+    pixels = np.asarray(square(Image.open(path).convert("RGB"), SIZE)).astype(np.float32) / 255
     pixels = torch.from_numpy(pixels[:, ::-1].copy() if flip else pixels).permute(2, 0, 1)[None]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     suffix, ids = "_flip" if flip else "", torch.tensor([11])
@@ -156,29 +155,29 @@ def test_the_cache_trains(encoded_cache):
     assert (batch["latents"].std(dim=(0, 2, 3)) - 1).abs().max() < 1e-4
 
 
+def encode_in_child(config, environment):
+    os.environ.update(environment)
+    run_encode(config)
+
+
 def launch(config, **environment):
-    """run_encode in a process of its own."""
-    code = (
-        "import json, sys, torch; torch.set_num_threads(1)\n"
-        "from sfd_fast.data.prepare import EncodeConfig, run_encode\n"
-        "run_encode(EncodeConfig(**json.loads(sys.argv[1])))"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(asdict(config))],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in environment.items()},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    """run_encode in a process of its own, forked: it has all imports already and computes on one thread."""
+    settings = {name: str(value) for name, value in environment.items()}
+    process = multiprocessing.get_context("fork").Process(target=encode_in_child, args=(config, settings))
+    process.start()
+    return process
 
 
 def test_a_killed_encoding_continues_to_the_same_bytes(parts, encoded_cache, tmp_path):
     config = encode_config(parts, tmp_path / "out", features=True)
     process = launch(config)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "out" / "shard-00000.json").exists() and process.poll() is None:
+    while not (tmp_path / "out" / "shard-00000.json").exists() and process.is_alive():
         assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"], "killed too late to tell"
     with pytest.raises(ValueError, match="is an unfinished cache"):
         LatentShards(tmp_path / "out")
@@ -195,8 +194,9 @@ def test_two_ranks_write_the_same_bytes_as_one(parts, encoded_cache, tmp_path):
         port = s.getsockname()[1]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
     processes = [launch(config, RANK=rank, **address) for rank in range(2)]
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    for process in processes:
+        process.join(timeout=180)
+    assert [process.exitcode for process in processes] == [0, 0]
     assert contents(tmp_path / "out") == contents(encoded_cache)
 
 
@@ -264,11 +264,11 @@ def test_released_semvae_features_use_its_own_crop(parts, tmp_path):
     )  # fmt: skip
     run_features(config)
     tensors = stored(tmp_path / "out")
-    from sfd_fast.data.images import resize_crop, to_tensor
+    from sfd_fast.data.images import square, to_tensor
     from sfd_fast.models.vfm import load_vfm
 
     image = Image.open(sorted(Path(parts["images"], "china").iterdir())[0]).convert("RGB")
-    features = load_vfm(parts["vfm"], grid_size=2).features(to_tensor(resize_crop(image, 28))[None])
+    features = load_vfm(parts["vfm"], grid_size=2).features(to_tensor(square(image, 28, "resize"))[None])
     torch.testing.assert_close(
         tensors["feats_dino"][:1], features.transpose(1, 2).reshape(1, 24, 2, 2), rtol=1e-4, atol=1e-4
     )

@@ -7,14 +7,14 @@ import transformers
 from image_trees import photographs
 from tiny_encoders import save, save_dinov2
 
-from sfd_fast.data.images import adm_crop, to_tensor
+from sfd_fast.data.images import square, to_tensor
 from sfd_fast.models.vfm import NAMES, load_vfm
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 def real_images(size=64):
-    return torch.stack([to_tensor(adm_crop(image, size)) for image in photographs().values()])
+    return torch.stack([to_tensor(square(image, size)) for image in photographs().values()])
 
 
 def small(kind, **more):

@@ -6,6 +6,7 @@ Letters: B images of a batch, S edge of the square crop.
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -31,35 +32,55 @@ def decode(data: bytes) -> Image.Image:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def adm_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centred size x size crop: BOX halving while the shorter side is at least 2 size, BICUBIC to size, crop.
+@dataclass(frozen=True)
+class Geometry:
+    """How an image becomes a square crop. Sizes are (width, height)."""
 
-    Source: guided-diffusion (ADM, arXiv 2105.05233) `center_crop_arr`, which DiT, REPA and the released code share;
-    equal to it pixel for pixel.
+    halvings: tuple[tuple[int, int], ...]
+    """BOX filter, one after the other"""
+    resized: tuple[int, int]
+    """BICUBIC"""
+    left: int
+    top: int
+
+
+def adm_geometry(width: int, height: int, size: int) -> Geometry:
+    """BOX halving while the shorter side is at least 2 size, BICUBIC until it is size, centred crop.
+
+    Source: guided-diffusion (ADM, arXiv 2105.05233) `center_crop_arr`, which DiT, REPA and the released code share.
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    halvings = []
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        halvings.append((width, height))
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    return Geometry(tuple(halvings), (width, height), (width - size) // 2, (height - size) // 2)
 
 
-def resize_crop(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side to size * 256 / 224 by BICUBIC, then the centred size x size crop.
+def resize_geometry(width: int, height: int, size: int) -> Geometry:
+    """The shorter side to size * 256 / 224 by BICUBIC, then the centred crop: the released SemVAE's training features.
 
-    The preprocessing on which the released SemVAE was trained (256, then 224; METHOD 2).
+    The longer side is truncated and the corner rounded, as torchvision's Resize and CenterCrop do (METHOD 2).
     """
     shorter = round(size * 256 / 224)
-    width, height = image.size
-    # the longer side is truncated, as torchvision's Resize does
-    target = (shorter, int(shorter * height / width)) if width < height else (int(shorter * width / height), shorter)
-    image = image.resize(target, resample=Image.Resampling.BICUBIC)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+    if width < height:
+        width, height = shorter, int(shorter * height / width)
+    else:
+        width, height = int(shorter * width / height), shorter
+    return Geometry((), (width, height), round((width - size) / 2), round((height - size) / 2))
 
 
-CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"adm": adm_crop, "resize": resize_crop}
+GEOMETRIES: dict[str, Callable[[int, int, int], Geometry]] = {"adm": adm_geometry, "resize": resize_geometry}
+
+
+def square(image: Image.Image, size: int, crop: str = "adm") -> Image.Image:
+    """The size x size crop of an image by the rule called `crop`; adm equals the released one pixel for pixel."""
+    geometry = GEOMETRIES[crop](*image.size, size)
+    for halved in geometry.halvings:
+        image = image.resize(halved, resample=Image.Resampling.BOX)
+    image = image.resize(geometry.resized, resample=Image.Resampling.BICUBIC)
+    return image.crop((geometry.left, geometry.top, geometry.left + size, geometry.top + size))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -69,7 +90,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def load(data: bytes, size: int, crop: str = "adm") -> Tensor:
     """Decoded and cropped, (size, size, 3) uint8."""
-    return to_tensor(CROPS[crop](decode(data), size))
+    return to_tensor(square(decode(data), size, crop))
 
 
 def flip_images(images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfd_fast.config import Precision, require, require_positive
 from sfd_fast.data.encoders import FeatureEncoder, LatentEncoder
-from sfd_fast.data.images import read_batches
+from sfd_fast.data.image_loader import decoded_batches
 from sfd_fast.data.index import ImageIndex, open_index
 from sfd_fast.data.manifest import MANIFEST, begin
 from sfd_fast.data.progress import Progress
@@ -223,24 +223,20 @@ class Job:
     def encode_shards(self, shards: list[int], ranks: Ranks, report: Callable[[str], None]) -> None:
         """Encodes those shards one after the other; decoding runs ahead across their borders."""
         batches = [(k, batch) for k in shards for batch in split(self.images(k), self.config.batch_size)]
-        decoded = self.decode([list(batch) for _, batch in batches])
+        decoded = decoded_batches(
+            self.index,
+            [list(batch) for _, batch in batches],
+            self.config.image_size,
+            crop=self.config.crop,
+            decoder=self.config.decoder,
+            device=self.device,
+            num_threads=self.num_threads,
+        )
         progress = Progress(sum(len(self.images(k)) for k in shards), ranks, report)
         for k in shards:
             for stale in self.out.glob(f".{self.path(k).name}.*.tmp"):
                 stale.unlink()
             self.encode_shard(k, decoded, progress)
-
-    def decode(self, batches: list[list[int]]) -> Iterator[Tensor]:
-        config = self.config
-        if config.decoder == "dali":
-            from sfd_fast.data.dali import read_batches_dali
-
-            return read_batches_dali(
-                self.index, batches, config.image_size, device=self.device, num_threads=self.num_threads
-            )
-        return read_batches(
-            self.index.read, batches, config.image_size, crop=config.crop, num_threads=self.num_threads
-        )
 
     def encode_shard(self, k: int, decoded: Iterator[Tensor], progress: Progress) -> None:
         images = self.images(k)

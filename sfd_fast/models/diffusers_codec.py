@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from sfd_fast.models.texture import IdentityCodec, TextureCodec, load_texture_codec
@@ -42,7 +41,7 @@ def load_codec(path: str | Path) -> "DiffusersCodec | TextureCodec | IdentityCod
     if is_diffusers_directory(path):
         from diffusers import AutoencoderKL
 
-        codec = DiffusersCodec(AutoencoderKL.from_pretrained(path, local_files_only=True, torch_dtype=torch.float32))
+        codec = DiffusersCodec(AutoencoderKL.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False))
     else:
         codec = load_texture_codec(path)
     return codec.eval().requires_grad_(False)
