@@ -19,8 +19,9 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard 
 # What only tests and benchmarks need. The second line's packages are optional: where they do not install, their tests
 # are skipped with the reason. The third is only read, to compare our calls with those libraries' real signatures.
 $(TESTABLE): $(INSTALLED)
-	$(PIP) --no-build-isolation -e ".[dev]"
-	-DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e ".[deepspeed,dali,datasets]"
+	$(PIP) --upgrade "pip>=25.1"
+	$(PIP) --group dev
+	-DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed nvidia-dali-cuda120 datasets
 	-$(PIP) --no-deps --target $(VENV)/attention-signatures xformers flash-attn-4
 	touch $@
 
