@@ -29,7 +29,7 @@ static void step(const AdamArgs& a, const AdamChunk& c) {
   const Grad* grad = static_cast<const Grad*>(c.grad);
   Low* copy = static_cast<Low*>(c.copy);
   const float rest1 = 1.0f - a.beta1, rest2 = 1.0f - a.beta2, rest = 1.0f - a.ema_decay;
-  constexpr i64 ahead = 1024;
+  constexpr i64 ahead = 256;
   sweep(c.n, [&](i64 i, auto lanes) {
     prefetch(grad + i + ahead);
     prefetch(c.p + i + ahead);

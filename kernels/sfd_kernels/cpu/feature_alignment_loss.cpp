@@ -27,12 +27,10 @@ struct RowSums {
   float pp, tt, pt, error;
 };
 
-// Half of the next row is fetched here, the other half by what follows.
 template <class P, class T>
 SFD_INLINE RowSums row_sums(const P* p, const T* t, i64 n) {
   vf pp[2] = {}, tt[2] = {}, pt[2] = {}, error[2] = {};
   sweep<2>(n, [&](i64 i, auto lanes, int k) {
-    prefetch(p + n + i);
     const vf x = load(p + i, lanes), y = load(t + i, lanes), e = x - y;
     pp[k] += x * x;
     tt[k] += y * y;
@@ -78,7 +76,6 @@ static void backward(const FeatureArgs& a, i64 begin, i64 end) {
       const float ip = inverse_norm(s.pp), it = inverse_norm(s.tt);
       const float of_p = d_cos * (s.pt * ip * it) * ip * ip, of_t = -d_cos * ip * it;
       sweep(a.width, [&](i64 i, auto lanes) {
-        prefetch(t + a.width + i);
         const vf x = load(p + i, lanes), y = load(t + i, lanes);
         put<Stream>(out + i, d_mse * (x - y) + (of_p * x + of_t * y), lanes);
       });

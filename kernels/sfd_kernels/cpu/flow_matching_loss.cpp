@@ -34,38 +34,29 @@ SFD_INLINE vf inverse_norm(vf squared) {
   return squared > kCosineEpsSquared ? 1.0f / sqrt(squared) : vf{};
 }
 
-// Fills the sums of a block and returns its sum of w (p - v)^2. Channels go in pairs to halve the traffic of the sums.
+// Fills the sums of a block and returns its sum of w (p - v)^2. Fetches 4 KiB ahead: the hardware's prefetch ends at a page.
 template <class Wide, class Narrow>
 SFD_INLINE float accumulate(const FlowArgs& a, const Narrow* pred, const Wide* x0, const Wide* x1, i64 n, Sums& sums) {
+  constexpr i64 ahead = 1024;
   vf velocity = {};
   fill(sums.pp, 0.0f, n);
   fill(sums.vv, 0.0f, n);
   fill(sums.pv, 0.0f, n);
-  const auto channels = [&]<int Count>(i64 c) {
-    vf errors[Count] = {};
+  for (i64 c = 0; c < a.channels; ++c) {
+    vf errors = {};
     sweep(n, [&](i64 i, auto lanes) {
-      vf pp = load(sums.pp + i, lanes), vv = load(sums.vv + i, lanes), pv = load(sums.pv + i, lanes);
-#pragma GCC unroll 2
-      for (int k = 0; k < Count; ++k) {
-        const i64 j = (c + k) * a.positions + i;
-        prefetch(pred + j + 1024);
-        prefetch(x0 + j + 1024);
-        prefetch(x1 + j + 1024);
-        const vf p = load(pred + j, lanes), v = load(x1 + j, lanes) - load(x0 + j, lanes), e = p - v;
-        errors[k] += e * e;
-        pp += p * p;
-        vv += v * v;
-        pv += p * v;
-      }
-      store(sums.pp + i, pp, lanes);
-      store(sums.vv + i, vv, lanes);
-      store(sums.pv + i, pv, lanes);
+      const i64 j = c * a.positions + i;
+      prefetch(pred + j + ahead);
+      prefetch(x0 + j + ahead);
+      prefetch(x1 + j + ahead);
+      const vf p = load(pred + j, lanes), v = load(x1 + j, lanes) - load(x0 + j, lanes), e = p - v;
+      errors += e * e;
+      store(sums.pp + i, load(sums.pp + i, lanes) + p * p, lanes);
+      store(sums.vv + i, load(sums.vv + i, lanes) + v * v, lanes);
+      store(sums.pv + i, load(sums.pv + i, lanes) + p * v, lanes);
     });
-    for (int k = 0; k < Count; ++k) velocity += errors[k] * (c + k < a.texture_channels ? 1.0f : a.semantic_weight);
-  };
-  i64 c = 0;
-  for (; c + 2 <= a.channels; c += 2) channels.template operator()<2>(c);
-  if (c < a.channels) channels.template operator()<1>(c);
+    velocity += errors * (c < a.texture_channels ? 1.0f : a.semantic_weight);
+  }
   return sum(velocity);
 }
 

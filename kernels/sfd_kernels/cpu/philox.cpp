@@ -21,9 +21,7 @@ SFD_KERNEL(philox_normal_tasks, PhiloxArgs)
 #ifdef SFD_ISA
 namespace sfd::SFD_ISA {
 
-typedef uint64_t vlu __attribute__((vector_size(W * 4)));        // W / 2 lanes
-typedef uint32_t vu_half __attribute__((vector_size(W * 2)));    // W / 2 lanes
-typedef float vf_half __attribute__((vector_size(W * 2)));       // W / 2 lanes
+typedef uint64_t vlu __attribute__((vector_size(W * 4)));  // W / 2 lanes
 
 struct Words {
   vu w[4];
@@ -76,7 +74,7 @@ SFD_INLINE vd log(vd u) {
   const vl k = bits<vl>(u) - 0x3fe6a09e667f3bcdLL;
   const vl e = k >> 52;
   const vd m = bits<vd>(bits<vl>(u) - (e << 52));
-  const vd exponent = bits<vd>(e + 0x4338000000000000LL) - 6755399441055744.0;  // integer to double by 1.5 * 2^52
+  const vd exponent = bits<vd>(e + 0x4338000000000000LL) - kRound;  // integer to double
   const vd s = (m - 1.0) / (m + 1.0), z = s * s;
   vd p = splat_d(2.0 / 19);
   p = p * z + 2.0 / 17;
@@ -90,32 +88,10 @@ SFD_INLINE vd log(vd u) {
   return exponent * 0.6931471805599453094 + (2.0 * s + s * z * p);
 }
 
-// cos and sin of 2 pi v for v in [0, 1]: 4 v = q + f with f in [-1/2, 1/2] exactly, then series in x = f pi / 2.
+// cos and sin of 2 pi v for v in [0, 1]: 4 v = q + f with f in [-1/2, 1/2] exactly.
 SFD_INLINE void cos_sin_turns(vd v, vd& cosine, vd& sine) {
-  const vd t = 4.0 * v, shifted = t + 6755399441055744.0;
-  const vl q = bits<vl>(shifted);
-  const vd x = (t - (shifted - 6755399441055744.0)) * 1.5707963267948966192, z = x * x;
-  vd s = splat_d(-1.0 / 1307674368000.0);
-  s = s * z + 1.0 / 6227020800.0;
-  s = s * z - 1.0 / 39916800.0;
-  s = s * z + 1.0 / 362880.0;
-  s = s * z - 1.0 / 5040.0;
-  s = s * z + 1.0 / 120.0;
-  s = s * z - 1.0 / 6.0;
-  s = x + x * z * s;
-  vd c = splat_d(1.0 / 20922789888000.0);
-  c = c * z - 1.0 / 87178291200.0;
-  c = c * z + 1.0 / 479001600.0;
-  c = c * z - 1.0 / 3628800.0;
-  c = c * z + 1.0 / 40320.0;
-  c = c * z - 1.0 / 720.0;
-  c = c * z + 1.0 / 24.0;
-  c = c * z - 0.5;
-  c = 1.0 + z * c;
-  const vl odd = -(q & 1);  // all ones in odd quadrants, where sine and cosine change places
-  const vl cs = bits<vl>(c), sn = bits<vl>(s);
-  cosine = bits<vd>(((cs & ~odd) | (sn & odd)) ^ (((q + 1) & 2) << 62));
-  sine = bits<vd>(((sn & ~odd) | (cs & odd)) ^ ((q & 2) << 62));
+  const vd t = 4.0 * v, shifted = t + kRound;
+  cos_sin((t - (shifted - kRound)) * 1.5707963267948966192, bits<vl>(shifted), cosine, sine);
 }
 
 SFD_INLINE vd uniform(vu_half words) { return (__builtin_convertvector(words, vd) + 0.5) * 0x1p-32; }

@@ -1,0 +1,74 @@
+// [cos(t f_i), sin(t f_i)] with f_i = exp(-ln(10000) i / (F / 2)), the angles in double.
+#include "kernel.h"
+
+namespace sfd {
+struct TimestepArgs {
+  const float* t;
+  const double* frequencies;
+  float* out;  // (count, 2 half)
+  i64 half;
+};
+}  // namespace sfd
+
+SFD_KERNEL(timestep_features_rows, TimestepArgs)
+
+#ifdef SFD_ISA
+namespace sfd::SFD_ISA {
+
+void timestep_features_rows(const TimestepArgs& a, i64 begin, i64 end) {
+  constexpr i64 lanes = W / 2;
+  for (i64 row = begin; row < end; ++row) {
+    const double t = a.t[row];
+    float* cosines = a.out + row * 2 * a.half;
+    float* sines = cosines + a.half;
+    // The reduction below is exact enough for angles of a few thousand; no frequency is above 1.
+    const bool is_small = t > -4096.0 && t < 4096.0;
+    for (i64 i = 0; i < a.half; i += lanes) {
+      const i64 n = a.half - i < lanes ? a.half - i : lanes;
+      if (!is_small) {
+        for (i64 k = i; k < i + n; ++k) {
+          cosines[k] = static_cast<float>(__builtin_cos(t * a.frequencies[k]));
+          sines[k] = static_cast<float>(__builtin_sin(t * a.frequencies[k]));
+        }
+        continue;
+      }
+      vd angle = {}, cosine, sine;
+      std::memcpy(&angle, a.frequencies + i, n * sizeof(double));
+      angle *= t;
+      const vd shifted = angle * 0.63661977236758134308 + kRound, q = shifted - kRound;
+      const vd r = (angle - q * 1.5707963267341256141) - q * 6.0771005065061922e-11;  // pi / 2 in 33 bits and the rest
+      cos_sin(r, bits<vl>(shifted), cosine, sine);
+      const vf_half c = __builtin_convertvector(cosine, vf_half), s = __builtin_convertvector(sine, vf_half);
+      std::memcpy(cosines + i, &c, n * sizeof(float));
+      std::memcpy(sines + i, &s, n * sizeof(float));
+    }
+  }
+}
+
+}  // namespace sfd::SFD_ISA
+#else
+
+#include <cmath>
+
+namespace sfd {
+
+static Tensor timestep_features(Tensor t, i64 num_features) {
+  if (!is_float(t) || num_features < 0 || num_features % 2 != 0 || t.dim() > 6)
+    return reference<Tensor>("timestep_features", t, num_features);
+  t = dense(t);
+  std::vector<i64> shape(t.sizes().begin(), t.sizes().end());
+  shape.push_back(num_features);
+  const Tensor out = fresh(shape.data(), static_cast<i64>(shape.size()), ScalarType::Float);
+  const i64 half = num_features / 2;
+  std::vector<double> frequencies(half);
+  for (i64 i = 0; i < half; ++i)
+    frequencies[i] = std::exp(-std::log(10000.0) * static_cast<double>(i) / static_cast<double>(half));
+  const TimestepArgs args{pointer<float>(t), frequencies.data(), output<float>(out), half};
+  run(timestep_features_rows, args, t.numel(), grain(16 * num_features));
+  return out;
+}
+
+}  // namespace sfd
+
+STABLE_TORCH_LIBRARY_IMPL(sfd, CPU, m) { m.impl("timestep_features", TORCH_BOX(&sfd::timestep_features)); }
+#endif
