@@ -153,7 +153,7 @@ class GuidanceConfig:
 class SamplerConfig:
     """The ODE solver over tau in [0, 1 + delta_t] (METHOD 5)."""
 
-    solver: Literal["euler", "midpoint", "heun", "ab2", "rk4", "dopri5"] = "heun"
+    solver: Literal["euler", "midpoint", "heun", "ab2", "abm3", "rk4", "dopri5"] = "heun"
     num_steps: int = 50
     """steps over the whole interval, not network evaluations (heun and midpoint take 2 each, rk4 4)"""
     grid: Literal["exact", "released"] = "exact"

@@ -64,7 +64,7 @@ class SampleConfig:
     num_steps: int | None = None
     """this and the next: instead of the pipeline's defaults"""
     guidance_scale: float | None = None
-    solver: Literal["euler", "midpoint", "heun", "ab2", "rk4", "dopri5"] | None = None
+    solver: Literal["euler", "midpoint", "heun", "ab2", "abm3", "rk4", "dopri5"] | None = None
     timestep_shift: float | None = None
     sampler: SamplerConfig | None = None
     """all sampler settings at once"""

@@ -28,10 +28,29 @@ TABLEAUS = {
     "heun": ((0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
     "rk4": ((0.0, 1 / 3, 2 / 3, 1.0), ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
 }
-MULTISTEP_ORDERS = {"ab2": 2}
 
 
-SOLVERS = (*TABLEAUS, *MULTISTEP_ORDERS, "dopri5")
+@dataclass(frozen=True)
+class Multistep:
+    """An Adams method with one evaluation per step and any step sizes.
+
+    predictor: number of velocities in the Adams-Bashforth formula. corrector: number in the Adams-Moulton formula that
+    corrects each step by the evaluation made at its end, which the next step needs anyway (0: none).
+    restarts_at_borders: the history of a stream starts anew at every border, else when the stream starts to move. At a
+    border the other stream's start or stop puts a kink into the velocity, which spoils every order above 2.
+    """
+
+    predictor: int
+    corrector: int
+    restarts_at_borders: bool
+
+    @property
+    def num_history(self) -> int:
+        return max(self.predictor - (self.corrector == 0), self.corrector - 1)
+
+
+MULTISTEPS = {"ab2": Multistep(2, 0, False), "abm3": Multistep(2, 3, True)}
+SOLVERS = (*TABLEAUS, *MULTISTEPS, "dopri5")
 
 
 def check_solver(config: SamplerConfig, delta_t: float) -> None:
@@ -119,7 +138,7 @@ class Plan:
         """
         quantum = 2.0**-21
         rounded = (self.coefficients / quantum).round() * quantum
-        ends = self.commit.bool()
+        ends = self.commit.bool()  # of multistep methods: every row
         moved = (self.coefficients * ends[:, None, None]).sum(2).cumsum(0)
         target = ((moved / quantum).round() * quantum).diff(dim=0, prepend=torch.zeros(1, 2, dtype=torch.float64))
         largest = self.coefficients.abs().argmax(2, keepdim=True)
@@ -179,25 +198,43 @@ def adams_weights(times: list[float], start: float, end: float) -> list[float]:
     return weights
 
 
-def _multistep_plan(order: int, grid: Tensor, delta_t: float, released: bool) -> Plan:
-    num_steps, num_history = len(grid) - 1, order - 1
-    moves = _masks(grid, grid[:-1, None], delta_t, released)[:, 0]
-    coefficients = torch.zeros(num_steps, 2, 1 + num_history, dtype=torch.float64)
-    times = grid.tolist()
-    first = 0  # the step from which the history counts
+def _multistep_plan(method: Multistep, grid: Tensor, delta_t: float, released: bool) -> Plan:
+    """Row n evaluates at the start of step n, corrects step n - 1 where there is a corrector, and predicts step n.
+
+    In terms of the latest state: x += corrected(n - 1) - predicted(n - 1) + predicted(n), all sums of kept velocities.
+    """
+    times, num_steps = grid.tolist(), len(grid) - 1
+    masks = _masks(grid, grid[:-1, None], delta_t, released)[:, 0].tolist()
+    rows = [[[0.0] * (1 + method.num_history) for _ in range(2)] for _ in range(num_steps)]
+    used = [[False, False] for _ in range(num_steps)]
+    first = [[0, 0] for _ in range(num_steps)]  # the earliest evaluation in the history of each stream in each step
+    for n in range(1, num_steps):
+        for s in range(2):
+            restarts = method.restarts_at_borders and masks[n] != masks[n - 1]
+            first[n][s] = first[n - 1][s] if released or (masks[n - 1][s] and not restarts) else n
+
+    def add(n: int, s: int, step: int, latest: int, count: int, sign: float) -> None:
+        """Adds sign times the integral over `step` of the polynomial through `count` velocities up to `latest`."""
+        points = range(latest, max(first[step][s], latest - count + 1) - 1, -1)
+        weights = adams_weights([times[i] for i in points], times[step], times[step + 1])
+        for i, weight in zip(points, weights):
+            if not released or masks[i][s]:
+                rows[n][s][0 if i == n else 1 + i % method.num_history] += sign * weight
+                used[i][s] = True
+
     for n in range(num_steps):
-        if not released and n > 0 and not torch.equal(moves[n], moves[n - 1]):
-            first = n
-        used = range(n, max(first, n - num_history) - 1, -1)
-        for i, weight in zip(used, adams_weights([times[i] for i in used], times[n], times[n + 1])):
-            mask = moves[i].double()  # bool alone would make the product float32
-            coefficients[n, :, 0 if i == n else 1 + i % num_history] = weight * mask
+        for s in range(2):
+            if released or masks[n][s]:
+                add(n, s, n, n, method.predictor, 1)
+            if method.corrector and n > 0 and (released or masks[n - 1][s]):
+                add(n, s, n - 1, n - 1, method.predictor, -1)
+                add(n, s, n - 1, n, method.corrector, 1)
     return Plan(
         grid[:-1].double(),
-        coefficients,
-        torch.arange(num_steps) % num_history,
+        torch.tensor(rows, dtype=torch.float64),
+        torch.arange(num_steps) % method.num_history,
         torch.ones(num_steps, dtype=torch.int64),
-        moves,
+        torch.tensor(used),
         has_base=False,
     )
 
@@ -205,13 +242,13 @@ def _multistep_plan(order: int, grid: Tensor, delta_t: float, released: bool) ->
 def make_plan(config: SamplerConfig, delta_t: float) -> Plan:
     """The rows of a fixed-grid solver (every one but dopri5).
 
-    Exact grid: the mask belongs to the interval, for all its Runge-Kutta stages, and a multistep method's history
-    starts anew at each border. Released grid: the mask of each evaluation belongs to its time.
+    Exact grid: the mask belongs to the interval, for all its Runge-Kutta stages; each stream has its own multistep
+    history (see Multistep). Released grid: the mask of each evaluation belongs to its time, and borders are not known.
     """
     grid = time_grid(config, delta_t)
     released = config.grid == "released"
-    if config.solver in MULTISTEP_ORDERS:
-        return _multistep_plan(MULTISTEP_ORDERS[config.solver], grid, delta_t, released)
+    if config.solver in MULTISTEPS:
+        return _multistep_plan(MULTISTEPS[config.solver], grid, delta_t, released)
     return _runge_kutta_plan(config.solver, grid, delta_t, released)
 
 

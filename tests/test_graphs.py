@@ -63,7 +63,7 @@ def plain(config, settings=None, model=MODEL):
 @pytest.mark.parametrize(
     "settings", [None, GUIDED, GuidanceConfig(mode="cfg", scale=2.0)], ids=["none", "guide", "null"]
 )
-@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "ab2", "rk4"])
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "ab2", "abm3", "rk4"])
 def test_steps_over_tables_equal_the_plain_sampler(solver, settings):
     config = SamplerConfig(solver=solver, num_steps=5)
     torch.testing.assert_close(run(config, settings), plain(config, settings), rtol=1e-5, atol=1e-5)
@@ -244,7 +244,7 @@ def test_a_step_under_fake_cuda_tensors_reads_nothing_back(solver, dtype, monkey
 @pytest.mark.parametrize(
     "settings", [None, GUIDED, GuidanceConfig(mode="cfg", scale=2.0)], ids=["none", "guide", "null"]
 )
-@pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "rk4"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "abm3", "rk4"])
 def test_captured_graphs_equal_eager_steps_on_cuda(solver, settings):
     model, guide = random_model().cuda(), random_model(replace(TINY, depth=1), 1).cuda()
     config = SamplerConfig(solver=solver, num_steps=6)

@@ -8,10 +8,10 @@ from support import GOLDEN, load_golden, load_golden_config
 
 from sfd_fast import guidance
 from sfd_fast.config import GuidanceConfig, SamplerConfig
-from sfd_fast.sampler import adams_weights, make_plan, sample, stage_borders, time_grid
+from sfd_fast.sampler import MULTISTEPS, adams_weights, make_plan, sample, stage_borders, time_grid
 from sfd_fast.transport import clocks, stage_mask
 
-FIXED = ["euler", "midpoint", "heun", "ab2", "rk4"]
+FIXED = ["euler", "midpoint", "heun", "ab2", "abm3", "rk4"]
 DELTAS = [0.0, 0.1, 0.3, 0.5, 1.0]
 ONES = lambda x, t_tex, t_sem: torch.ones_like(x)  # noqa: E731
 
@@ -128,7 +128,7 @@ def test_too_few_steps_for_the_stages_is_an_error():
 @pytest.mark.parametrize("solver", FIXED)
 def test_velocity_one_moves_each_stream_by_one_with_every_number_of_steps(solver, delta_t, shift):
     start = np.array([[0.0], [1.7]], dtype=np.float32)
-    for num_steps in range(3, 251) if solver != "ab2" else [*range(3, 40), 50, 99, 100, 249, 250]:
+    for num_steps in range(3, 251) if solver not in MULTISTEPS else [*range(3, 30), 50, 99, 100, 249, 250]:
         plan = make_plan(SamplerConfig(solver=solver, num_steps=num_steps, timestep_shift=shift), delta_t)
         exact = plan.coefficients.sum(2)[plan.commit == 1].sum(0)
         torch.testing.assert_close(exact, torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -149,7 +149,9 @@ def test_velocity_one_moves_the_state_by_one(solver):
 
 
 @pytest.mark.parametrize("delta_t", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("ab2", 2), ("rk4", 4)])
+@pytest.mark.parametrize(
+    "solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("ab2", 2), ("abm3", 3), ("rk4", 4)]
+)
 def test_order_of_convergence_stage_by_stage(solver, order, delta_t):
     x0 = start_state()
     expected = tight_states(x0, delta_t)
@@ -210,7 +212,7 @@ def test_num_steps_counts_steps_and_the_callback_follows_each():
         calls[0] += 1
         return curved(x, t_tex, t_sem)
 
-    for solver, per_step in [("euler", 1), ("midpoint", 2), ("heun", 2), ("ab2", 1), ("rk4", 4)]:
+    for solver, per_step in [("euler", 1), ("midpoint", 2), ("heun", 2), ("ab2", 1), ("abm3", 1), ("rk4", 4)]:
         calls[0] = 0
         taus.clear()
         config = SamplerConfig(solver=solver, num_steps=7)
