@@ -1,5 +1,6 @@
 """Reading caches: released layout, gathers, the loader's order, ranks, resume, and errors that name the file."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -250,6 +251,43 @@ def test_an_error_in_a_worker_reaches_the_caller(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "fill", lambda *a: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(OSError, match="gone"):
         take(LatentLoader(shards, 4, seed=0), 1)
+
+
+class StreamOnTheHost:
+    """A CUDA stream and its events as the loader uses them, on a machine without CUDA: everything is done at once."""
+
+    def __init__(self, device=None):
+        self.waited_for = []
+
+    def record_event(self):
+        return self
+
+    def wait_event(self, event):
+        self.waited_for.append(event)
+
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_double_buffered_path_gives_the_same_batches(tmp_path, monkeypatch, workers):
+    """Order, slots and look-ahead of the transfer, with the stream replaced; the copies themselves need a GPU."""
+    make_cache(tmp_path, features=4, dtype=torch.bfloat16)
+    shards = LatentShards(tmp_path)
+    host = take(LatentLoader(shards, 8, seed=2, num_workers=0), 20)
+    loader = LatentLoader(shards, 8, seed=2, num_workers=workers)
+    current, slot = StreamOnTheHost(), shards.slot
+    monkeypatch.setattr(shards, "slot", lambda size, *, features, pinned=False: slot(size, features=features))
+    monkeypatch.setattr(torch.cuda, "Stream", StreamOnTheHost)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    batches = loader._on_device()
+    device = list(itertools.islice(batches, 20))
+    batches.close()
+    assert len(current.waited_for) == 20
+    for a, b in zip(host, device, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.gpu

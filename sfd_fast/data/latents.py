@@ -262,14 +262,30 @@ class LatentLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current step on; `step` counts the batches handed out."""
-        with ThreadPoolExecutor(max(self.num_workers, 1), thread_name_prefix="latents") as pool:
-            batches = self._on_device(pool) if self.device.type == "cuda" else self._on_host(pool)
-            try:
-                for batch in batches:
-                    self.step += 1
-                    yield batch
-            finally:
-                batches.close()
+        batches = self._on_device() if self.device.type == "cuda" else self._on_host()
+        try:
+            for batch in batches:
+                self.step += 1
+                yield batch
+        finally:
+            batches.close()
+
+    def raw(self, *, pinned: bool = False, ready: Callable[[int], None] = lambda place: None) -> Iterator:
+        """(place, batch as it is stored) in order, in a ring of num_workers + 2 host slots.
+
+        A batch stays valid until the next but one is asked for; ready(place) is called before its slot is filled again.
+        """
+        ring = [
+            self.shards.slot(self.batch_size, features=self.features, pinned=pinned)
+            for _ in range(self.num_workers + 2)
+        ]
+
+        def work(step: int) -> tuple[int, Batch]:
+            place = step % len(ring)
+            ready(place)
+            return place, self.gather(step, ring[place])
+
+        yield from self._ordered(work)
 
     def _normalized(self, raw: Batch) -> Batch:
         """The batch that is handed out; overwrites float32 latents."""
@@ -282,51 +298,46 @@ class LatentLoader:
         out = {"latents": latents, "labels": raw["labels"].long(), "sample_ids": raw["sample_ids"]}
         return out | ({"features": raw["features"]} if "features" in raw else {})
 
-    def _on_host(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+    def _on_host(self) -> Iterator[Batch]:
         def work(step: int) -> Batch:
             return self._normalized(self.gather(step, self.shards.slot(self.batch_size, features=self.features)))
 
-        yield from self._ordered(pool, work)
+        yield from self._ordered(work)
 
-    def _on_device(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+    def _on_device(self) -> Iterator[Batch]:
         stream = torch.cuda.Stream(self.device)
-        ring = [
-            self.shards.slot(self.batch_size, features=self.features, pinned=True) for _ in range(self.num_workers + 2)
-        ]
         copied: dict[int, torch.cuda.Event] = {}
+        waiting: deque[tuple[Batch, torch.cuda.Event]] = deque()
 
-        def work(step: int) -> tuple[int, Batch]:
-            # at most num_workers + 1 steps are under way, and a slot is filled again only after its copy has ended
-            place = step % len(ring)
+        def ready(place: int) -> None:
             if place in copied:
                 copied[place].synchronize()
-            return place, self.gather(step, ring[place])
 
-        waiting: deque[tuple[Batch, torch.cuda.Event]] = deque()
-        for place, slot in self._ordered(pool, work):
+        for place, slot in self.raw(pinned=True, ready=ready):
             with torch.cuda.stream(stream):
-                raw = {name: value.to(self.device, non_blocking=True) for name, value in slot.items()}
+                moved = {name: v.to(self.device, non_blocking=True, copy=True) for name, v in slot.items()}
                 copied[place] = stream.record_event()
-                waiting.append((self._normalized(raw), stream.record_event()))
+                waiting.append((self._normalized(moved), stream.record_event()))
             if len(waiting) > 1:
-                batch, ready = waiting.popleft()
+                batch, done = waiting.popleft()
                 current = torch.cuda.current_stream(self.device)
-                current.wait_event(ready)
+                current.wait_event(done)
                 for value in batch.values():
                     value.record_stream(current)
                 yield batch
 
-    def _ordered(self, pool: ThreadPoolExecutor, work: Callable) -> Iterator:
+    def _ordered(self, work: Callable) -> Iterator:
         """work(step) for every step in order, up to num_workers of them ahead."""
         if self.num_workers == 0:
             yield from map(work, count(self.step))
             return
         running: deque[Future] = deque()
-        try:
-            for step in count(self.step):
-                running.append(pool.submit(work, step))
-                if len(running) > self.num_workers:
-                    yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
+        with ThreadPoolExecutor(self.num_workers, thread_name_prefix="latents") as pool:
+            try:
+                for step in count(self.step):
+                    running.append(pool.submit(work, step))
+                    if len(running) > self.num_workers:
+                        yield running.popleft().result()
+            finally:
+                for future in running:
+                    future.cancel()
