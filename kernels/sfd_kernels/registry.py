@@ -135,6 +135,13 @@ class Op:
             torch.library.register_fake(qualified, self._run_reference, lib=_library)
             self.overload = getattr(torch.ops.sfd, name).default
             self.register_autograd(_recompute_backward(self), setup_context=_recompute_setup)
+            # torch 2.11 takes one registration for an operator: it looks the present functions up.
+            torch.library.register_autograd(
+                qualified,
+                lambda ctx, *grads: self._backward(ctx, *grads),
+                setup_context=lambda ctx, inputs, output: self._setup_context(ctx, inputs, output),
+                lib=_library,
+            )
         _library.impl(name, self._run_triton, "CUDA")
         if INTERPRET:
             _library.impl(name, self._run_triton, "CPU")
@@ -144,7 +151,7 @@ class Op:
 
         Without it the gradient is that of the reference, recomputed in the backward pass.
         """
-        torch.library.register_autograd(f"sfd::{self.name}", backward, setup_context=setup_context, lib=_library)
+        self._backward, self._setup_context = backward, setup_context
         overload = self.overload
 
         def forward(ctx: Any, *args: Any) -> Any:
