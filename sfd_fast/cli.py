@@ -33,12 +33,24 @@ COMMANDS: dict[str, Command] = {
         "sfd_fast.demo:DemoConfig", "sfd_fast.demo:run_demo",
         "everything once on embedded images: train all parts, sample, judge, draw (about three minutes on a CPU)",
     ),
-    "train": Command(
-        "sfd_fast.config:SFDConfig", "sfd_fast.training.loop:run_train", "train the diffusion transformer", presets=True
+    "features": Command(
+        "sfd_fast.data.prepare:FeaturesConfig", "sfd_fast.data.prepare:run_features",
+        "images to shards of VFM features, what train-semvae reads",
     ),
     "train-semvae": Command(
-        "sfd_fast.training.semvae:SemVAETrainingConfig", "sfd_fast.training.semvae:run_train_semvae",
+        "sfd_fast.config:SemVAETrainingConfig", "sfd_fast.training.semvae:run_train_semvae",
         "train the semantic autoencoder on VFM features",
+    ),
+    "encode": Command(
+        "sfd_fast.data.prepare:EncodeConfig", "sfd_fast.data.prepare:run_encode",
+        "images to shards of composite latents with their statistics, what train reads",
+    ),
+    "inspect": Command(
+        "sfd_fast.data.inspect:InspectConfig", "sfd_fast.data.inspect:run_inspect",
+        "what a cache of features or latents holds, with a picture",
+    ),
+    "train": Command(
+        "sfd_fast.config:SFDConfig", "sfd_fast.training.loop:run_train", "train the diffusion transformer", presets=True
     ),
     "sample": Command("sfd_fast.generate:SampleConfig", "sfd_fast.generate:run_sample", "generate images"),
     "evaluate": Command(

@@ -66,7 +66,9 @@ class PatchEncoder(nn.Module):
         return self.head(self.features(images).flatten(1))
 
 
-def train_encoder(digits: Digits, *, seed: int, num_steps: int, progress: bool = True) -> tuple[PatchEncoder, list[float]]:
+def train_encoder(
+    digits: Digits, *, seed: int, num_steps: int, progress: bool = True
+) -> tuple[PatchEncoder, list[float]]:
     """The encoder trained as a classifier on shifted digits; returns it with the loss of every step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -76,10 +78,10 @@ def train_encoder(digits: Digits, *, seed: int, num_steps: int, progress: bool =
         for _ in tqdm(range(num_steps), desc="patch encoder", disable=not progress, unit="step"):
             chosen = torch.randint(len(digits), (64,))
             down, right = torch.randint(-1, 2, (2,)).tolist()
-            images = F.pad(digits.images[chosen], (1, 1, 1, 1), value=-1.0).roll((down, right), (2, 3))[:, :, 1:-1, 1:-1]
-            loss = F.cross_entropy(
-                encoder(images + 0.1 * torch.randn_like(images)), digits.labels[chosen], label_smoothing=0.1
-            )
+            images = F.pad(digits.images[chosen], (1, 1, 1, 1), value=-1.0)
+            images = images.roll((down, right), (2, 3))[:, :, 1:-1, 1:-1]
+            images = images + 0.1 * torch.randn_like(images)
+            loss = F.cross_entropy(encoder(images), digits.labels[chosen], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
