@@ -44,13 +44,13 @@ class ZeroMake(Make):
 
 
 def sampled_programs(num_programs: int) -> range:
-    """All of up to 64 programs, else every 17th, of very large grids about 64.
+    """All of up to 64 programs, else every 17th, of large grids about 32.
 
     The step is a prime above 16, and no split of a sample's rows is a multiple of it: every split is met equally often.
     """
     if num_programs <= 64:
         return range(num_programs)
-    step = max(17, num_programs // 64)
+    step = max(17, num_programs // 32)
     while any(step % divisor == 0 for divisor in range(2, int(step**0.5) + 1)):
         step += 1
     return range(0, num_programs, step)

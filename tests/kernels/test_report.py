@@ -117,6 +117,30 @@ def test_launch_function_that_waits_for_the_device_is_an_error(monkeypatch):
         launches_of(op, "mix", "B")
 
 
+@pytest.mark.parametrize("name", ["masked_velocity_update", "adamw_ema_step"])
+def test_mutating_operator_runs_no_tensor_operation_beside_its_kernels(name):
+    """So it allocates nothing, and its launches can be captured and replayed."""
+    from sfd_kernels.offline import example, record
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function)
+            return function(*args, **(kwargs or {}))
+
+    OPS[name].load_triton()
+    with FakeTensorMode():
+        args = example(OPS[name], "mix", "B")[1]
+        with Listener():
+            assert record(OPS[name], args)
+            assert called == []
+            torch.empty(1)
+            assert called  # the listener hears
+
+
 def test_float64_and_unknown_dtypes_launch_nothing():
     from sfd_kernels.offline import launches_of
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfd_kernels.ops.adamw_ema_step import adamw_ema_step
-from sfd_kernels.triton.launch import launch, supported
+from sfd_kernels.triton.launch import ceil_div, launch, supported
 
 # 32 tensors a launch: XL has about 400, so 13 launches; 192 pointers are 1.5 of the 4 KB that kernel arguments may
 # take.
@@ -116,7 +116,7 @@ def update(
     for rows in _groups(columns):
         starts = [0]
         for row in rows:
-            starts.append(starts[-1] + triton.cdiv(row[0].numel(), BLOCK))
+            starts.append(starts[-1] + ceil_div(row[0].numel(), BLOCK))
         num_programs = starts.pop()
         # One compiled kernel whatever their number: the rest repeats the last tensor and starts where no program is.
         padding = TENSORS - len(rows)

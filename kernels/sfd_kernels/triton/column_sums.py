@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfd_kernels.triton.launch import launch
+from sfd_kernels.triton.launch import ceil_div, launch
 
 
 @triton.jit
@@ -30,6 +30,6 @@ def column_sums(partials: Tensor, outputs: list[Tensor | None]) -> None:
     # 16 columns (64 bytes) and 512 rows a step: 32 values for each of 256 threads, so that 2048 rows of the qk backward
     # take 4 steps of memory latency; 9 programs at d = 72.
     launch(
-        _column_sums, triton.cdiv(columns, 16), partials, *outputs, num_rows,
+        _column_sums, ceil_div(columns, 16), partials, *outputs, num_rows,
         WIDTH=columns // 2, ROWS=512, COLUMNS=16, num_warps=8,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfd_kernels.ops.condition_silu import condition_silu, condition_silu_backward
-from sfd_kernels.triton.launch import launch, packed_last, supported
+from sfd_kernels.triton.launch import launch, packed_last, power_of_two, supported
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _backward(
 def _meta(e_sem: Tensor, e_label: Tensor) -> dict[str, int]:
     """One row a program, 8 values for each thread: a few hundred KB in all, so it lasts as long as its launch."""
     width = e_label.shape[-1]
-    block = triton.next_power_of_2(width)
+    block = power_of_two(width)
     return {"WIDTH": width, "HALF": e_sem.shape[-1], "BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
 
 

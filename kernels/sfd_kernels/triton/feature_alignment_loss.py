@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sfd_kernels.ops.feature_alignment_loss import feature_alignment_loss, feature_alignment_loss_backward
 from sfd_kernels.triton.inverse_norm import inverse_norm
-from sfd_kernels.triton.launch import launch, packed_last, supported
+from sfd_kernels.triton.launch import ceil_div, launch, packed_last, supported
 from sfd_kernels.triton.rows import row_tile, rows_per_program
 
 
@@ -90,7 +90,7 @@ def forward(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     # tokens.
     tile = row_tile(width, rows=4, stages=2 if pred.element_size() + target.element_size() == 8 else 3)
     rows = rows_per_program(batch, tokens, most=16)
-    splits = triton.cdiv(tokens, rows)
+    splits = ceil_div(tokens, rows)
     partials = torch.empty((batch * splits, 2), dtype=torch.float32, device=pred.device)
     launch(
         _forward, batch * splits, pred, target, partials, pred.stride(0), pred.stride(1), target.stride(0),
@@ -98,7 +98,7 @@ def forward(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         WIDTH=width, BLOCK=tile.BLOCK, ROWS=tile.ROWS, STAGES=tile.STAGES, num_warps=tile.num_warps,
     )  # fmt: skip
     # A lane a sample: a few thousand numbers in all.
-    launch(_means, triton.cdiv(batch, 32), partials, mse, cosine, batch, splits, tokens, SAMPLES=32, num_warps=1)
+    launch(_means, ceil_div(batch, 32), partials, mse, cosine, batch, splits, tokens, SAMPLES=32, num_warps=1)
     return mse, cosine
 
 
@@ -112,7 +112,7 @@ def backward(d_mse: Tensor, d_cos: Tensor, pred: Tensor, target: Tensor) -> Tens
     # As the forward; both rows stay in registers between the dot products and the gradient.
     tile = row_tile(width, rows=4, stages=2 if pred.element_size() + target.element_size() == 8 else 3)
     rows = rows_per_program(batch, tokens, most=16)
-    splits = triton.cdiv(tokens, rows)
+    splits = ceil_div(tokens, rows)
     launch(
         _backward, batch * splits, d_mse, d_cos, pred, target, dpred, pred.stride(0), pred.stride(1), target.stride(0),
         target.stride(1), tokens, splits, rows,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sfd_kernels.ops.flow_matching_loss import flow_matching_loss, flow_matching_loss_backward
 from sfd_kernels.triton.inverse_norm import inverse_norm
-from sfd_kernels.triton.launch import launch, supported
+from sfd_kernels.triton.launch import ceil_div, launch, power_of_two, supported
 
 # Forward: one program for a sample, so one kernel and no second stage; the loss lasts as long as its launch. 16
 # channels x 256 positions on 16 warps: 8 adjacent positions a thread, the three channel steps of C = 48 unrolled, so
@@ -109,9 +109,9 @@ def backward(
     pred, x0, x1 = pred.contiguous(), x0.contiguous(), x1.contiguous()
     batch, channels, height, width = pred.shape
     dpred = torch.empty_like(pred)
-    channel_block = triton.next_power_of_2(channels)
+    channel_block = power_of_two(channels)
     block = max(BACKWARD_ELEMENTS // channel_block, 8)
-    blocks = triton.cdiv(height * width, block)
+    blocks = ceil_div(height * width, block)
     launch(
         _backward, batch * blocks, d_velocity, d_cosine, pred, x0, x1, dpred, height * width, blocks,
         num_texture_channels, float(semantic_weight),

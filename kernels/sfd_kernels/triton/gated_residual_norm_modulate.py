@@ -12,7 +12,7 @@ from sfd_kernels.ops.gated_residual_norm_modulate import (
     gated_residual_norm_modulate,
     gated_residual_norm_modulate_backward,
 )
-from sfd_kernels.triton.launch import launch, packed_last, supported
+from sfd_kernels.triton.launch import ceil_div, launch, packed_last, supported
 from sfd_kernels.triton.modulation_gradients import modulation_gradients
 from sfd_kernels.triton.rows import row_tile, rows_per_program
 
@@ -121,7 +121,7 @@ def forward(
     # of four tensors: 3.1 % more bytes.
     tile = row_tile(width, rows=4, stages=3 if x.element_size() == 2 else 2)
     rows = rows_per_program(batch, tokens, most=32)
-    splits = triton.cdiv(tokens, rows)
+    splits = ceil_div(tokens, rows)
     launch(
         _forward, batch * splits, x, branch, gate, weight, shift, scale, x_new, y,
         x.stride(0), x.stride(1), branch.stride(0), branch.stride(1), gate.stride(0),
@@ -147,7 +147,7 @@ def backward(
     tile = row_tile(width, rows=2, stages=3 if x_new.element_size() == 2 else 2)
     # Three fp32 sums for each program, stored and read again: 7.8 % more bytes at 32 rows of all-bf16.
     rows = rows_per_program(batch, tokens, most=32)
-    splits = triton.cdiv(tokens, rows)
+    splits = ceil_div(tokens, rows)
     partials = torch.empty((batch * splits, 3, width), dtype=torch.float32, device=x_new.device)
     launch(
         _backward, batch * splits, dx_new, dy, x_new, branch, gate, weight, scale, dx, dbranch, partials,

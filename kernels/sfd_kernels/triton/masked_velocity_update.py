@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfd_kernels.ops.masked_velocity_update import masked_velocity_update
-from sfd_kernels.triton.launch import launch, packed_last, supported
+from sfd_kernels.triton.launch import ceil_div, launch, packed_last, supported
 
 # 1024 elements on 4 warps: 8 adjacent ones a thread, two 128-bit accesses of the fp32 state and one of a bf16 velocity.
 # 384 programs for 32 latents of 48 x 16 x 16, all resident at once: the kernel lasts as long as its launch.
@@ -83,7 +83,7 @@ def update(
     guidance, coefficients = None if guidance is None else guidance.contiguous(), packed_last(coefficients)
     positions = x.shape[2] * x.shape[3]
     per_sample = x.shape[1] * positions
-    blocks = triton.cdiv(per_sample, BLOCK)
+    blocks = ceil_div(per_sample, BLOCK)
     kept = 0 if history is None else history.shape[0]
     launch(
         _update, len(x) * blocks, x, base, history, v, v_guide, guidance, coefficients,

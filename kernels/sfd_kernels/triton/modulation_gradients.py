@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfd_kernels.triton.launch import launch
+from sfd_kernels.triton.launch import ceil_div, launch
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def modulation_gradients(
     dgate = None if gate_dtype is None else torch.empty((batch, width), dtype=gate_dtype, device=scale.device)
     # 32 columns: 128-byte rows of partials and, at D = 1152, 36 programs; 32 samples a tile: 8 values for each thread.
     launch(
-        _reduce, triton.cdiv(width, 32), partials, weight, scale, dweight, dshift, dscale, dgate,
+        _reduce, ceil_div(width, 32), partials, weight, scale, dweight, dshift, dscale, dgate,
         scale.stride(0), batch, partials.shape[0] // batch,
         WIDTH=width, COLUMNS=32, SAMPLES=32, SUMS=partials.shape[1], num_warps=4,
     )  # fmt: skip

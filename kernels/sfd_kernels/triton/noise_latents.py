@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfd_kernels.ops.noise_latents import noise_latents
-from sfd_kernels.triton.launch import launch, supported
+from sfd_kernels.triton.launch import ceil_div, launch, supported
 
 # 1024 elements on 4 warps: 8 adjacent ones a thread, two 128-bit accesses in fp32. 48 x 16 x 16 latents are 12 blocks:
 # 384 programs at batch 32, all resident at once; the kernel lasts as long as its launch.
@@ -36,7 +36,7 @@ def forward(x1: Tensor, x0: Tensor, t_tex: Tensor, t_sem: Tensor, num_texture_ch
         return x_t
     batch, channels, height, width = x1.shape
     per_sample = channels * height * width
-    blocks = triton.cdiv(per_sample, BLOCK)
+    blocks = ceil_div(per_sample, BLOCK)
     launch(
         _forward, batch * blocks, x1, x0, t_tex, t_sem, x_t, per_sample, num_texture_channels * height * width, blocks,
         BLOCK=BLOCK, num_warps=NUM_WARPS,

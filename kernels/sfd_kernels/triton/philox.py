@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfd_kernels.ops.philox import philox_bits, philox_normal
-from sfd_kernels.triton.launch import launch
+from sfd_kernels.triton.launch import ceil_div, launch
 
 # 256 counters on 4 warps: 2 for each thread, whose words leave in 128-bit stores. 48 x 16 x 16 numbers are 12 programs
 # a sample: 384 at batch 32. Bound by integer products and, for normals, fp64 arithmetic: not by memory.
@@ -77,7 +77,7 @@ def _normal(sample_ids, out, seed_low, seed_high, stream, count, blocks, COUNTER
 def _launch(kernel, sample_ids: Tensor, seed: int, stream: int, count: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty((len(sample_ids), count), dtype=dtype, device=sample_ids.device)
     if out.numel():
-        blocks = triton.cdiv(count, 4 * COUNTERS)
+        blocks = ceil_div(count, 4 * COUNTERS)
         # 32-bit halves as signed: Triton would otherwise give an argument over 2^31 a type, and so a kernel, of its
         # own.
         low, high, stream = (_signed(value) for value in (seed, seed >> 32, stream))

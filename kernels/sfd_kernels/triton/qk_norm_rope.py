@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfd_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
 from sfd_kernels.triton.column_sums import column_sums
-from sfd_kernels.triton.launch import launch, packed_last, supported
+from sfd_kernels.triton.launch import ceil_div, launch, packed_last, power_of_two, supported
 
 # One warp, no barrier. Samples that share one read of cos, sin and the weights (XL, bf16: 1152 bytes beside 9216 for
 # each sample): 4 keep them at 3.1 % of the bytes. 8192 tokens are then 2048 programs, 15 for each multiprocessor of an
@@ -179,8 +179,8 @@ def forward(
     tables = (None if table is None else table.contiguous() for table in (q_weight, k_weight, cos, sin))
     qkv, (q_weight, k_weight, cos, sin) = qkv.contiguous(), tables
     launch(
-        _forward, tokens * triton.cdiv(batch, SAMPLES), qkv, q_weight, k_weight, cos, sin, q, k, batch, tokens, eps,
-        HEADS=num_heads, HEAD_DIM=head_dim, BLOCK=triton.next_power_of_2(head_dim),
+        _forward, tokens * ceil_div(batch, SAMPLES), qkv, q_weight, k_weight, cos, sin, q, k, batch, tokens, eps,
+        HEADS=num_heads, HEAD_DIM=head_dim, BLOCK=power_of_two(head_dim),
         ROWS=_heads_at_a_time(num_heads, FORWARD_HEADS), SAMPLES=SAMPLES, num_warps=NUM_WARPS,
     )  # fmt: skip
     return q, k
@@ -210,14 +210,14 @@ def backward(
     # Triton knows of a stride only whether 16 divides it; d = 72 does not, but 8 elements are what a vector needs.
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     dqkv = torch.empty_like(qkv)
-    num_programs = tokens * triton.cdiv(batch, SAMPLES)
+    num_programs = tokens * ceil_div(batch, SAMPLES)
     partials = None
     if q_weight is not None or k_weight is not None:
         partials = torch.empty((num_programs, 2 * head_dim), dtype=torch.float32, device=qkv.device)
     launch(
         _backward, num_programs, dq, dk, dv, qkv, q_weight, k_weight, cos, sin, dqkv, partials,
         *(stride // unit for stride in strides), batch, tokens, eps,
-        UNIT=unit, HEADS=num_heads, HEAD_DIM=head_dim, BLOCK=triton.next_power_of_2(head_dim),
+        UNIT=unit, HEADS=num_heads, HEAD_DIM=head_dim, BLOCK=power_of_two(head_dim),
         ROWS=_heads_at_a_time(num_heads, BACKWARD_HEADS), SAMPLES=SAMPLES, num_warps=NUM_WARPS,
     )  # fmt: skip
     weight_grads = [qkv.new_empty(0) if w is None else torch.empty_like(w) for w in (q_weight, k_weight)]

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfd_kernels.ops.rms_norm_modulate import rms_norm_modulate, rms_norm_modulate_backward
-from sfd_kernels.triton.launch import launch, packed_last, supported
+from sfd_kernels.triton.launch import ceil_div, launch, packed_last, supported
 from sfd_kernels.triton.modulation_gradients import modulation_gradients
 from sfd_kernels.triton.rows import row_tile, rows_per_program
 
@@ -91,7 +91,7 @@ def forward(x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor, eps:
     # bytes. Rows of 2-byte elements need 4 stages to keep as many bytes in flight as 4-byte ones with 3 (37 KB an SM).
     tile = row_tile(width, rows=4, stages=4 if x.element_size() == 2 else 3)
     rows = rows_per_program(batch, tokens, most=32)
-    splits = triton.cdiv(tokens, rows)
+    splits = ceil_div(tokens, rows)
     launch(
         _forward, batch * splits, x, weight, shift, scale, y,
         x.stride(0), x.stride(1), 0 if shift is None else shift.stride(0), scale.stride(0), tokens, splits, rows, eps,
@@ -112,7 +112,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float) -
     tile = row_tile(width, rows=2, stages=3)
     # Two fp32 sums for each program, stored and read again: 10.4 % more bytes at 32 rows of all-bf16, so 40 there.
     rows = rows_per_program(batch, tokens, most=32 if x.element_size() + dy.element_size() > 4 else 40)
-    splits = triton.cdiv(tokens, rows)
+    splits = ceil_div(tokens, rows)
     partials = torch.empty((batch * splits, 2, width), dtype=torch.float32, device=x.device)
     launch(
         _backward, batch * splits, dy, x, weight, scale, dx, partials,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfd_kernels.ops.swiglu import swiglu, swiglu_backward
-from sfd_kernels.triton.launch import launch, supported
+from sfd_kernels.triton.launch import ceil_div, launch, supported
 
 # 1024 columns divide the widths of XL (3072), XXL (4096) and B (2048). On 4 warps a thread owns 8 adjacent columns: one
 # 128-bit access in bf16, two in fp32. 2 rows: 4 (backward 6) loads in flight for each thread at under 64 registers, so
@@ -43,8 +43,8 @@ def _backward(dy, x, dx, num_rows, blocks, HIDDEN: tl.constexpr, COLUMNS: tl.con
 
 
 def _grid(num_rows: int, hidden: int) -> tuple[int, int]:
-    blocks = triton.cdiv(hidden, COLUMNS)
-    return triton.cdiv(num_rows, ROWS) * blocks, blocks
+    blocks = ceil_div(hidden, COLUMNS)
+    return ceil_div(num_rows, ROWS) * blocks, blocks
 
 
 @swiglu.triton

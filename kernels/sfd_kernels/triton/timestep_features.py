@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfd_kernels.ops.timestep_features import timestep_features
-from sfd_kernels.triton.launch import launch, supported
+from sfd_kernels.triton.launch import launch, power_of_two, supported
 
 LOG_10000 = tl.constexpr(math.log(10000))
 
@@ -34,6 +34,6 @@ def forward(t: Tensor, num_features: int) -> Tensor:
     if features.numel():
         half = num_features // 2
         # One clock a program, one frequency a thread (F = 256: 128 of them on 4 warps).
-        block = triton.next_power_of_2(half)
+        block = power_of_two(half)
         launch(_forward, t.numel(), t, features, HALF=half, BLOCK=block, num_warps=min(max(block // 32, 1), 8))
     return features
