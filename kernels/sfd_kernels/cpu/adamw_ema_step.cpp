@@ -13,7 +13,8 @@ struct AdamArgs {
   const AdamChunk* chunks;
   Dtype grad_dtype, copy_dtype;
   // p = p * keep - rate * m / (sqrt(s) * root + eps)
-  float grad_scale, beta1, beta2, keep, rate, root, eps, ema_decay;
+  // rest1 = 1 - beta1 and rest2 = 1 - beta2, taken in double: in float 1 - 0.999 keeps only 14 bits
+  float grad_scale, beta1, beta2, rest1, rest2, keep, rate, root, eps, ema_decay;
 };
 
 inline constexpr i64 kChunk = 1 << 15;
@@ -28,7 +29,7 @@ template <bool Ema, bool Copy, class Grad, class Low>
 static void step(const AdamArgs& a, const AdamChunk& c) {
   const Grad* grad = static_cast<const Grad*>(c.grad);
   Low* copy = static_cast<Low*>(c.copy);
-  const float rest1 = 1.0f - a.beta1, rest2 = 1.0f - a.beta2, rest = 1.0f - a.ema_decay;
+  const float rest = 1.0f - a.ema_decay;
   constexpr i64 ahead = 256;
   sweep(c.n, [&](i64 i, auto lanes) {
     prefetch(grad + i + ahead);
@@ -36,8 +37,8 @@ static void step(const AdamArgs& a, const AdamChunk& c) {
     prefetch(c.m + i + ahead);
     prefetch(c.s + i + ahead);
     const vf g = load(grad + i, lanes) * a.grad_scale;
-    const vf m = a.beta1 * load(c.m + i, lanes) + rest1 * g;
-    const vf s = a.beta2 * load(c.s + i, lanes) + rest2 * g * g;
+    const vf m = a.beta1 * load(c.m + i, lanes) + a.rest1 * g;
+    const vf s = a.beta2 * load(c.s + i, lanes) + a.rest2 * g * g;
     const vf p = load(c.p + i, lanes) * a.keep - a.rate * m / (sqrt(s) * a.root + a.eps);
     store(c.m + i, m, lanes);
     store(c.s + i, s, lanes);
@@ -119,6 +120,7 @@ static void adamw_ema_step(Tensors params, Tensors grads, Tensors exp_avgs, Tens
   args.grad_dtype = grad_dtype, args.copy_dtype = copy_dtype;
   args.grad_scale = *pointer<float>(grad_scale);
   args.beta1 = static_cast<float>(beta1), args.beta2 = static_cast<float>(beta2), args.eps = static_cast<float>(eps);
+  args.rest1 = static_cast<float>(1 - beta1), args.rest2 = static_cast<float>(1 - beta2);
   args.keep = static_cast<float>(1 - value(lr) * weight_decay);
   args.rate = static_cast<float>(value(lr) / (1 - std::pow(beta1, value(step))));
   args.root = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, value(step))));
