@@ -5,6 +5,7 @@ import difflib
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -72,25 +73,42 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         keys = [a.dest for a in self._actions if a.dest not in ("help", "config", "print_config")]
-        for word in message.replace("'", " ").replace("=", " ").replace(":", " ").split():
-            name = word.lstrip("-").replace("-", "_").strip(".,\"")
-            if name and name not in keys and ("." in name or word.startswith("--") or "option" in message):
-                near = nearest_key(name, keys)
-                if near:
-                    message += f"\n  did you mean '{near}'?"
-                    break
+        mistyped = unknown_key(message)
+        near = None if mistyped is None else nearest_key(mistyped, keys)
+        if near:
+            message += f"\n  did you mean '{near}'?"
         sys.stderr.write(f"{self.prog}: error: {message}\n  all options: {self.prog} --help\n")
         raise SystemExit(2)
 
 
+def unknown_key(message: str) -> str | None:
+    """The key that jsonargparse does not know, read from its message; None where it complains about something else."""
+    for pattern in (
+        r"unrecognized arguments: --([\w.-]+)",
+        r"Group '(?P<group>[\w.]+)' does not accept option '([\w.-]+)'",
+        r"Option '([\w.-]+)' is not accepted",
+    ):
+        found = re.search(pattern, message)
+        if found:
+            group = found.groupdict().get("group")
+            key = found[found.re.groups].replace("-", "_")
+            return f"{group}.{key}" if group else key
+    return None
+
+
 def nearest_key(name: str, keys: list[str]) -> str | None:
-    """The valid key closest to a mistyped one, by its full path first and by its last word second."""
+    """The valid key closest to a mistyped one: by its full path, then by its last word, then whatever is least far."""
     close = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
     if close:
         return close[0]
     last = {key.rsplit(".", 1)[-1]: key for key in keys}
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)
-    return last[close[0]] if close else None
+    if close:
+        return last[close[0]]
+    group = name.rpartition(".")[0]
+    within = [key for key in keys if group and key.startswith(f"{group}.")]
+    close = difflib.get_close_matches(name, within or keys, n=1, cutoff=0.0)
+    return close[0] if close else None
 
 
 def load(path: str) -> Any:
@@ -118,7 +136,10 @@ def chosen_preset(argv: list[str]) -> str | None:
             return value
         if key == "--config" and os.path.isfile(value):
             with open(value) as file:
-                content = yaml.safe_load(file)
+                try:
+                    content = yaml.safe_load(file)
+                except yaml.YAMLError as error:
+                    raise ValueError(f"{value} is no valid YAML: {' '.join(str(error).split())}") from None
             if isinstance(content, dict):
                 name = content.get("preset", name)
     return name

@@ -67,6 +67,25 @@ def test_an_unknown_key_of_a_file_names_the_nearest(tmp_path, capsys):
     assert "did you mean 'train.max_steps'?" in refused(capsys, "train", "--config", str(file))
 
 
+@pytest.mark.parametrize(
+    "content, nearest",
+    [("optimizer:\n  learning: 1\n", "optimizer.lr"), ("optimizer:\n  lrate: 1\n", "optimizer."),
+     ("optimiser:\n  lr: 1\n", "optimizer.lr"), ("sampler:\n  stps: 3\n", "sampler.num_steps")],
+)  # fmt: skip
+def test_an_unknown_key_always_names_one_of_its_section(tmp_path, capsys, content, nearest):
+    file = tmp_path / "a.yaml"
+    file.write_text(content)
+    assert f"did you mean '{nearest}" in refused(capsys, "train", "--config", str(file))
+
+
+def test_a_file_that_is_no_yaml_is_one_line(tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text("optimizer: [\n")
+    error = refused(capsys, "train", "--config", str(file))
+    assert "a.yaml is no valid YAML" in error
+    assert error.count("\n") == 1
+
+
 def test_a_contradiction_is_one_line(capsys):
     error = refused(capsys, "train", "--model.patch_size", "3")
     assert "grid_size 16 must be divisible by patch_size 3" in error
