@@ -19,10 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+
+try:
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "the offline report compiles Triton kernels; install it with: pip install 'triton>=3.6'"
+    ) from error
 
 from sfd_kernels.examples import MODES, SIZES, Make
 from sfd_kernels.registry import INTERPRET, Op
@@ -155,9 +161,12 @@ def _on_cuda(value: Any) -> Any:
 
 
 def record(op: Op, args: tuple) -> list[Launch]:
-    """The launches that op makes for these (fake CUDA) arguments; none where the reference serves."""
+    """The launches that op makes for these (fake CUDA) arguments; none where the reference serves.
+
+    ValueError under TRITON_INTERPRET=1: the interpreter compiles nothing.
+    """
     if INTERPRET:
-        raise RuntimeError("TRITON_INTERPRET=1 is set, and the interpreter cannot compile; unset it")
+        raise ValueError("TRITON_INTERPRET=1 is set, and the interpreter cannot compile; unset it")
     function = op.load_triton()
     if function is None:
         return []

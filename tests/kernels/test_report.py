@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -213,6 +215,12 @@ def test_command_names_what_it_does_not_know(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_missing_triton_is_named_with_its_install_command():
+    code = "import sys; sys.modules['triton'] = None; import sfd_kernels.report"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "pip install 'triton>=3.6'" in done.stderr
+
+
 def test_committed_report_is_complete_and_without_faults():
     from sfd_kernels.offline import MULTIPROCESSORS
     from sfd_kernels.report import MODES, SIZES, faults
@@ -221,3 +229,17 @@ def test_committed_report_is_complete_and_without_faults():
     covered = {(row["operator"], row["arch"], row["dtype"], row["size"]) for row in committed}
     assert covered == set(product(OPS, MULTIPROCESSORS, MODES, SIZES))
     assert faults(committed) == []
+
+
+def test_committed_report_is_that_of_these_kernels(found):
+    committed = {
+        (row["operator"], row["kernel"]): row
+        for row in json.loads(COMMITTED.read_text())
+        if (row["arch"], row["dtype"], row["size"]) == (90, "mix", "XL")
+    }
+    for row in found:
+        before = committed[row["operator"], row["kernel"]]
+        for column in ("programs", "num_warps", "bytes", "least_bytes", "widest_access_bits"):
+            assert row[column] == before[column], (
+                f"{row['operator']}: {column}; run python -m sfd_kernels.report --json"
+            )

@@ -14,7 +14,7 @@ from sfd_kernels.triton.column_sums import column_sums
 from sfd_kernels.triton.launch import ceil_div, launch, packed_last, power_of_two, supported
 
 # One warp, no barrier. Samples that share one read of cos, sin and the weights (XL, bf16: 1152 bytes beside 9216 for
-# each sample): 4 keep them at 3.1 % of the bytes. 8192 tokens are then 2048 programs, 15 for each multiprocessor of an
+# each sample): 4 keep them at 3 % of the bytes. 8192 tokens are then 2048 programs, 15 for each multiprocessor of an
 # H100.
 SAMPLES, NUM_WARPS = 4, 1
 
