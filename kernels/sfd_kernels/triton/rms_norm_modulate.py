@@ -88,7 +88,8 @@ def forward(x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor, eps:
     x, weight, scale = packed_last(x), weight.contiguous(), packed_last(scale)
     shift = None if shift is None else packed_last(shift)
     # 4 rows: 32 values for each thread, 64 registers. weight, scale and shift are read again for every 32 rows: 4.3 %
-    # more bytes. Two programs an SM keep 55 KB (2-byte elements, 4 stages) or 74 KB (4-byte, 3 stages) of loads in flight.
+    # more bytes. Two programs an SM keep 55 KB (2-byte elements, 4 stages) or 74 KB (4-byte, 3 stages) of loads in
+    # flight.
     tile = row_tile(width, rows=4, stages=4 if x.element_size() == 2 else 3)
     rows = rows_per_program(batch, tokens, most=32)
     splits = ceil_div(tokens, rows)
