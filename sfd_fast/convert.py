@@ -1,5 +1,5 @@
-"""`sfd convert`: released checkpoints, autoencoders and configurations to ours, ours to the released format, and several
-parts to one pipeline folder."""
+"""`sfd convert`: released checkpoints, autoencoders and configurations to ours, ours to the released format, and
+several parts to one pipeline folder."""
 
 import tempfile
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 import yaml
 
+from sfd_fast import checkpoint
 from sfd_fast.checkpoint import convert_released, export_released
 from sfd_fast.config import require, to_dict
 from sfd_fast.data.statistics import LatentStatistics
@@ -25,7 +26,8 @@ class ConvertConfig:
     """Options of `sfd convert`.
 
     A released file becomes a folder, a folder becomes a released file, a released YAML becomes one of ours. With
-    `codec` and `statistics` the result is a whole pipeline folder for `sfd sample` and SFDPipeline.
+    `codec` and `statistics` the result is a whole pipeline folder for `sfd sample` and SFDPipeline. It samples on the
+    exact grid (the released one on request, METHOD 5).
     """
 
     source: str
@@ -44,7 +46,8 @@ class ConvertConfig:
     """folder with latents_stats.pt and latents_sv_stats.pt of the TRAINING latents"""
     guide: str = ""
     """AutoGuidance's weaker model, released .pt or our folder; it must come from the same cache"""
-    latent_multiplier: float = 1.0
+    latent_multiplier: float | None = None
+    """what latents were multiplied by in training; default: as the model's own settings say"""
 
     def __post_init__(self) -> None:
         require(
@@ -107,8 +110,10 @@ def assemble(config: ConvertConfig) -> None:
                 convert_released(path, folders[name], config=settings, weights=config.weights)
             elif path:
                 folders[name] = Path(path)
-        # the multiplier is part of the statistics: 1.0 in the released configurations (METHOD 2)
-        statistics = LatentStatistics.load(config.statistics, config.latent_multiplier)
+        multiplier = config.latent_multiplier
+        if multiplier is None:
+            multiplier = checkpoint.read_config(folders["model"]).data.latent_multiplier
+        statistics = LatentStatistics.load(config.statistics, multiplier)
         SFDPipeline.from_pretrained(
             folders["model"],
             guide=folders.get("guide"),

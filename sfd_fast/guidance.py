@@ -60,15 +60,20 @@ class Guided:
         return torch.where(weight == 1, velocity, weak + weight * (velocity - weak))
 
 
-def _guided(
-    main: Velocity, weak: Velocity, config: GuidanceConfig, num_texture_channels: int, delta_t: float
-) -> Velocity:
+def check_scales(config: GuidanceConfig, delta_t: float) -> None:
+    """Raises ValueError for separate scales with one clock, which has one stream only (METHOD 5)."""
     texture, semantic = config.scales
     if delta_t == 0 and texture != semantic:
         raise ValueError(
             f"separate guidance scales (texture {texture}, semantic {semantic}) need two clocks, but delta_t is 0: "
             "set guidance.scale alone"
         )
+
+
+def _guided(
+    main: Velocity, weak: Velocity, config: GuidanceConfig, num_texture_channels: int, delta_t: float
+) -> Velocity:
+    check_scales(config, delta_t)
     return Guided(main, weak, config, num_texture_channels, delta_t) if config.active else main
 
 

@@ -27,7 +27,7 @@ from sfd_fast.config import (
 )
 from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.graphs import StepRunners
-from sfd_fast.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg
+from sfd_fast.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg, check_scales
 from sfd_fast.models.texture import to_uint8
 from sfd_fast.pipeline_files import check_finite, check_parts, load_parts, local_folder, save_parts
 from sfd_fast.sampler import Callback, Plan, check_solver, guidance_table, make_plan, sample, time_grid
@@ -213,7 +213,7 @@ class SFDPipeline:
             ids.shape == labels.shape,
             f"{len(labels)} labels but sample_ids of shape {tuple(ids.shape)}: give one id per label",
         )
-        require(0 <= seed < 2**64, f"seed {seed} must be in [0, 2^64)")
+        require(0 <= seed < 2**63, f"seed {seed} must be in [0, 2^63)")
         return labels, ids
 
     def resolve(
@@ -239,6 +239,7 @@ class SFDPipeline:
             "guidance mode 'autoguidance' needs a guide model, which this pipeline has not: load one with guide=..., "
             "or use mode 'cfg'",
         )
+        check_scales(guidance, self.delta_t)
         return sampler, guidance
 
     def velocity(self, labels: Tensor, guidance: GuidanceConfig) -> Velocity:

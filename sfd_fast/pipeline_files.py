@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,8 @@ def save_parts(
     save_model(folder / "transformer", model, config=training, statistics=statistics)
     if guide is not None:
         save_model(folder / "guide", guide, statistics=statistics)
+    else:  # an earlier pipeline's guide would be loaded with this one
+        shutil.rmtree(folder / "guide", ignore_errors=True)
     save_codec(folder / "texture_codec", codec)
     (folder / "statistics").mkdir(exist_ok=True)
     statistics.save(folder / "statistics")
@@ -80,7 +84,8 @@ def load_parts(
         model_folder = folder
         parts["training"] = training = read_config(model_folder)
         parts["delta_t"] = training.transport.delta_t
-        parts["sampler"], parts["guidance"] = training.sampler, training.guidance
+        # The released grid stays on request: its dopri5 lets an image depend on its batch (METHOD 5).
+        parts["sampler"], parts["guidance"] = replace(training.sampler, grid="exact"), training.guidance
         statistics = statistics or read_statistics(model_folder)
         codec = codec or training.data.texture_codec or None
     require(
@@ -90,6 +95,7 @@ def load_parts(
     )
     require(codec is not None, f"{folder} names no texture codec: give its folder or file as codec=...")
     parts["statistics"] = statistics
+    check_multiplier(statistics, parts.get("training"), model_folder)
     for name, place in (("model", model_folder), ("guide", guide)):
         if place is not None:
             parts[name] = load_model(place)
@@ -108,6 +114,16 @@ def check_statistics(statistics: LatentStatistics, recorded: LatentStatistics | 
         raise ValueError(
             f"statistics of another data set: those given have the fingerprint {fingerprint(statistics)}, {name} was "
             f"trained on latents with {fingerprint(recorded)}; use the statistics (and a guide) of the same cache"
+        )
+
+
+def check_multiplier(statistics: LatentStatistics, training: SFDConfig | None, model_folder: Path) -> None:
+    """Raises ValueError where latents would be divided by another multiplier than they were multiplied by."""
+    trained = statistics.multiplier if training is None else training.data.latent_multiplier
+    if trained != statistics.multiplier:
+        raise ValueError(
+            f"latent multiplier {statistics.multiplier} is given, but the model in {model_folder} was trained on "
+            f"latents times {trained}: give that one with the statistics (METHOD 2)"
         )
 
 

@@ -201,7 +201,9 @@ def read_config(values: Mapping[str, Any], weights: Mapping[str, Tensor] | None 
         model=network,
         transport=_transport(sections["model"], sections["transport"], network),
         optimizer=_optimizer(sections["optimizer"]),
-        data=_data(sections["data"]),
+        # 0.18215: what the released loader multiplies by where a configuration leaves it out (METHOD 2); constructor
+        # arguments say nothing about the latents, and the released configurations have 1.0
+        data=_data(sections["data"], 0.18215 if "model" in values else 1.0),
         train=_train(sections["train"]),
         sampler=_sampler(sections["sample"]),
         guidance=_guidance(sections["sample"], sections["model"]),
@@ -251,9 +253,8 @@ def _optimizer(section: _Section) -> OptimizerConfig:
     return OptimizerConfig(**section.fields(lr="lr", beta2="beta2", max_grad_norm="max_grad_norm"))
 
 
-def _data(section: _Section) -> DataConfig:
-    # 0.18215: what the released loader multiplies by where a configuration leaves it out (METHOD 2)
-    multiplier = float(section.take("latent_multiplier", 0.18215))
+def _data(section: _Section, absent_multiplier: float) -> DataConfig:
+    multiplier = float(section.take("latent_multiplier", absent_multiplier))
     return DataConfig(latent_multiplier=multiplier, **section.fields(path="data_path", num_workers="num_workers"))
 
 

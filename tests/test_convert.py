@@ -37,6 +37,7 @@ def test_released_parts_become_a_pipeline_that_samples(tmp_path):
         )
     )  # fmt: skip
     pipeline = SFDPipeline.from_pretrained(tmp_path / "pipeline", device="cpu", micro_batch_size=2)
+    assert pipeline.sampler.grid == "exact"
     images = pipeline([1, 2], num_steps=3, output_type="np").images
     assert images.shape == (2, 128, 128, 3)
     weights = load_golden("sfd.weights")

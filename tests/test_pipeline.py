@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SFDConfig
+from sfd_fast.config import DataConfig, GuidanceConfig, ModelConfig, SamplerConfig, SFDConfig
 from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.texture import IdentityCodec
@@ -192,7 +192,8 @@ def test_label_out_of_range_is_an_error(pipeline, label):
         ({"labels": [0.5]}, "labels must be one-dimensional integers"),
         ({"labels": [[1], [2]]}, "labels must be one-dimensional integers"),
         ({"labels": [1, 2], "sample_ids": [0]}, "2 labels but sample_ids of shape"),
-        ({"labels": [1], "seed": -1}, r"seed -1 must be in \[0, 2\^64\)"),
+        ({"labels": [1], "seed": -1}, r"seed -1 must be in \[0, 2\^63\)"),
+        ({"labels": [1], "seed": 2**63}, r"must be in \[0, 2\^63\)"),
         ({"labels": [1], "solver": "heunn"}, "solver 'heunn' is unknown; choose one of euler, midpoint, heun, rk4"),
         ({"labels": [1], "num_steps": 2}, "num_steps 2 is too small"),
         ({"labels": [1], "num_steps": 0}, "num_steps = 0 must be greater than 0"),
@@ -251,6 +252,43 @@ def test_statistics_of_another_data_set_are_an_error(pipeline, tmp_path):
     other.save(tmp_path / "saved" / "statistics")
     with pytest.raises(ValueError, match="statistics of another data set: .* the model in .* was trained on latents"):
         SFDPipeline.from_pretrained(tmp_path / "saved")
+
+
+def test_another_latent_multiplier_than_in_training_is_an_error(tmp_path):
+    from sfd_fast.checkpoint import save_model
+
+    config = SFDConfig(model=TINY, data=DataConfig(latent_multiplier=0.18215))
+    save_model(tmp_path / "main", random_model(TINY, 0), config=config)
+    parts = {"codec": IdentityCodec(4, 2), "device": "cpu"}
+    with pytest.raises(ValueError, match=r"latent multiplier 1\.0 is given, but .* trained on latents times 0\.18215"):
+        SFDPipeline.from_pretrained(tmp_path / "main", statistics=STATISTICS, **parts)
+    fitting = replace(STATISTICS, multiplier=0.18215)
+    assert SFDPipeline.from_pretrained(tmp_path / "main", statistics=fitting, **parts).statistics.multiplier == 0.18215
+
+
+def test_a_network_trained_for_the_released_grid_samples_on_the_exact_one(tmp_path):
+    from sfd_fast.checkpoint import save_model
+
+    config = SFDConfig(model=TINY, sampler=SamplerConfig(solver="dopri5", grid="released"))
+    save_model(tmp_path / "main", random_model(TINY, 0), config=config, statistics=STATISTICS)
+    pipe = SFDPipeline.from_pretrained(tmp_path / "main", codec=IdentityCodec(4, 2), device="cpu", micro_batch_size=2)
+    assert pipe.sampler == SamplerConfig(solver="dopri5", grid="exact")
+    together = pipe(LABELS[:4], output_type="np").images
+    alone = pipe(LABELS[2:3], sample_ids=[2], output_type="np").images
+    assert np.array_equal(alone[0], together[2])
+
+
+def test_saving_without_a_guide_forgets_an_earlier_one(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "saved")
+    build(guide=None, guidance=GuidanceConfig()).save_pretrained(tmp_path / "saved")
+    assert SFDPipeline.from_pretrained(tmp_path / "saved", device="cpu").guide is None
+
+
+def test_separate_scales_with_one_clock_are_an_error():
+    model = random_model(replace(TINY, two_clocks=False), 0)
+    pipe = SFDPipeline(model, statistics=STATISTICS, codec=IdentityCodec(4, 2), delta_t=0.0, device="cpu")
+    with pytest.raises(ValueError, match="separate guidance scales .* need two clocks"):
+        pipe([1], num_steps=2, guidance=GuidanceConfig(mode="cfg", texture_scale=1.3, semantic_scale=1.8))
 
 
 def test_a_guide_of_another_cache_is_an_error(pipeline, tmp_path):

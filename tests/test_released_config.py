@@ -211,6 +211,11 @@ def test_contradictions_between_settings_and_weights_are_named(arguments, messag
         model_config(arguments, weights_of(TINY))
 
 
+def test_constructor_arguments_say_nothing_about_the_latents():
+    settings, _ = read_config({"semantic_chans": 2, "semfirst_delta_t": 0.3}, weights_of(TINY))
+    assert settings.data.latent_multiplier == 1.0
+
+
 def test_foreign_weights_are_named():
     with pytest.raises(ValueError, match="not the weights of a LightningDiT: 'x_embedder.proj.weight' is missing"):
         model_config({}, {"encoder.0.weight": torch.zeros(1)})
