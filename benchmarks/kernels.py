@@ -337,6 +337,13 @@ def print_summary(rows: list[dict]) -> None:
         )
     if not losing:
         print("every large case is faster than torch.compile beyond noise (upper quartile below its lower one)")
+    for row in rows:
+        if row["faster_than_compile"] < 1 and row not in losing:
+            why = "backward alone; with its forward it wins" if row["pass"] == "backward" else "a small case"
+            print(
+                f"slower than torch.compile ({why}): {row['operator']} {row['pass']} {row['dtype']} {row['shape']}: "
+                f"{row['ours_ms']:.3f} against {row['compile_ms']:.3f} ms"
+            )
     if rows:
         print(f"canary spread, worst case: {max(row['canary_spread'] for row in rows):.0%}")
 
@@ -399,6 +406,10 @@ def markdown(rows: list[dict]) -> str:
                 f"| {row['compile_ms']:.2f} | {row['ours_ms']:.2f} | {row['faster_than_compile']:.1f}x "
                 f"| {row['faster_than_reference']:.1f}x | {row['share_of_copy']:.0%} | {row['host_us']:.0f} |"
             )
+    for row in rows:
+        others = [f"{name} {value:.1f} ms ({value / row['ours_ms']:.1f}x ours)" for name, value in row["others_ms"].items()]
+        if others:
+            lines += ["", f"{row['operator']}, {row['shape']}, beside: {'; '.join(others)}."]
     large = whole_rows(rows)
     lines += [
         "",
