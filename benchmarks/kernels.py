@@ -407,7 +407,8 @@ def markdown(rows: list[dict]) -> str:
                 f"| {row['faster_than_reference']:.1f}x | {row['share_of_copy']:.0%} | {row['host_us']:.0f} |"
             )
     for row in rows:
-        others = [f"{name} {value:.1f} ms ({value / row['ours_ms']:.1f}x ours)" for name, value in row["others_ms"].items()]
+        ours, timed = row["ours_ms"], row["others_ms"].items()
+        others = [f"{name} {value:.1f} ms ({value / ours:.1f}x ours)" for name, value in timed]
         if others:
             lines += ["", f"{row['operator']}, {row['shape']}, beside: {'; '.join(others)}."]
     large = whole_rows(rows)
