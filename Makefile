@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install -q -c constraints.txt
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 
-.PHONY: setup demo test lint bench soak gpu-check clean
+.PHONY: setup demo test lint bench report gpu-check clean
 
 setup: $(INSTALLED)
 
@@ -37,9 +37,15 @@ lint: $(TESTABLE)
 bench: $(TESTABLE)
 	$(BIN)/python benchmarks/kernels.py
 
+# Compiles every Triton launch of XL, XXL and B without a GPU (about five minutes); a test compares the result committed.
+report: $(TESTABLE)
+	$(BIN)/python -m sfd_kernels.report --json benchmarks/results/triton_report.json
+
+# For whoever has a GPU: the tests marked gpu, then kernels and whole steps timed.
 gpu-check: $(TESTABLE)
-	$(BIN)/python -m pytest tests -m gpu
+	$(BIN)/python -m pytest tests -m gpu -q
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/training.py --batch 32
 
 clean:
 	rm -rf build dist *.egg-info
