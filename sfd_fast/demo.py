@@ -49,7 +49,7 @@ class DemoConfig:
     """where pictures, metrics and checkpoints go"""
     seed: int = 0
     num_images: int = 1000
-    """generated digits, class-balanced; at least 500"""
+    """generated digits, class-balanced; at least 10"""
     encoder_steps: int = 600
     semvae_steps: int = 500
     train_steps: int = 1500
@@ -248,15 +248,20 @@ def judge(
     }
 
 
+NO_COPIES = 0.7
+"""generated digits are no copies where they are at least this much as far from training digits as held-out ones"""
+
+
 def report(out: Path, metrics: dict) -> None:
     """The closing lines: what came out and where to look."""
+    verdict = "they are no copies" if metrics["nearest_ratio"] >= NO_COPIES else "so near that they may be copies"
     say(
         f"recognised as their label: {metrics['recognised']:.1%} of {metrics['num_images']} generated digits "
         f"(held-out real ones: {metrics['recognised_held_out']:.1%})"
     )
     say(
         f"median distance to the nearest training digit: {metrics['nearest_training_digit']:.2f} "
-        f"({metrics['nearest_ratio']:.2f} of that of held-out digits: they are no copies)"
+        f"({metrics['nearest_ratio']:.2f} of that of held-out digits: {verdict})"
     )
     say(
         f"Frechet distance of pixels to held-out digits: {metrics['frechet_to_held_out']:.2f} "

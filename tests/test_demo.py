@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sfd_fast import digits
-from sfd_fast.demo import DemoConfig, run_demo, uint8
+from sfd_fast.demo import DemoConfig, report, run_demo, uint8
 from sfd_fast.pipeline import SFDPipeline
 
 
@@ -69,6 +69,17 @@ def test_training_and_held_out_digits_are_disjoint_and_complete():
     both = torch.cat([train.images, held_out.images]).flatten(1)
     everything = torch.cat([d.images for d in digits.load(seed=0)]).flatten(1)
     assert torch.equal(both.sort(dim=0).values, everything.sort(dim=0).values)
+
+
+def test_the_closing_lines_call_copies_copies(tmp_path, capsys):
+    metrics = {
+        "recognised": 0.9, "recognised_held_out": 0.98, "num_images": 500, "nearest_training_digit": 0.1,
+        "frechet_to_held_out": 1.0, "frechet_between_real_halves": 0.2, "seconds": 1.0,
+    }  # fmt: skip
+    report(tmp_path, metrics | {"nearest_ratio": 0.2})
+    assert "they may be copies" in capsys.readouterr().out
+    report(tmp_path, metrics | {"nearest_ratio": 0.9})
+    assert "they are no copies" in capsys.readouterr().out
 
 
 def test_too_few_images_are_refused():

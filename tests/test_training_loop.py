@@ -262,6 +262,16 @@ def test_a_spike_of_the_gradient_norm_is_noticed():
     assert watch.spike(1.0) is None
 
 
+def test_a_spike_is_said_and_kept_as_a_row(tmp_path, data):
+    """One sample a million times too large, of 32: each epoch of 32 steps has one step of a huge gradient."""
+    bad = corrupt(tmp_path / "bad", data, value=1e6, rows=3)
+    config = tiny_config(bad, tmp_path / "run", max_steps=128, global_batch_size=1, log_every=128)
+    config = with_data(config, flip=False)
+    events = [row for row in train(config).metrics if row["kind"] == "event"]
+    assert 3 <= len(events) <= 4  # the first 20 norms make the median, and may hold one
+    assert all("is a spike: the median is" in row["message"] for row in events)
+
+
 def test_disk_full_while_saving_keeps_the_previous_checkpoint(tmp_path, data, monkeypatch):
     out = tmp_path / "run"
     write = checkpoints_module.write_tensors

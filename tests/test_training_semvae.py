@@ -121,3 +121,12 @@ def test_features_that_do_not_fit_are_refused(tmp_path, data):
         train(replace(settings, data=FeatureDataConfig(path=str(tmp_path / "other"))))
     with pytest.raises(ValueError, match="data.path is empty"):
         train(replace(settings, data=FeatureDataConfig()))
+
+
+@pytest.mark.parametrize(
+    "change", [{"checkpoint_activations": 0.5}, {"residual": "bf16"}, {"attention": "sdpa"}, {"init_from": "x"}]
+)
+def test_settings_of_the_transformer_are_refused(tmp_path, data, change):
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f"train.{name} .* is a setting of the diffusion transformer"):
+        train(config(data, tmp_path / "run", **change))

@@ -4,6 +4,7 @@ Letters: B batch, N tokens, F channels of a feature, C latent channels.
 """
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from sfd_kernels import feature_alignment_loss
 from torch import Tensor, nn
 
 from sfd_fast import streams
-from sfd_fast.config import SemVAETrainingConfig, require
+from sfd_fast.config import SemVAETrainingConfig, TrainConfig, require
 from sfd_fast.models.semvae import SemVAE, kl_divergence
 from sfd_fast.training.checkpoints import replace_folder
 from sfd_fast.training.diffusion import FREE_TRAIN_KEYS, VALIDATION_IDS
@@ -126,6 +127,17 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
     )
 
 
+def check_used(config: SemVAETrainingConfig) -> None:
+    """Raises ValueError for settings of the diffusion transformer that SemVAE's training would pass over."""
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    for name in ("checkpoint_activations", "residual", "attention", "init_from", "init_classes"):
+        value = getattr(config.train, name)
+        require(
+            value == defaults[name],
+            f"train.{name} {value!r} is a setting of the diffusion transformer, which SemVAE has not: leave it out",
+        )
+
+
 def fit_pca(config: SemVAETrainingConfig) -> TrainResult:
     """PCA has nothing to train: one exact pass over the training features."""
     shards, _ = load_features(config)
@@ -151,8 +163,9 @@ def run_train_semvae(
     """Trains SemVAE on shards of VFM features, which are streamed; resumes as run_train does.
 
     The exported model holds the averaged weights; the default ema_decay 0 makes them the last ones, as released.
-    Raises as run_job does, and ValueError where features and model do not fit.
+    Raises as run_job does, and ValueError where features and model do not fit, or for a setting of the transformer's.
     """
+    check_used(config)
     if config.semvae.architecture == "pca":
         return fit_pca(config)
     job = semvae_job(config)
