@@ -6,7 +6,8 @@
 One row for each operator, pass (forward; backward and both where there is a gradient), dtype mode and size. Times in ms
 are medians (see timing.py for how); copy_ms is a copy of as many bytes as the operator must move at least; host_us is
 the time of a whole call on tiny tensors. Batches: 8 images, or 256 where the operator would otherwise move less than
-8 MiB. Writes kernels-DEVICE.json, .csv and .png, and prints the cases that lose.
+8 MiB. A run of everything replaces results/kernels-DEVICE.json, .csv and .png and the table of kernels/README.md; a
+part is written only to --out. Prints the cases that lose.
 """
 
 import argparse
@@ -433,16 +434,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", help="operators; default: all")
     parser.add_argument("--modes", nargs="+", help="fp32 bf16 fp16 mix; default fp32, on CUDA fp32 bf16 mix")
-    parser.add_argument("--sizes", nargs="+", default=["XL"], help="S B XL XXL")
+    parser.add_argument("--sizes", nargs="+", default=["XL", "B"], help="S B XL XXL")
     parser.add_argument("--seconds", type=float, default=1.0, help="of sampling for each case, CPU")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of kernels-DEVICE.{json,csv,png}")
+    parser.add_argument("--out", type=Path, help="folder of kernels-DEVICE.{json,csv,png}")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--readme", action="store_true", help="only put the stored rows into kernels/README.md")
     options = parser.parse_args()
     if options.readme:
-        rows = json.loads((options.out / "kernels-cpu.json").read_text())
-        insert(KERNELS_README, "kernels-cpu", markdown(rows))
+        insert(KERNELS_README, "kernels-cpu", markdown(json.loads((RESULTS / "kernels-cpu.json").read_text())))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     modes = options.modes or (["fp32", "bf16", "mix"] if device == "cuda" else ["fp32"])
@@ -454,7 +454,11 @@ def main() -> None:
         print(f"measured {case.label}", file=sys.stderr)
     print_rows(rows)
     print_summary(rows)
-    write_results(rows, options.out, f"kernels-{device}")
+    everything = options.ops is None and options.modes is None and options.out is None
+    if everything or options.out:
+        write_results(rows, options.out or RESULTS, f"kernels-{device}")
+    if everything and device == "cpu":
+        insert(KERNELS_README, "kernels-cpu", markdown(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

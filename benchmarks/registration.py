@@ -196,7 +196,8 @@ def main() -> None:
     empty = host_us(lambda: torch.empty_like(x), "cpu")
     print(f"the allocation itself takes {empty:.1f} us")
     print(*[f"writing through {name} bumps version counters: {bumps}" for name, bumps in versions.items()], sep="\n")
-    insert(KERNELS_README, "registration", markdown(rows))
+    if options.out == RESULTS:
+        insert(KERNELS_README, "registration", markdown(rows))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "registration.json").write_text(json.dumps(rows, indent=1) + "\n")
 
