@@ -151,6 +151,15 @@ def test_what_an_interrupted_save_left_is_removed(tmp_path, data):
     assert not left.exists()
 
 
+def test_a_half_deleted_checkpoint_is_removed(tmp_path, data):
+    """Killed while an old checkpoint was being deleted: its state.json was gone already, its tensors were not."""
+    train(tiny_config(data, tmp_path / "run"))
+    old = tmp_path / "run" / "checkpoints" / "00000004"
+    (old / "state.json").unlink()
+    train(tiny_config(data, tmp_path / "run", max_steps=12))
+    assert sorted(p.name for p in old.parent.iterdir()) == ["00000008", "00000012", "latest"]
+
+
 def test_a_finished_run_started_again_trains_nothing(tmp_path, data):
     config = tiny_config(data, tmp_path / "run")
     first = train(config)

@@ -42,8 +42,9 @@ class Checkpoints:
         self.failure: BaseException | None = None
 
     def clean(self) -> None:
-        """Removes what an interrupted save left behind."""
-        for path in self.root.glob(f"{TEMPORARY}*"):
+        """Removes what an interrupted save, or an interrupted deletion of an old checkpoint, left behind."""
+        half_deleted = [p for p in self.root.glob("[0-9]*") if p.name.isdigit() and not (p / STATE).is_file()]
+        for path in [*self.root.glob(f"{TEMPORARY}*"), *half_deleted]:
             shutil.rmtree(path, ignore_errors=True)
 
     def folder(self, step: int) -> Path:
