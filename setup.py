@@ -1,8 +1,8 @@
 """Installs two packages, sfd_fast and sfd_kernels, and builds the C++ operators of the second where a compiler allows.
 
 The build is optional: without it the install succeeds, every CPU operator runs as its plain PyTorch reference, and
-sfd_kernels/build_error.txt holds what the build said (`sfd doctor` prints it). SFD_KERNELS_BUILD=0 skips the build, =require
-makes its failure the install's.
+sfd_kernels/build_error.txt holds what the build said (`sfd doctor` prints it). SFD_KERNELS_BUILD=0 skips the build,
+SFD_KERNELS_BUILD=require makes its failure the install's.
 """
 
 import importlib.util
@@ -44,7 +44,7 @@ def compile_library(build: Path, destination: Path) -> None:
     """CMake's configure and build; the library is copied to the folder destination."""
     torch = importlib.util.find_spec("torch")
     if torch is None:
-        raise BuildError("torch is not importable while building: install torch first, then `pip install --no-build-isolation`")
+        raise BuildError("torch is not importable while building: install it, then `pip install --no-build-isolation`")
     cmake = program("cmake")
     if cmake is None:
         raise BuildError("cmake is not installed: `pip install cmake ninja`")
@@ -71,7 +71,8 @@ class BuildOptional(build_ext):
             self.build_extension(extension)
 
     def build_extension(self, ext: Extension) -> None:
-        destination = ROOT / "kernels" / "sfd_kernels" if self.inplace else Path(self.build_lib).resolve() / "sfd_kernels"
+        packages = ROOT / "kernels" if self.inplace else Path(self.build_lib).resolve()
+        destination = packages / "sfd_kernels"
         error_file = destination / ERROR_FILE
         mode = os.environ.get("SFD_KERNELS_BUILD", "1")
         try:
@@ -86,7 +87,7 @@ class BuildOptional(build_ext):
             for stale in (*destination.glob(f"{LIBRARY}*.so"), *destination.glob(f"{LIBRARY}*.dylib")):
                 stale.unlink()
             error_file.write_text(f"{error}\n")
-            self.warn(f"the C++ operators were not built; CPU operators run as plain PyTorch. Reason in {error_file}:\n{error}")
+            self.warn(f"no C++ operators: CPU operators run as plain PyTorch. The reason, also in {error_file}:\n{error}")
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib) / "sfd_kernels"
