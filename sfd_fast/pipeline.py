@@ -77,6 +77,13 @@ class _Batch:
         return self.images.numpy()
 
 
+def integers(values: int | Sequence[int] | Tensor) -> Tensor:
+    """A tensor of numbers, of a sequence of numbers (0-d tensors among them), or of a number."""
+    if isinstance(values, Tensor | np.ndarray | int):
+        return torch.as_tensor(values)
+    return torch.as_tensor([value.item() if isinstance(value, Tensor) else value for value in values])
+
+
 class SFDPipeline:
     """Two-clock diffusion transformer, optional guide, texture codec and the statistics of their latents.
 
@@ -196,7 +203,7 @@ class SFDPipeline:
         self, labels: int | Sequence[int] | Tensor, sample_ids: Sequence[int] | Tensor | None, seed: int
     ) -> tuple[Tensor, Tensor]:
         """Labels and sample ids as (N,) int64 tensors; ValueError for what the model cannot draw."""
-        labels = torch.atleast_1d(torch.as_tensor(labels)).cpu()
+        labels = torch.atleast_1d(integers(labels)).cpu()
         require(
             labels.dim() == 1 and (len(labels) == 0 or not labels.is_floating_point()),
             f"labels must be one-dimensional integers, not {labels.dtype} of shape {tuple(labels.shape)}",
@@ -208,7 +215,7 @@ class SFDPipeline:
                 f"label {labels[outside][0].item()} is out of range: this model has the classes 0 to "
                 f"{self.config.num_classes - 1}"
             )
-        ids = torch.arange(len(labels)) if sample_ids is None else torch.as_tensor(sample_ids).cpu().long()
+        ids = torch.arange(len(labels)) if sample_ids is None else integers(sample_ids).cpu().long()
         require(
             ids.shape == labels.shape,
             f"{len(labels)} labels but sample_ids of shape {tuple(ids.shape)}: give one id per label",
