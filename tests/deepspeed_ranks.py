@@ -4,6 +4,7 @@
 FOLDER/CASE.RANK.json.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -23,10 +24,11 @@ from tiny_run import MODEL, tiny_config, with_data
 from sfd_fast.config import DeepSpeedConfig, OptimizerConfig
 from sfd_fast.models import dit
 from sfd_fast.training import deepspeed as engine_module
-from sfd_fast.training.diffusion import diffusion_job
+from sfd_fast.training.diffusion import diffusion_job, initial_model
 from sfd_fast.training.engine import TorchEngine
 from sfd_fast.training.loop import Stop, build_engine, run_train
 from sfd_fast.training.sharded import snapshot_pieces
+from sfd_fast.transport import training_loss
 
 CASES = {}
 RANK = int(os.environ.get("RANK", "0"))
@@ -127,7 +129,10 @@ def shares(folder):
         zero = engine.zero
         flats = zero.fp32_partitioned_groups_flat
         seen["parameters"] = sum(p.ds_tensor.numel() * 4 for p in engine.named.values())
-        seen["whole"] = sum(p.data.numel() * 4 for p in engine.named.values())
+        stored = {p.ds_tensor.untyped_storage().data_ptr() for p in engine.named.values()}
+        apart = [f for f in flats if f.untyped_storage().data_ptr() not in stored]
+        seen["masters apart from weights"] = sum(f.numel() * 4 for f in apart)
+        seen["weights left whole"] = sum(p.data.numel() * 4 for p in engine.named.values())
         seen["gradients"] = sum(f.grad.numel() * 4 for f in flats if f.grad is not None)
         state = [v for f in flats for v in engine.optimizer.state[f].values() if v.dim()]
         seen["moments and average"] = sum(v.numel() * v.element_size() for v in state)
@@ -137,6 +142,76 @@ def shares(folder):
     engine.close()
     one_rank = {"parameters": 4 * total, "gradients": 4 * total, "moments and average": 12 * total}
     return {"rank": seen, "one_rank": one_rank}
+
+
+FOOTPRINTS = [
+    (1, "fp32", 4, 0.0), (2, "parity", 2, 0.0), (2, "bf16", 4, 1.0), (3, "fp32", 4, 1.0), (3, "bf16", 2, 0.0),
+]  # fmt: skip
+"""(ZeRO stage, precision, micro-batch, share of recomputed blocks). ZeRO 0 is measured in one process: here it sends
+all gradients as one buffer, which a gloo thread may free unseen by the profiler"""
+FOOTPRINT_MODEL = replace(
+    MODEL, hidden_size=192, depth=4, num_heads=3, patch_size=1, grid_size=16, repa_channels=32, repa_hidden=64
+)
+FOOTPRINT_SIZES = {
+    "reduce_bucket_size": 500_000, "allgather_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 300_000,
+    "stage3_param_persistence_threshold": 2_000, "stage3_max_live_parameters": 1_000_000,
+    "stage3_max_reuse_distance": 1_000_000, "sub_group_size": 1_000_000,
+}  # fmt: skip
+
+
+def random_batch(model, size):
+    side = model.grid_size
+    return {
+        "latents": torch.randn(size, model.channels, side, side), "labels": torch.zeros(size, dtype=torch.int64),
+        "sample_ids": torch.arange(size), "features": torch.randn(size, model.num_tokens, model.repa_channels),
+    }  # fmt: skip
+
+
+def peak_bytes(start, step):
+    """Most bytes that torch's allocator had handed out during step(start()), counted from before start()."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        state = start()
+        begin = time.time_ns()
+        step(state)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        if event.start_ns() >= begin:
+            peak = max(peak, live)
+    return peak, state
+
+
+@case
+def footprint(folder):
+    """Most memory of this rank during a step after the first, for several ways to run."""
+    plain = diffusion_job(config(folder, "footprint", 1))
+    out = []
+    for stage, kind, micro_batch, share in FOOTPRINTS:
+        made = config(
+            folder, "footprint", stage, {"zero_optimization": FOOTPRINT_SIZES}, precision=kind,
+            global_batch_size=2 * micro_batch, checkpoint_activations=share,
+        )  # fmt: skip
+        made = replace(made, model=FOOTPRINT_MODEL)
+        batch = random_batch(FOOTPRINT_MODEL, micro_batch)
+
+        def start(made=made, batch=batch):
+            job = replace(
+                plain, config=made, train=made.train, optimizer=made.optimizer, deepspeed=made.deepspeed,
+                model=initial_model(made), objective=lambda net, b: training_loss(net, b, made, seed=0),
+            )  # fmt: skip
+            engine = build_engine(job, "cpu")
+            engine.train_step([batch], 1e-3)
+            gc.collect()
+            return engine
+
+        peak, engine = peak_bytes(start, lambda engine, batch=batch: engine.train_step([batch], 1e-3))
+        engine.close()
+        del engine
+        gc.collect()
+        out.append(peak)
+    return out
 
 
 @case

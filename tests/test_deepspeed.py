@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed_ranks import FOOTPRINT_MODEL, FOOTPRINT_SIZES, FOOTPRINTS
 from safetensors.torch import load_file
 from tiny_run import tiny_config, write_data
 
-from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
+from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TrainConfig, TransportConfig
 from sfd_fast.training.deepspeed_config import BUCKETS, batch_shares, generate
 from sfd_fast.training.loop import run_train
+from sfd_fast.training.plan import memory
 from sfd_fast.training.sharded import Piece, StateReader, consolidated, write_pieces
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +28,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 
 TWO_RANKS = (
     "stages", "resume", "shares", "precision", "bad_batch", "averages", "pre_emption", "host_reads", "options", "two",
-    "from_one", "contradictions", "disk_full",
+    "from_one", "contradictions", "disk_full", "footprint",
 )  # fmt: skip
 
 
@@ -140,6 +142,17 @@ def test_zero_3_holds_half_on_each_of_two_ranks(ran):
         assert sum(measured["rank"].values()) <= 0.52 * sum(measured["one_rank"].values())
         for part in ("parameters", "gradients", "moments and average"):
             assert 0.49 <= measured["rank"][part] / measured["one_rank"][part] <= 0.52
+
+
+@pytest.mark.parametrize("number", range(len(FOOTPRINTS)))
+def test_the_planner_predicts_the_memory_of_two_ranks_within_a_tenth(ran, number):
+    stage, precision, micro_batch, share = FOOTPRINTS[number]
+    predicted = memory(
+        FOOTPRINT_MODEL, TransportConfig(), world_size=2, zero_stage=stage, micro_batch=micro_batch,
+        checkpoint_activations=share, precision=precision, overlap=False, sizes=FOOTPRINT_SIZES,
+    ).peak  # fmt: skip
+    for rank in (0, 1):
+        assert predicted == pytest.approx(ran["footprint"][rank][number], rel=0.1)
 
 
 def test_norms_positions_and_clocks_stay_fp32_with_bf16_weights(ran):

@@ -175,11 +175,22 @@ class DeepSpeedEngine:
         if train.compile:
             self.engine.compile()
         self.zero = self.engine.optimizer if self.stage > 0 else None
+        if self.stage == 3:
+            self.share_masters()
         self.model = model
         self.loss_bad = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         self.write_config(Path(train.out))
         self.watchdog = Watchdog(self.rank, settings.timeout_s)
+
+    def share_masters(self) -> None:
+        """fp32 weights are their own masters under ZeRO 3: 4 bytes a parameter less, over the ranks.
+
+        DeepSpeed 0.19.8 means to do this, but compares a torch.device with a string, which is never equal.
+        """
+        for weights, masters in zip(self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat):
+            if weights is not None and weights.dtype == masters.dtype and weights.device == masters.device:
+                masters.data = weights.data
 
     def write_config(self, folder: Path) -> None:
         """The JSON that DeepSpeed got, kept in the run directory."""
