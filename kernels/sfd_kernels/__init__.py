@@ -4,6 +4,7 @@ Every operator is a callable here and torch.ops.sfd.NAME; its docstring states w
 but torch is needed.
 """
 
+from sfd_kernels.loading import backends, load_cpu_kernels
 from sfd_kernels.ops.adamw_ema_step import adamw_ema_step
 from sfd_kernels.ops.condition_silu import condition_silu
 from sfd_kernels.ops.feature_alignment_loss import feature_alignment_loss
@@ -16,7 +17,7 @@ from sfd_kernels.ops.qk_norm_rope import qk_norm_rope, split_qkv
 from sfd_kernels.ops.rms_norm_modulate import rms_norm_modulate
 from sfd_kernels.ops.swiglu import swiglu
 from sfd_kernels.ops.timestep_features import timestep_features
-from sfd_kernels.registry import backends, load_cpu_kernels, reference_only
+from sfd_kernels.registry import reference_only
 
 load_cpu_kernels()
 
