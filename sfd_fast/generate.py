@@ -9,7 +9,8 @@ import json
 import os
 import time
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -50,8 +51,8 @@ class SampleConfig:
     out: str = "runs/samples"
     num: int = 0
     """number of images; 0: one per entry of `labels`, or 64"""
-    labels: tuple[int, ...] = ()
-    """image i gets labels[i % len(labels)]; empty: every class in turn, so classes are balanced"""
+    labels: tuple[int, ...] | str = ()
+    """comma-separated; image i gets labels[i % len(labels)]; empty: every class in turn, so classes are balanced"""
     seed: int = 0
     format: Literal["png", "webp", "npz"] = "png"
     """png and webp: out/images/NUMBER.png; npz: out/samples.npz with arr_0 images and arr_1 labels"""
@@ -62,14 +63,19 @@ class SampleConfig:
     codec: str = ""
     """texture codec's folder or file, for a network's folder"""
     num_steps: int | None = None
-    """this and the next: instead of the pipeline's defaults"""
-    guidance_scale: float | None = None
+    """this and the next ones: each, where given, instead of the pipeline's own setting"""
     solver: Literal["euler", "midpoint", "heun", "ab2", "abm3", "rk4", "dopri5"] | None = None
     timestep_shift: float | None = None
-    sampler: SamplerConfig | None = None
-    """all sampler settings at once"""
-    guidance: GuidanceConfig | None = None
-    """all guidance settings at once"""
+    time_grid: Literal["exact", "released"] | None = None
+    """with dopri5 the released grid makes an image depend on its micro-batch"""
+    atol: float | None = None
+    rtol: float | None = None
+    guidance_scale: float | None = None
+    guidance_mode: Literal["none", "cfg", "autoguidance"] | None = None
+    texture_scale: float | None = None
+    semantic_scale: float | None = None
+    interval_start: float | None = None
+    interval_mode: Literal["both", "tex", "sem"] | None = None
     micro_batch_size: int = 0
     """images at once; 0: the pipeline's. Another size changes some pixels by one level of 255"""
     precision: Precision = "fp32"
@@ -85,7 +91,7 @@ class SampleConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", tuple(self.labels))  # a YAML file gives a list
+        object.__setattr__(self, "labels", parse_labels(self.labels))
         require(self.num >= 0, f"num {self.num} must not be negative")
         require(self.num_writers >= 1, f"num_writers {self.num_writers} must be at least 1")
         require(self.grid >= 0, f"grid {self.grid} must not be negative")
@@ -138,9 +144,7 @@ def run_sample(config: SampleConfig) -> SampleResult:
     pipeline = load_pipeline(config, local_rank)
     labels = given_or_balanced(config, pipeline)
     labels, sample_ids = pipeline.checked_inputs(labels, None, config.seed)
-    settings = pipeline.resolve(
-        config.num_steps, config.guidance_scale, config.solver, config.timestep_shift, config.guidance
-    )
+    settings = chosen_settings(config, pipeline)
     claim(out, record_of(config, pipeline, labels, settings))
 
     size, start = pipeline.micro_batch_size, time.monotonic()
@@ -181,9 +185,37 @@ def load_pipeline(config: SampleConfig, local_rank: int) -> SFDPipeline:
     options = {"precision": config.precision, "backend": config.backend, "device": device}
     if config.micro_batch_size:
         options["micro_batch_size"] = config.micro_batch_size
-    if config.sampler is not None:
-        options["sampler"] = config.sampler
     return SFDPipeline.from_pretrained(config.model, guide=config.guide or None, codec=config.codec or None, **options)
+
+
+def parse_labels(labels: str | Sequence[int]) -> tuple[int, ...]:
+    """(1, 2), [1, 2] of a YAML file, or "1,2" of the command line."""
+    words = labels.strip("[]() ").replace(",", " ").split() if isinstance(labels, str) else labels
+    try:
+        return tuple(int(word) for word in words)
+    except ValueError:
+        raise ValueError(f"labels '{labels}' must be numbers of classes, separated by commas") from None
+
+
+def chosen_settings(config: SampleConfig, pipeline: SFDPipeline) -> tuple[SamplerConfig, GuidanceConfig]:
+    """The pipeline's own settings, overlaid with those that were given."""
+
+    def given(**names: object) -> dict:
+        return {name: value for name, value in names.items() if value is not None}
+
+    pipeline.sampler = replace(
+        pipeline.sampler, **given(grid=config.time_grid, atol=config.atol, rtol=config.rtol)
+    )
+    guidance = pipeline.guidance
+    if config.guidance_mode == "none":
+        guidance = GuidanceConfig()
+    interval = given(interval_start=config.interval_start, interval_mode=config.interval_mode)
+    guidance = replace(guidance, **interval, **given(mode=config.guidance_mode))
+    _, guidance = pipeline.resolve(guidance_scale=config.guidance_scale, guidance=guidance)
+    guidance = replace(guidance, **given(texture_scale=config.texture_scale, semantic_scale=config.semantic_scale))
+    return pipeline.resolve(
+        config.num_steps, None, solver=config.solver, timestep_shift=config.timestep_shift, guidance=guidance
+    )
 
 
 def given_or_balanced(config: SampleConfig, pipeline: SFDPipeline) -> torch.Tensor:

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from sfd_fast import generate, image_files, streams
-from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig
+from sfd_fast.config import ModelConfig, SamplerConfig
 from sfd_fast.data.statistics import LatentStatistics
-from sfd_fast.generate import SampleConfig, balanced_labels, run_sample
+from sfd_fast.generate import SampleConfig, balanced_labels, chosen_settings, run_sample
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.texture import IdentityCodec
 from sfd_fast.pipeline import SFDPipeline
@@ -160,11 +160,31 @@ def test_pictures_hold_the_exact_pixels_and_their_run_goes_on(kind, model, tmp_p
 
 
 def test_options_of_a_run_replace_the_pipelines(model, tmp_path):
-    guided = settings(model, tmp_path, guidance=GuidanceConfig(mode="cfg", scale=2.0), num_steps=3, solver="heun")
+    guided = settings(model, tmp_path, guidance_mode="cfg", guidance_scale=2.0, num_steps=3, solver="heun")
     run_sample(guided)
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["sampler"] | {"solver": "heun", "num_steps": 3} == record["sampler"]
-    assert record["guidance"]["mode"] == "cfg"
+    assert (record["guidance"]["mode"], record["guidance"]["scale"]) == ("cfg", 2.0)
+
+
+def test_one_option_leaves_the_pipelines_others_alone(model):
+    pipeline = SFDPipeline.from_pretrained(model, device="cpu")
+    own = pipeline.sampler
+    sampler, guidance = chosen_settings(
+        SampleConfig(solver="heun", texture_scale=1.3, guidance_mode="cfg", interval_start=0.2), pipeline
+    )
+    assert sampler == replace(own, solver="heun")
+    assert (guidance.scales, guidance.interval_start) == ((1.3, pipeline.guidance.scale), 0.2)
+
+
+@pytest.mark.parametrize("labels", ["1,2", "1 2", "[1, 2]", [1, 2], (1, 2)])
+def test_labels_are_given_as_people_write_them(labels):
+    assert SampleConfig(labels=labels).labels == (1, 2)
+
+
+def test_labels_that_are_no_numbers_are_an_error():
+    with pytest.raises(ValueError, match="labels 'cat' must be numbers of classes"):
+        SampleConfig(labels="cat")
 
 
 def test_the_three_stage_strip_is_drawn(model, tmp_path):
@@ -227,7 +247,7 @@ def test_a_rank_that_has_stopped_is_an_error(model, tmp_path, monkeypatch):
     [
         ({"labels": (5,)}, "label 5 is out of range: this model has the classes 0 to 4"),
         ({"num_steps": 2}, "num_steps 2 is too small"),
-        ({"guidance": GuidanceConfig(mode="autoguidance", scale=1.5)}, "needs a guide model"),
+        ({"guidance_mode": "autoguidance", "guidance_scale": 1.5}, "needs a guide model"),
         ({"model": ""}, "model is empty; give a pipeline folder"),
         ({"backend": "cuda_graph"}, "'cuda_graph' needs a CUDA device"),
     ],
