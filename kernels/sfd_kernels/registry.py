@@ -5,7 +5,7 @@ by device: C++ for CPU tensors (cpu/NAME.cpp), Triton for CUDA tensors (triton/N
 where a kernel lacks a dtype, the reference. The reference is reachable by itself as torch.ops.sfd_reference.NAME, so
 that C++ can hand a call back to it.
 
-Host time: an eager call skips torch's generated autograd wrapper (3 of 9 us on a CPU) for an autograd.Function of our own
+Host time: an eager call skips torch's generated autograd wrapper (3 of 9 us on a CPU) for an autograd.Function of ours
 and enters the dispatcher below autograd; under torch.compile the call is the registered operator itself. See
 benchmarks/registration.py.
 """

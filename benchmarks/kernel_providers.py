@@ -1,0 +1,117 @@
+"""Implementations of an operator that are timed side by side: reference, torch.compile, ours, Liger, optimizers."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sfd_kernels import reference_only, split_qkv
+from sfd_kernels.registry import Op
+from torch import Tensor
+
+CALLED_AS = {"qk_norm_rope": split_qkv}
+"""what the model calls where that is not the operator itself: with v, whose gradient the kernel writes too"""
+
+
+def flat(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in flat(item)] if isinstance(value, (tuple, list)) else []
+
+
+class Provider:
+    """One implementation of a case: forward() without gradients, and start() then finish(outputs) with them."""
+
+    def __init__(self, function: Callable, op: Op, args: tuple, plain: bool) -> None:
+        self.function, self.plain = function, plain
+        self.args, self.trained = args, op.wanting_gradients(args)
+        self.leaves = [tensor for tensor in flat(self.trained) if tensor.requires_grad]
+        self.grads: list[Tensor] | None = None
+
+    def forward(self) -> Any:
+        with self.context(), torch.no_grad():
+            return self.function(*self.args)
+
+    def start(self) -> list[Tensor]:
+        with self.context():
+            return flat(self.function(*self.trained))
+
+    def finish(self, outputs: list[Tensor]) -> None:
+        torch.autograd.grad(outputs, self.leaves, self.output_gradients(outputs))
+
+    def both(self) -> None:
+        self.finish(self.start())
+
+    def context(self) -> contextlib.AbstractContextManager:
+        return reference_only() if self.plain else contextlib.nullcontext()
+
+    def output_gradients(self, outputs: list[Tensor]) -> list[Tensor]:
+        if self.grads is None:
+            self.grads = [torch.randn_like(output) for output in outputs]
+        return self.grads
+
+
+def adamw_baselines(args: tuple) -> dict[str, Callable[..., None]]:
+    """AdamW and EMA as the released code runs them, and the best that torch offers, on the same tensors."""
+    params, grads, firsts, seconds, emas, _, lr, decay, step, *_ = args
+    beta1, beta2, eps, weight_decay = args[11:]
+    keep = decay.item()
+    settings = {"lr": lr.item(), "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+
+    def optimizer(**kind: bool) -> torch.optim.AdamW:
+        leaves = [p.detach().requires_grad_() for p in params]
+        for leaf, grad in zip(leaves, grads):
+            leaf.grad = grad.to(leaf.dtype)
+        made = torch.optim.AdamW(leaves, **settings, **kind)
+        for leaf, first, second in zip(leaves, firsts, seconds):
+            made.state[leaf] = {"step": torch.tensor(step.item()), "exp_avg": first, "exp_avg_sq": second}
+        return made
+
+    foreach, fused = optimizer(foreach=True), optimizer(fused=True)
+
+    def foreach_then_loop(*_: Any) -> None:
+        foreach.step()
+        for ema, p in zip(emas, params):
+            ema.mul_(keep).add_(p, alpha=1 - keep)
+
+    def fused_then_lerp(*_: Any) -> None:
+        fused.step()
+        torch._foreach_lerp_(emas, params, 1 - keep)
+
+    return {"foreach_and_ema_loop": foreach_then_loop, "fused_and_foreach_lerp": fused_then_lerp}
+
+
+def liger_swiglu() -> Callable[..., Tensor] | None:
+    """Liger-Kernel's SwiGLU on separate gate and up tensors, the layout it is written for; None without the package."""
+    try:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    except ImportError:
+        return None
+    return LigerSiLUMulFunction.apply
+
+
+def make_providers(op: Op, args: tuple, device: str, backend: str = "inductor") -> dict[str, Provider]:
+    """reference, compile, ours, and what else has the operator."""
+    called = CALLED_AS.get(op.name, op)
+    plain = op.reference if called is op else functools.partial(called)
+    torch._dynamo.reset()
+    compiled = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
+    found = {
+        "reference": Provider(plain, op, args, True),
+        "compile": Provider(compiled, op, args, True),
+        "ours": Provider(called, op, args, False),
+    }
+    if op.name == "adamw_ema_step":
+        for name, function in adamw_baselines(args).items():
+            found[name] = Provider(function, op, args, False)
+    if op.name == "swiglu" and device == "cuda":
+        function = liger_swiglu()
+        if function is None:
+            print("Liger-Kernel is not installed, so it is not timed: pip install liger-kernel")
+        else:
+            halves = tuple(half.contiguous() for half in args[0].chunk(2, dim=-1))
+            found["liger"] = Provider(function, op, halves, False)
+            found["liger"].trained = tuple(half.requires_grad_() for half in halves)
+            found["liger"].leaves = list(found["liger"].trained)
+    return found
