@@ -61,6 +61,22 @@ def test_gather_returns_the_released_layouts_rows(tmp_path, dtype):
     assert shards.feature_shape == (6, 2, 2)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_rows_of_whole_pages_are_gathered_alike(tmp_path, flip):
+    """Our shards keep such rows on page borders, safetensors' own do not: two ways of copying, one result."""
+    stored = make_cache(tmp_path / "released", texture=2, semantic=1, grid=32)
+    for number, start, stop in ((0, 0, 7), (1, 7, 12), (2, 12, 23)):
+        rows = {name: value[start:stop].contiguous() for name, value in stored.items()}
+        write_shard(tmp_path / "ours" / f"{number}.safetensors", rows)
+    indices, flipped = torch.tensor([3, 22, 8, 8, 0, 12]), torch.full((6,), flip)
+    shards = [LatentShards(tmp_path / name) for name in ("released", "ours")]
+    assert [s._pages is not None for s in shards] == [False, True]
+    for out in (s.gather(indices, flipped) for s in shards):
+        for key, name in (("texture", "latents"), ("semantic", "latents_sv")):
+            assert torch.equal(out[key], stored[f"{name}_flip" if flip else name][indices])
+        assert torch.equal(out["labels"], stored["labels"][indices])
+
+
 def test_pca_features_of_older_caches_follow_texture(tmp_path):
     tensors = {k: torch.randn(3, c, 2, 2) for k, c in (("latents", 2), ("latents_dino", 1), ("latents_sv", 1))}
     write_shard(tmp_path / "a.safetensors", tensors | {"labels": torch.arange(3)})
@@ -299,3 +315,19 @@ def test_batches_on_the_device_equal_those_on_the_host(tmp_path):
     for a, b in zip(host, device):
         torch.testing.assert_close(b["latents"].cpu(), a["latents"])
         assert all(torch.equal(b[name].cpu(), a[name]) for name in a if name != "latents")
+
+
+def test_mirrored_latents_need_mirrored_features(tmp_path):
+    """Else REPA would align a flipped image with the features of the plain one, without a word."""
+    shard = {
+        "labels": torch.arange(4), "latents": torch.zeros(4, 3, 4, 4), "latents_flip": torch.zeros(4, 3, 4, 4),
+        "latents_sv": torch.zeros(4, 2, 4, 4), "latents_sv_flip": torch.zeros(4, 2, 4, 4),
+        "feats_dino": torch.zeros(4, 6, 2, 2),
+    }  # fmt: skip
+    save_file(shard, tmp_path / "shard.safetensors")
+    LatentStatistics(torch.zeros(3), torch.ones(3), torch.zeros(2), torch.ones(2)).save(tmp_path)
+    shards = LatentShards(tmp_path)
+    with pytest.raises(ValueError, match="no flipped VFM features \\(feats_dino_flip\\).*flip=False"):
+        LatentLoader(shards, 4, seed=0)
+    assert len(take(LatentLoader(shards, 4, seed=0, features=False), 1)) == 1
+    assert len(take(LatentLoader(shards, 4, seed=0, flip=False), 1)) == 1

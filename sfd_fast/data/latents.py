@@ -6,6 +6,7 @@ Letters: N samples of the set, B samples of a batch on this rank, C channels, H,
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from sfd_fast import streams
 from sfd_fast.data import layout
 from sfd_fast.data.order import flips, shuffled_indices
 from sfd_fast.data.remote import local_shards
-from sfd_fast.data.rows import RowTable
+from sfd_fast.data.rows import Memory, RowTable, gather_pages
 from sfd_fast.data.shards import map_tensors, read_header
 from sfd_fast.data.statistics import ChannelMoments, LatentStatistics, join_channels
 from sfd_fast.transport import noise, split_latents
 
 Batch = dict[str, Tensor]
+PLAN_STEPS = 16
+"""steps whose order is computed together: about 9 bytes a sample of them"""
 
 
 class LatentShards:
@@ -47,18 +50,23 @@ class LatentShards:
 
         def table(key: str) -> RowTable:
             flipped = [tensors[key + layout.FLIP] for tensors in maps] if key + layout.FLIP in first else None
-            return RowTable([tensors[key] for tensors in maps], flipped)
+            return RowTable(memory, [tensors[key] for tensors in maps], flipped)
 
+        memory = Memory(tensor for tensors in maps for tensor in tensors.values())
         self._labels = [tensors[layout.LABELS] for tensors in maps]
-        self._label_table = RowTable(self._labels, None)
+        self._label_table = table(layout.LABELS)
         self._texture = [table(key) for key in layout.texture_keys(first)]
         self._semantic = [table(key) for key in layout.semantic_keys(first)]
         self._logvar = table(layout.TEXTURE_LOGVAR) if layout.TEXTURE_LOGVAR in first else None
         self._features = table(layout.FEATURES) if layout.FEATURES in first else None
+        self._pages = memory.pages() if all(t.paged for t in self._texture + self._semantic) else None
+        self._memory = memory
         self.dtype, self.grid = self._texture[0].dtype, self._texture[0].shape[1:]
         self.texture_channels = sum(rows.shape[0] for rows in self._texture)
         self.semantic_channels = sum(rows.shape[0] for rows in self._semantic)
-        self.has_flips = all(rows.has_flips for rows in self._texture + self._semantic)
+        mirrored = self._texture + self._semantic + ([self._logvar] if self._logvar else [])
+        self.has_flips = all(rows.has_flips for rows in mirrored)
+        self.features_have_flips = self._features is not None and self._features.has_flips
 
     def __len__(self) -> int:
         return self._range[1] - self._range[0]
@@ -159,11 +167,14 @@ class LatentShards:
         positions = positions + self._range[0]
         shards = np.searchsorted(self._ends, positions, side="right")
         rows, mirrored = positions - self._starts[shards], flip.numpy()
-        texture, semantic = split_latents(slot["latents"], self.texture_channels)
-        for stream, tables in ((texture, self._texture), (semantic, self._semantic)):
-            parts = stream.split([table.shape[0] for table in tables], dim=1) if tables else ()
-            for table, part in zip(tables, parts):
-                table.gather(shards, rows, mirrored, part)
+        if self._pages is not None:
+            gather_pages(self._pages, self._texture + self._semantic, shards, rows, mirrored, slot["latents"])
+        else:
+            texture, semantic = split_latents(slot["latents"], self.texture_channels)
+            for stream, tables in ((texture, self._texture), (semantic, self._semantic)):
+                parts = stream.split([table.shape[0] for table in tables], dim=1) if tables else ()
+                for table, part in zip(tables, parts):
+                    table.gather(shards, rows, mirrored, part)
         for name, table in (("features", self._features), ("logvar", self._logvar)):
             if name in slot:
                 table.gather(shards, rows, mirrored, slot[name])
@@ -225,7 +236,13 @@ class LatentLoader:
         self.statistics = shards.statistics() if statistics is None else statistics
         self.flip, self.shuffle, self.num_workers = flip, shuffle, num_workers
         self.features = shards.feature_shape is not None if features is None else features
+        if flip and self.features and not shards.features_have_flips:
+            raise ValueError(
+                f"{shards.paths[0]} has flipped latents but no flipped VFM features (feats_dino_flip): mirrored latents "
+                "would be aligned with features of the plain image; pass flip=False (data.flip), or encode both flips"
+            )
         self.device = torch.device(device)
+        self._plan = lru_cache(maxsize=2 + self.num_workers)(self._plan_block)
         self._scale, self._shift = (value.to(self.device) for value in self.statistics.scale_and_shift())
         if len(self._scale) != shards.channels:
             raise ValueError(
@@ -255,10 +272,17 @@ class LatentLoader:
 
     def gather(self, step: int, slot: Batch) -> Batch:
         """The raw batch of a step, as it is stored, in host memory."""
-        positions = self.positions(step)
-        self.shards.fill(slot, self.indices(positions), self.flips(positions))
+        positions, indices, flip = (part[step % PLAN_STEPS] for part in self._plan(step // PLAN_STEPS))
+        self.shards.fill(slot, indices, flip)
         slot["sample_ids"].copy_(positions)
         return slot
+
+    def _plan_block(self, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions, samples and flips of PLAN_STEPS steps, each (PLAN_STEPS, B): one call for many is cheaper."""
+        steps = range(block * PLAN_STEPS, (block + 1) * PLAN_STEPS)
+        positions = torch.cat([self.positions(step) for step in steps])
+        parts = positions, self.indices(positions), self.flips(positions)
+        return tuple(part.view(PLAN_STEPS, self.batch_size) for part in parts)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current step on; `step` counts the batches handed out."""

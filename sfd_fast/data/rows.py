@@ -1,59 +1,94 @@
-"""Rows of many memory maps, gathered by one call of one C++ loop.
+"""Rows of many memory maps, gathered by one call of one C loop.
 
 A batch takes a row here and a row there of a thousand shards. One Python statement per row costs as much as copying it,
-so all maps are seen as one array of machine words, from the lowest mapped address to the highest: a row is then a plain
-offset, and torch.index_select copies the rows of a batch, on several threads, without the interpreter lock.
+so all maps are seen as one array, from the lowest mapped address to the highest, and a row is a plain offset in it.
+Where all rows begin on page borders (our shards do), one np.take copies the pages of a batch; elsewhere (released
+shards) torch.index_select copies the rows of each tensor. Neither holds the interpreter lock.
 Letters: B rows of a batch, R bytes of a row.
 """
 
 import ctypes
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sfd_fast.data.shards import PAGE
+
 WORDS = {8: (ctypes.c_int64, torch.int64), 1: (ctypes.c_uint8, torch.uint8)}
 
 
-class RowTable:
-    """One tensor of a cache over all shards: (n_k, ...) contiguous, plain and perhaps flipped.
+class Memory:
+    """The address space from the first byte of some tensors to the last. Only what is mapped may be read.
 
-    Holds an address per shard, and the maps themselves alive.
+    Holds the tensors, and with them their maps, alive.
     """
 
-    def __init__(self, plain: list[Tensor], flipped: list[Tensor] | None):
+    def __init__(self, tensors: Iterable[Tensor]):
+        self._tensors = list(tensors)
+        first = min(tensor.data_ptr() for tensor in self._tensors)
+        self.low = first - first % PAGE
+        self.size = max(tensor.data_ptr() + tensor.nbytes for tensor in self._tensors) - self.low
+
+    def rows(self, word: int, count: int) -> Tensor:
+        """(all offsets, count) words of `word` bytes: overlapping rows, one that begins at every word."""
+        c_type, _ = WORDS[word]
+        words = self.size // word
+        space = np.ctypeslib.as_array((c_type * words).from_address(self.low))
+        return torch.from_numpy(space).as_strided((max(words - count + 1, 0), count), (1, 1))
+
+    def pages(self) -> np.ndarray:
+        """(all pages, PAGE) uint8."""
+        count = -(-self.size // PAGE)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * (count * PAGE)).from_address(self.low)).reshape(count, PAGE)
+
+
+class RowTable:
+    """One tensor of a cache over all shards: (n_k, ...) contiguous, plain and perhaps flipped; an address per shard."""
+
+    def __init__(self, memory: Memory, plain: list[Tensor], flipped: list[Tensor] | None):
         self.shape, self.dtype = tuple(plain[0].shape[1:]), plain[0].dtype
         self.has_flips = flipped is not None
-        self._maps = (plain, flipped if flipped is not None else plain)
-        self._addresses = np.array([[rows.data_ptr() for rows in side] for side in self._maps], dtype=np.int64)
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
-        ends = [rows.data_ptr() + rows.nbytes for side in self._maps for rows in side]
-        self._low, self._span = int(self._addresses.min()), max(ends) - int(self._addresses.min())
-        aligned = self.row_bytes % 8 == 0 and not ((self._addresses - self._low) % 8).any() and self._low % 8 == 0
-        self._views = {size: self._view(size) for size in ((8, 1) if aligned else (1,))}
-
-    def _view(self, word: int) -> Tensor:
-        """(all offsets, R / word) words: overlapping rows, one for every word of the span."""
-        c_type, _ = WORDS[word]
-        words, row = self._span // word, self.row_bytes // word
-        space = np.ctypeslib.as_array((c_type * words).from_address(self._low))
-        return torch.from_numpy(space).as_strided((max(words - row + 1, 0), row), (1, 1))
+        self._plain = plain
+        addresses = [[rows.data_ptr() for rows in side] for side in (plain, flipped or plain)]
+        self._offsets = np.array(addresses, dtype=np.int64) - memory.low
+        self.paged = self.row_bytes % PAGE == 0 and not (self._offsets % PAGE).any()
+        aligned = self.row_bytes % 8 == 0 and not (self._offsets % 8).any()
+        self._views = {word: memory.rows(word, self.row_bytes // word) for word in ((8, 1) if aligned else (1,))}
 
     def shard(self, k: int) -> Tensor:
         """The plain tensor of shard k, (n_k, ...), mapped."""
-        return self._maps[0][k]
+        return self._plain[k]
+
+    def offsets(self, shards: np.ndarray, rows: np.ndarray, flip: np.ndarray) -> np.ndarray:
+        """Where rows begin in the memory, (B,) int64 bytes: row rows[i] of shard shards[i], flipped where flip[i].
+
+        shards, rows: (B,) int64 within range (the caller checks); flip: (B,) bool.
+        """
+        return self._offsets[flip.astype(np.int64), shards] + rows * self.row_bytes
 
     def gather(self, shards: np.ndarray, rows: np.ndarray, flip: np.ndarray, out: Tensor) -> None:
-        """out[i] = row rows[i] of shard shards[i], of its flipped tensor where flip[i].
-
-        shards, rows: (B,) int64 within range (the caller checks); flip: (B,) bool; out: (B, ...) of this dtype, each
-        sample contiguous.
-        """
-        offsets = self._addresses[flip.astype(np.int64), shards] - self._low + rows * self.row_bytes
+        """Copies rows to out, (B, ...) of this dtype with each sample contiguous; other arguments as in offsets."""
         target = out.flatten(1) if out.dim() > 1 else out[:, None]
-        word = 8 if 8 in self._views and self._fits(target) else 1
-        torch.index_select(self._views[word], 0, torch.from_numpy(offsets // word), out=target.view(WORDS[word][1]))
+        fits = target.data_ptr() % 8 == 0 and target.stride(0) * target.element_size() % 8 == 0
+        word = 8 if fits and 8 in self._views else 1
+        numbers = torch.from_numpy(self.offsets(shards, rows, flip) // word)
+        torch.index_select(self._views[word], 0, numbers, out=target.view(WORDS[word][1]))
 
-    def _fits(self, target: Tensor) -> bool:
-        return target.data_ptr() % 8 == 0 and target.stride(0) * target.element_size() % 8 == 0
+
+def gather_pages(
+    pages: np.ndarray, tables: Sequence[RowTable], shards: np.ndarray, rows: np.ndarray, flip: np.ndarray, out: Tensor
+) -> None:
+    """The rows of several paged tables, one table after the other within each sample, by one copy.
+
+    pages: Memory.pages; out: (B, ...) contiguous, a sample of as many bytes as a row of each table together.
+    """
+    numbers = [
+        (table.offsets(shards, rows, flip) // PAGE)[:, None] + np.arange(table.row_bytes // PAGE) for table in tables
+    ]
+    target = out.view(-1).view(torch.uint8).numpy().reshape(len(out), -1, PAGE)
+    # "clip" writes into out directly; every number is within range
+    np.take(pages, np.concatenate(numbers, axis=1), axis=0, out=target, mode="clip")

@@ -21,6 +21,9 @@ from torch import Tensor
 METADATA_KEY = "sfd"
 """The only metadata key. Several keys are written in a different order by different processes (DESIGN, facts)."""
 
+PAGE = 4096
+"""bytes of a memory page"""
+
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -110,10 +113,15 @@ def _as_tensor(content: np.ndarray, entry: Entry) -> Tensor:
 def build_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping) -> tuple[bytes, dict]:
     """The header of a shard with those tensors, and where each of them begins and ends.
 
-    Tensors are laid out by falling element size, then by name, as safetensors does, so that all are aligned.
+    Tensors whose rows are whole pages come first, and begin on page borders, for the loader's sake; then the others by
+    falling element size, so that all are aligned.
     Returns (bytes, {name: Entry}); the same arguments give the same bytes in every process.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    def place(name: str) -> tuple[bool, int, str]:
+        dtype, shape = tensors[name]
+        return math.prod(shape[1:]) * dtype.itemsize % PAGE != 0, -dtype.itemsize, name
+
+    order = sorted(tensors, key=place)
     table: dict = {"__metadata__": {METADATA_KEY: json.dumps(metadata, sort_keys=True)}}
     offset = 0
     for name in order:
@@ -122,7 +130,7 @@ def build_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], met
         table[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
+    text += b" " * (-(8 + len(text)) % (64 if place(order[0])[0] else PAGE))
     start = 8 + len(text)
     entries = {
         name: Entry(tensors[name][0], tuple(tensors[name][1]), *(start + o for o in table[name]["data_offsets"]))
