@@ -53,6 +53,10 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "sfd_fast.config:SFDConfig", "sfd_fast.training.loop:run_train", "train the diffusion transformer", presets=True
     ),
+    "plan": Command(
+        "sfd_fast.training.plan:PlanConfig", "sfd_fast.training.plan:run_plan",
+        "memory per GPU and a lower bound of step time, before renting the GPUs", presets=True,
+    ),
     "sample": Command("sfd_fast.generate:SampleConfig", "sfd_fast.generate:run_sample", "generate images"),
     "evaluate": Command(
         "sfd_fast.evaluation.evaluate:EvaluateConfig", "sfd_fast.evaluation.evaluate:run_evaluate",
