@@ -275,13 +275,24 @@ class TrainConfig:
     tensorboard: bool = True
     dry_run: bool = False
     """show the whole plan of the run and train nothing"""
+    peak_tflops: float = 0.0
+    """of one device in the run's precision: MFU is logged against it; 0 logs TFLOP/s alone"""
+    profile_steps: int = 0
+    """steps recorded by torch.profiler into <out>/profile; 0 none"""
+    profile_start: int = 10
+    """the first recorded step of a run or continuation, counted from its start"""
+    nvtx: bool = False
+    """NVTX ranges for data, step, validation and checkpoints, for Nsight Systems"""
 
     def __post_init__(self) -> None:
         require_positive(
             self, "max_steps", "global_batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
             "max_bad_steps", "spike_factor",
         )  # fmt: skip
-        for name in ("validate_every", "sample_every", "num_sample_images", "micro_batch_size"):
+        for name in (
+            "validate_every", "sample_every", "num_sample_images", "micro_batch_size", "peak_tflops", "profile_steps",
+            "profile_start",
+        ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
         require(
             0 <= self.checkpoint_activations <= 1,

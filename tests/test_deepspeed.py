@@ -18,6 +18,7 @@ from tiny_run import tiny_config, write_data
 
 from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TrainConfig, TransportConfig
 from sfd_fast.training.deepspeed_config import BUCKETS, batch_shares, generate
+from sfd_fast.training.export import export_checkpoint
 from sfd_fast.training.loop import run_train
 from sfd_fast.training.plan import memory
 from sfd_fast.training.sharded import Piece, StateReader, consolidated, write_pieces
@@ -218,6 +219,14 @@ def test_two_ranks_to_one_moves_every_average_exactly_and_ends_alike(ran):
     ended = consolidated(ran.folder / "two" / "checkpoints" / "00000008")
     for name, value in consolidated(folder).items():
         torch.testing.assert_close(ended[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_exports_the_averages_it_trained(ran, tmp_path, stage):
+    run = ran.folder / f"stages-{stage}"
+    export_checkpoint(run, tmp_path / "exported")
+    a, b = (load_file(folder / "model.safetensors") for folder in (tmp_path / "exported", run / "model"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_one_plain_process_goes_on_from_two_ranks(ran, tmp_path):

@@ -16,6 +16,7 @@ from sfd_fast.config import OptimizerConfig
 from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.training import checkpoints as checkpoints_module
 from sfd_fast.training.diffusion import diffusion_job
+from sfd_fast.training.export import export_checkpoint, is_checkpoint
 from sfd_fast.training.logging import GradNormWatch
 from sfd_fast.training.loop import NonFiniteError, build_engine, run_train
 
@@ -390,6 +391,62 @@ def test_weights_of_another_size_cannot_start_a_run(tmp_path, data):
     config = tiny_config(data, tmp_path / "second", init_from=str(first.model))
     with pytest.raises(ValueError, match="do not fit the model: .* tensors differ.*choose the model"):
         train(replace(config, model=replace(MODEL, depth=3)))
+
+
+def test_new_classes_keep_only_the_null_row(tmp_path, data):
+    first = train(tiny_config(data, tmp_path / "first"))
+    settings = {"init_from": str(first.model), "max_steps": 1, "log_every": 1}
+    other = replace(MODEL, num_classes=7)
+    with pytest.raises(ValueError, match="1 tensors differ.*train.init_classes 'new'"):
+        train(replace(tiny_config(data, tmp_path / "a", **settings), model=other))
+    config = replace(tiny_config(data, tmp_path / "b", init_classes="new", **settings), model=other)
+    train(replace(config, optimizer=OptimizerConfig(lr=1e-12)))
+    table = "y_embedder.embedding_table.weight"
+    ours = tensors(tmp_path / "b", 1)[f"model.{table}"]
+    theirs = tensors(tmp_path / "first", 8)[f"optimizer.{table}.ema"]
+    torch.testing.assert_close(ours[-1], theirs[-1], rtol=0, atol=1e-8)
+    assert (ours[:5] - theirs[:5]).abs().max() > 1e-3
+
+
+def test_a_checkpoint_exports_averages_or_weights(tmp_path, data):
+    from sfd_fast.checkpoint import load_model, read_card, read_config, read_statistics
+
+    config = tiny_config(data, tmp_path / "run")
+    config = replace(config, optimizer=replace(config.optimizer, extra_ema_decays=(0.5,)))
+    result = train(config)
+    assert is_checkpoint(tmp_path / "run") and not is_checkpoint(data)
+    export_checkpoint(tmp_path / "run", tmp_path / "ema")
+    assert_same_bits(load_model(tmp_path / "ema").state_dict(), load_model(result.model).state_dict())
+    assert read_config(tmp_path / "ema") == config and read_card(tmp_path / "ema")["step"] == 8
+    assert torch.equal(read_statistics(tmp_path / "ema").texture_std, torch.ones(2))
+    saved = tensors(tmp_path / "run", 8)
+    name = "blocks.0.mlp.w3.weight"
+    for weights, key in (("param", f"model.{name}"), ("ema_1", f"optimizer.{name}.ema_1")):
+        export_checkpoint(tmp_path / "run" / "checkpoints" / "00000008", tmp_path / weights, weights=weights)
+        assert torch.equal(load_model(tmp_path / weights).state_dict()[name], saved[key])
+    with pytest.raises(ValueError, match="has no 'ema_7'; it has ema, ema_1, exp_avg, exp_avg_sq, param"):
+        export_checkpoint(tmp_path / "run", tmp_path / "none", weights="ema_7")
+    with pytest.raises(ValueError, match="is no intact training checkpoint"):
+        export_checkpoint(data, tmp_path / "none")
+
+
+def test_a_dry_run_shows_everything_and_trains_nothing(tmp_path, data, capsys):
+    config = tiny_config(data, tmp_path / "run", dry_run=True, engine="deepspeed", precision="parity")
+    result = train(config)
+    shown = capsys.readouterr().out
+    parts = ['"hidden_size": 32', "8 steps of 8", "learning rate:", '"torch_autocast"', "reduce_bucket_size", "GiB"]
+    for part in parts:
+        assert part in shown
+    assert result.step == 0 and not (tmp_path / "run").exists()
+
+
+def test_a_profile_records_the_asked_steps(tmp_path, data):
+    train(tiny_config(data, tmp_path / "run", profile_start=2, profile_steps=2, peak_tflops=1.0))
+    trace = json.loads((tmp_path / "run" / "profile" / "rank0.json").read_text())
+    ranges = [e["name"] for e in trace["traceEvents"] if e.get("cat") == "user_annotation"]
+    assert ranges.count("step") == 2 and ranges.count("data") == 2
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["mfu"] == pytest.approx(rows[0]["tflops"])
 
 
 def test_several_ranks_need_the_deepspeed_engine(tmp_path, data, monkeypatch):

@@ -28,7 +28,8 @@ FREE_TRAIN_KEYS = frozenset(
     for key in (
         "out", "max_steps", "micro_batch_size", "compile", "checkpoint_activations", "attention", "log_every",
         "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "spike_factor",
-        "init_from", "init_classes", "engine", "num_sample_images", "tensorboard", "dry_run",
+        "init_from", "init_classes", "engine", "num_sample_images", "tensorboard", "dry_run", "peak_tflops",
+        "profile_steps", "profile_start", "nvtx",
     )
 )  # fmt: skip
 FREE_KEYS = FREE_TRAIN_KEYS | {
@@ -291,11 +292,18 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         samples=lambda engine: sample_picture(engine, config, statistics, decode),
         bins=bins,
         num_bins=CLOCK_BINS,
+        record={"statistics": statistics_as_json(statistics)},
         identity={"num_samples": len(shards), "statistics": fingerprint(statistics)},
         free_keys=FREE_KEYS,
         num_samples=len(shards),
         flops_per_sample=model.num_flops(training=True),
     )
+
+
+def statistics_as_json(statistics: LatentStatistics) -> dict:
+    """Exact: a float32 is written as the shortest decimal that reads back as the same number."""
+    names = ("texture_mean", "texture_std", "semantic_mean", "semantic_std")
+    return {name: getattr(statistics, name).tolist() for name in names} | {"multiplier": statistics.multiplier}
 
 
 def fingerprint(statistics: LatentStatistics) -> str:

@@ -36,6 +36,8 @@ class Job:
     num_bins: int = 0
     identity: dict = field(default_factory=dict)
     """what a resumed run must find again, for example the fingerprint of the statistics"""
+    record: dict = field(default_factory=dict)
+    """what else a checkpoint's state.json holds, for example the statistics of the latents"""
     free_keys: frozenset[str] = frozenset()
     """configuration keys that may differ when a run is resumed; "x.*" frees a whole section"""
     num_samples: int = 0

@@ -23,6 +23,7 @@ from sfd_fast.training.engine import Batch, Engine, TorchEngine, batch_size
 from sfd_fast.training.job import Job
 from sfd_fast.training.logging import GradNormWatch, RunLog, StepLog
 from sfd_fast.training.optimizer import learning_rate
+from sfd_fast.training.trace import Trace
 
 STOP_FILE = "STOP"
 PREEMPTED = 75
@@ -168,6 +169,7 @@ class Run:
         return {
             "config": to_dict(self.job.config),
             "identity": self.job.identity,
+            "record": self.job.record,
             "world_size": self.engine.world_size,
             "bad_in_row": self.bad_in_row,
             "skipped": self.skipped,
@@ -251,6 +253,8 @@ def log_row(run: Run, log: RunLog, clock: Clock, lr: float) -> None:
         row["epoch"] = run.step * job.train.global_batch_size / job.num_samples
     if job.flops_per_sample:
         row["tflops"] = images_per_s * job.flops_per_sample / 1e12
+        if job.train.peak_tflops:
+            row["mfu"] = row["tflops"] / (job.train.peak_tflops * engine.world_size)
     if engine.device.type == "cuda":
         row["memory_gib"] = torch.cuda.max_memory_allocated(engine.device) / 2**30
     if job.num_bins:
@@ -321,13 +325,17 @@ def train_steps(run: Run, log: RunLog, checkpoints: Checkpoints, stop: Stop) -> 
     clock = Clock()
     begin, before = time.perf_counter(), run.wall_s
     run_steps = iter(job.batches(run.step, engine))
-    with stop, contextlib.closing(run_steps):
+    trace = Trace(train, Path(train.out) / "profile", engine)
+    with stop, trace, contextlib.closing(run_steps):
         while run.step < last:
+            trace.step()
             waiting = time.perf_counter()
-            batch = next(run_steps)
+            with trace.range("data"):
+                batch = next(run_steps)
             clock.waited += time.perf_counter() - waiting
             lr = learning_rate(job.optimizer, run.step, last)
-            result = engine.train_step(micro_batches(batch, train.micro_batch_size), lr)
+            with trace.range("step"):
+                result = engine.train_step(micro_batches(batch, train.micro_batch_size), lr)
             run.step += 1
             clock.steps += 1
             run.record(batch, result)
@@ -343,12 +351,14 @@ def train_steps(run: Run, log: RunLog, checkpoints: Checkpoints, stop: Stop) -> 
                 log_row(run, log, clock, lr)
             with clock.pause():
                 if job.evaluate is not None and due(step, train.validate_every, last):
-                    log.row("validation", step, job.evaluate(engine))
+                    with trace.range("validation"):
+                        log.row("validation", step, job.evaluate(engine))
                 if job.samples is not None and due(step, train.sample_every, last):
                     picture = job.samples(engine)
                     log.images("samples", step, picture)
                 if saving:
-                    engine.save(checkpoints, step, run.state())
+                    with trace.range("checkpoint"):
+                        engine.save(checkpoints, step, run.state())
             if stopping:
                 log.event(step, f"stopped by {stop.reason or 'another rank'}; saved, start again to go on")
                 return True
@@ -402,4 +412,9 @@ def run_train(
     from sfd_fast.training.diffusion import diffusion_job
 
     job = diffusion_job(config, decode=decode)
+    if config.train.dry_run:
+        from sfd_fast.training.dry_run import describe
+
+        print(describe(job))
+        return TrainResult(Path(config.train.out), 0, None)
     return run_job(job, build_engine(job, device), resume=resume, progress=progress)

@@ -176,9 +176,10 @@ def memory(
     if offload_optimizer:
         host, held, step = sum(state.values()) + 4 * owned, 0.0, 0.0
         gradient, state = 0.0, dict.fromkeys(state, 0.0)
+    # gradients that stay matter where a small batch has few activations to give back
     activations = activation_bytes(
         model, transport, micro_batch=micro_batch, checkpoint_activations=checkpoint_activations, precision=precision,
-        residual=residual, keep_gradients=zero_stage == 0,
+        residual=residual, keep_gradients=zero_stage == 0 and micro_batch <= 4,
     )  # fmt: skip
     return Memory(
         parameters=weight * (owned if zero_stage == 3 else sharded) + 4 * whole,

@@ -169,4 +169,9 @@ def run_train_semvae(
     if config.semvae.architecture == "pca":
         return fit_pca(config)
     job = semvae_job(config)
+    if config.train.dry_run:
+        from sfd_fast.training.dry_run import describe
+
+        print(describe(job))
+        return TrainResult(Path(config.train.out), 0, None)
     return run_job(job, build_engine(job, device), resume=resume, progress=progress)

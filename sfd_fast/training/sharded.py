@@ -147,8 +147,12 @@ def consolidated(folder: Path, field: str = "ema") -> dict[str, Tensor]:
     """Every trained parameter of a checkpoint, flattened and whole: its averages, or `field` "param" for the weights.
 
     A parameter that has no average (it was never updated) gives its weight. Needs no process group and no network.
+    Raises ValueError where no parameter has that field.
     """
     with StateReader(folder) as reader:
+        stored = {WEIGHT}.union(*(reader.fields(name) for name in reader.places))
+        if field not in stored:
+            raise ValueError(f"checkpoint {folder} has no '{field}'; it has {', '.join(sorted(stored - {'step'}))}")
         values = {}
         for name in sorted(reader.places):
             use = field if field == WEIGHT or field in reader.fields(name) else WEIGHT
