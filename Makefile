@@ -43,6 +43,7 @@ report: $(TESTABLE)
 
 # For whoever has a GPU: the tests marked gpu, then kernels and whole steps timed.
 gpu-check: $(TESTABLE)
+	-$(PIP) --no-deps liger-kernel
 	$(BIN)/python -m pytest tests -m gpu -q
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/training.py --batch 32
