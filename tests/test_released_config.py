@@ -236,7 +236,8 @@ def test_two_clocks_without_their_distance_are_refused():
         read_config(RELEASED).config,
         SFDConfig(sampler=SamplerConfig(solver="heun", num_steps=20, grid="released", timestep_shift=0.5)),
         SFDConfig(model=ModelConfig(two_clocks=False), transport=TransportConfig(delta_t=0.0, repa_mode="cos_mse"),
-                  sampler=SamplerConfig(grid="released"), guidance=GuidanceConfig(mode="cfg", scale=2.5)),
+                  sampler=SamplerConfig(solver="midpoint", grid="released"),
+                  guidance=GuidanceConfig(mode="cfg", scale=2.5)),
     ],
     ids=["released", "solver", "one clock"],
 )  # fmt: skip
