@@ -238,8 +238,9 @@ class LatentLoader:
         self.features = shards.feature_shape is not None if features is None else features
         if flip and self.features and not shards.features_have_flips:
             raise ValueError(
-                f"{shards.paths[0]} has flipped latents but no flipped VFM features (feats_dino_flip): mirrored latents "
-                "would be aligned with features of the plain image; pass flip=False (data.flip), or encode both flips"
+                f"{shards.paths[0]} has flipped latents but no flipped VFM features (feats_dino_flip): mirrored "
+                "latents would be aligned with features of the plain image; pass flip=False (data.flip), or encode "
+                "both flips"
             )
         self.device = torch.device(device)
         self._plan = lru_cache(maxsize=2 + self.num_workers)(self._plan_block)

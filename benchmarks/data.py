@@ -1,0 +1,494 @@
+"""Data: the latent loader against one file opened per sample, the size of a cache, REPA targets, image decoding.
+
+    python benchmarks/data.py [--json F] [--parts loader size targets decoding] [--gib 4.2] [--folder DIR]
+
+Prints one row per measurement, with its bar where it has one, and writes them to benchmarks/results/data.json (a part
+that was not run keeps the rows of the last run). The latents of the loader's cache are random: only their bytes matter.
+Images are real photographs (scikit-learn, matplotlib). The cache of several GiB lies in a temporary folder.
+"""
+
+import argparse
+import gc
+import io
+import json
+import multiprocessing
+import os
+import statistics as stats
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from timing import machine, spin, steady_memory
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, TransportConfig
+from sfd_fast.data.images import load
+from sfd_fast.data.latents import LatentLoader, LatentShards
+from sfd_fast.data.order import shuffled_indices
+from sfd_fast.data.prepare import EncodeConfig, run_encode
+from sfd_fast.data.shards import read_header, write_shard
+from sfd_fast.data.statistics import LatentStatistics
+from sfd_fast.data.targets import open_targets, with_targets
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from image_trees import encoded, photographs, write_tree  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent / "results" / "data.json"
+BATCH = 256
+ROUNDS = 9
+SHARD = 1024
+RELEASED_SHAPES = {"latents": (32, 16, 16), "latents_sv": (16, 16, 16)}
+SEEDS = (0, 1, 2)
+
+
+def row(name: str, values: list[float] | float, unit: str, *, bar: float | None = None, at_most: bool = False) -> dict:
+    """One measurement: median with quartiles, and whether it keeps its bar."""
+    values = sorted(values if isinstance(values, list) else [values])
+    low, value, high = (values[round(q * (len(values) - 1))] for q in (0.25, 0.5, 0.75))
+    holds = None if bar is None else bool(value <= bar if at_most else value >= bar)
+    return {"name": name, "value": value, "low": low, "high": high, "unit": unit, "bar": bar, "at_most": at_most,
+            "holds": holds}  # fmt: skip
+
+
+# --- the loader --------------------------------------------------------------------------------------------------
+
+
+def write_cache(folder: Path, gib: float) -> None:
+    """A released-layout cache (float32, both flips) of at least `gib` GiB."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name + flip: torch.randn(SHARD, *shape, generator=generator)
+        for name, shape in RELEASED_SHAPES.items()
+        for flip in ("", "_flip")
+    }
+    size = sum(value.nbytes for value in tensors.values())
+    for k in range(int(gib * 2**30 // size) + 1):
+        labels = torch.randint(0, 1000, (SHARD,), generator=generator)
+        write_shard(folder / f"shard{k:04d}.safetensors", tensors | {"labels": labels})
+    LatentStatistics.identity(32, 16).save(folder)
+
+
+class FilePerSample(Dataset):
+    """The released way of reading: a shard is opened with safetensors for every sample, its rows sliced out."""
+
+    def __init__(self, paths: list[str]):
+        self.rows = [(path, i) for path in paths for i in range(read_header(path).entries["labels"].shape[0])]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        path, at = self.rows[i]
+        flip = "_flip" if torch.rand(()) < 0.5 else ""
+        with safe_open(path, framework="pt", device="cpu") as file:
+            texture = file.get_slice(f"latents{flip}")[at : at + 1].squeeze(0)
+            semantic = file.get_slice(f"latents_sv{flip}")[at : at + 1].squeeze(0)
+            label = file.get_slice("labels")[at : at + 1].squeeze(0)
+        return texture, semantic, label
+
+
+def per_sample_rate(dataset: FilePerSample, num_batches: int) -> float:
+    """Images/s of opening a file per sample, collated and joined, in one process."""
+    generator = torch.Generator().manual_seed(int(time.time_ns() % 2**31))
+    order = torch.randperm(len(dataset), generator=generator)[: BATCH * num_batches].tolist()
+    start = time.perf_counter()
+    for first in range(0, len(order), BATCH):
+        samples = [dataset[i] for i in order[first : first + BATCH]]
+        torch.cat([torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples])], dim=1)
+        torch.stack([s[2] for s in samples])
+    return len(order) / (time.perf_counter() - start)
+
+
+def data_loader_rate(dataset: FilePerSample, num_batches: int, workers: int) -> float:
+    """The same in torch's DataLoader with worker processes, after they have started."""
+    loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, multiprocessing_context="fork")
+    batches = iter(loader)
+    for _ in range(workers):
+        next(batches)
+    start = time.perf_counter()
+    for _ in islice(batches, num_batches):
+        pass
+    rate = BATCH * num_batches / (time.perf_counter() - start)
+    del batches
+    return rate
+
+
+def loader_rate(shards: LatentShards, workers: int, num_batches: int, *, raw: bool, start_step: int = 0) -> float:
+    """Images/s of LatentLoader: raw in host memory as a GPU copies them, or normalised on the CPU as well."""
+    loader = LatentLoader(shards, BATCH, 0, num_workers=workers, start_step=start_step)
+    batches = loader.raw() if raw else iter(loader)
+    for _ in islice(batches, workers + 2):
+        pass
+    start = time.perf_counter()
+    for _ in islice(batches, num_batches):
+        pass
+    rate = BATCH * num_batches / (time.perf_counter() - start)
+    batches.close()
+    return rate
+
+
+def read_bytes_per_s(paths: list[str], num_bytes: int) -> float:
+    """Bytes/s of reading files in their order, from the first byte on, into one buffer of a batch's size."""
+    buffer = memoryview(bytearray(BATCH * 48 * 1024))
+    done, start = 0, time.perf_counter()
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while done < num_bytes and (count := file.readinto(buffer)):
+                done += count
+    return done / (time.perf_counter() - start)
+
+
+def forget(paths: list[str]) -> None:
+    """Drops the files from the page cache."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_loader(folder: Path, gib: float) -> list[dict]:
+    """Loader rows; the competitors take turns in every round, and ratios are taken within a round."""
+    steady_memory()
+    cache = folder / "cache"
+    write_cache(cache, gib)
+    paths = sorted(str(path) for path in cache.glob("*.safetensors"))
+    size = sum(Path(path).stat().st_size for path in paths)
+    cold = measure_cold(paths)
+    read_bytes_per_s(paths, size)
+    shards, dataset = LatentShards(cache), FilePerSample(paths)
+    sample_bytes = shards.channels * 256 * 4
+    names = [f"{kind}, {w} workers" for kind in ("raw", "normalised") for w in (0, 1, 2)]
+    found: dict[str, list[float]] = {name: [] for name in (*names, "per sample", "sequential", "canary")}
+    # the first passes touch every page of the maps once; an epoch reads half of the file, one flip of each image
+    epoch = len(shards) // BATCH
+    first_pass = loader_rate(shards, 2, epoch, raw=True)
+    for turn in range(1, 4):
+        loader_rate(shards, 2, epoch, raw=True, start_step=turn * epoch)
+    for turn in range(ROUNDS):
+        found["canary"].append(spin())
+        found["sequential"].append(read_bytes_per_s(paths, size))
+        found["per sample"].append(per_sample_rate(dataset, 6))
+        for kind in ("raw", "normalised"):
+            for workers in (0, 1, 2):
+                rate = loader_rate(shards, workers, epoch, raw=kind == "raw", start_step=turn * epoch)
+                found[f"{kind}, {workers} workers"].append(rate)
+    with_workers = [data_loader_rate(dataset, 10, 2) for _ in range(3)]
+    rows = [
+        row("cache", size / 2**30, "GiB", bar=4.0),
+        row("canary (fixed loop, steadiness of the machine)", found["canary"], "ms"),
+        row("one file opened per sample, safetensors, 1 process", found["per sample"], "images/s"),
+        row("the same, torch DataLoader with 2 worker processes", with_workers, "images/s"),
+        row("sequential read of the files, page cache", [v / 1e9 for v in found["sequential"]], "GB/s"),
+        row("loader, first pass over the maps, raw, 2 workers", first_pass, "images/s"),
+    ]
+    rows += [row(f"loader, {name}", found[name], "images/s") for name in names]
+    for kind, bar_a, bar_b in (("raw", 20.0, 0.6), ("normalised", None, None)):
+        best = max((name for name in names if name.startswith(kind)), key=lambda name: stats.median(found[name]))
+        a = [x / y for x, y in zip(found[best], found["per sample"])]
+        b = [x * sample_bytes / y for x, y in zip(found[best], found["sequential"])]
+        rows.append(row(f"loader ({best}) over one file per sample", a, "x", bar=bar_a))
+        rows.append(row(f"loader ({best}) over a sequential read", b, "x", bar=bar_b))
+    rows += cold
+    rows.append(row("memory held per sample (order, tables)", held_bytes(cache), "bytes", bar=16.0, at_most=True))
+    return rows
+
+
+def measure_cold(paths: list[str]) -> list[dict]:
+    """Reading from the disk: some of the files, not mapped yet, are dropped from the page cache before each reader."""
+    part = paths[: max(4, len(paths) // 8)]
+    forget(part)
+    sequential = read_bytes_per_s(part, sum(Path(path).stat().st_size for path in part))
+    forget(part)
+    loader = loader_rate(LatentShards(part), 2, len(part) * SHARD // BATCH, raw=True)
+    gc.collect()  # mapped pages stay in the cache
+    forget(part)
+    sample = per_sample_rate(FilePerSample(part), 6)
+    return [
+        row("cold disk: sequential read", sequential / 1e9, "GB/s"),
+        row("cold disk: loader, shuffled, 2 workers", loader, "images/s"),
+        row("cold disk: one file opened per sample", sample, "images/s"),
+    ]
+
+
+def held_bytes(cache: Path) -> float:
+    """Python and NumPy memory of an open loader after three batches, less one batch's slots, per sample."""
+    import tracemalloc
+
+    tracemalloc.start()
+    shards = LatentShards(cache)
+    batches = LatentLoader(shards, BATCH, 0, num_workers=0).raw()
+    for _ in islice(batches, 3):
+        pass
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return held / len(shards)
+
+
+# --- caches made from real photographs -------------------------------------------------------------------------------
+
+
+def save_parts(folder: Path, *, width: int, latent_channels: int, levels: int, semvae: SemVAEConfig) -> dict[str, str]:
+    """Randomly initialised DINOv2 and AutoencoderKL of the released shapes but little depth, and a SemVAE."""
+    from diffusers import AutoencoderKL
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    from sfd_fast.checkpoint import save_model
+    from sfd_fast.models.semvae import SemVAE
+
+    torch.manual_seed(0)
+    config = Dinov2WithRegistersConfig(
+        hidden_size=width, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=14
+    )
+    Dinov2WithRegistersModel(config).save_pretrained(folder / "vfm")
+    plain = levels - 1
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * plain + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * plain,
+        block_out_channels=(32,) * levels,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+    ).save_pretrained(folder / "codec")
+    save_model(folder / "semvae", SemVAE(semvae))
+    return {name: str(folder / name) for name in ("vfm", "semvae")} | {"texture_codec": str(folder / "codec")}
+
+
+def measure_size(folder: Path) -> list[dict]:
+    """Bytes per image on disk of two caches of the same photographs, with the released shapes."""
+    folder = folder / "size"
+    tree = write_tree(folder / "tree", {"china": 12, "flower": 12, "hopper": 12})
+    semvae = SemVAEConfig(architecture="linear", feature_channels=768, latent_channels=16)
+    parts = save_parts(folder, width=768, latent_channels=32, levels=5, semvae=semvae)
+    sizes = {}
+    for name, storage, features in (("released", "fp32", True), ("semvae", "bf16", False), ("fp32", "fp32", False)):
+        out = folder / name
+        run_encode(EncodeConfig(images=str(tree), out=str(out), storage=storage, features=features, **parts))
+        sizes[name] = json.loads((out / "manifest.json").read_text())["bytes_per_image"]
+    return [
+        row("released cache (fp32, features, both flips)", sizes["released"] / 1e3, "kB/image"),
+        row("cache for semvae targets, bf16, both flips", sizes["semvae"] / 1e3, "kB/image"),
+        row("cache for semvae targets, fp32, both flips", sizes["fp32"] / 1e3, "kB/image"),
+        row("semvae cache, bf16, over released", sizes["semvae"] / sizes["released"], "x", bar=0.125, at_most=True),
+        row("semvae cache, fp32, over released", sizes["fp32"] / sizes["released"], "x", bar=0.125, at_most=True),
+    ]
+
+
+# --- REPA targets ----------------------------------------------------------------------------------------------------
+
+
+def train_semvae(shards: LatentShards, path: str, steps: int) -> None:
+    """Trains the SemVAE of a directory on the stored features, in place."""
+    from sfd_fast.checkpoint import load_semvae, save_model
+    from sfd_fast.models.semvae import semvae_loss
+
+    semvae = load_semvae(path).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(semvae.parameters(), lr=2e-3)
+    generator = torch.Generator().manual_seed(0)
+    for batch in islice(LatentLoader(shards, 32, 0, num_workers=1), steps):
+        features = batch["features"].float().flatten(2).transpose(1, 2)
+        noise = torch.randn(32, features.shape[1], semvae.config.latent_channels, generator=generator)
+        reconstruction, mean, logvar = semvae(features, noise)
+        loss = semvae_loss(reconstruction, features, mean, logvar, kl_weight=1e-6).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_model(path, semvae.eval())
+
+
+def train(config: SFDConfig, batches: Iterator[dict], held_out: list[dict], seed: int, steps: int) -> float:
+    """Held-out velocity and cosine loss of a small network after `steps` steps of AdamW."""
+    from sfd_fast.models.dit import LightningDiT
+    from sfd_fast.transport import training_loss
+
+    torch.manual_seed(seed)
+    model = LightningDiT(config.model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for batch in islice(batches, steps):
+        loss, _ = training_loss(model, batch, config, seed=seed)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    plain = replace(config, transport=replace(config.transport, repa_weight=0.0))
+    with torch.no_grad():
+        return stats.mean(training_loss(model, batch, plain, seed=10**6, drop=False)[0].item() for batch in held_out)
+
+
+def measure_targets(folder: Path, steps: int = 400) -> list[dict]:
+    """The same short runs with stored and with semvae targets, three seeds each, and without REPA."""
+    folder = folder / "targets"
+    tree = write_tree(folder / "tree", {"china": 200, "flower": 200, "hopper": 200})
+    semvae = SemVAEConfig(
+        feature_channels=48, hidden_size=48, num_heads=2, encoder_depth=1, decoder_depth=1, latent_channels=8
+    )
+    parts = save_parts(folder, width=48, latent_channels=4, levels=3, semvae=semvae)
+    common = {"images": str(tree), "image_size": 32, "storage": "fp32", "features": True, "shard_size": 128}
+    run_encode(EncodeConfig(out=str(folder / "untrained"), **common, **parts))
+    train_semvae(LatentShards(folder / "untrained"), parts["semvae"], 600)
+    run_encode(EncodeConfig(out=str(folder / "cache"), **common, **parts))
+    cosine = json.loads((folder / "cache" / "manifest.json").read_text())["semvae_target_cosine"]
+    whole = LatentShards(folder / "cache")
+    statistics = whole.statistics()
+    # held out: every class of the tree has a share of the last samples of a fixed shuffle
+    order = shuffled_indices(torch.arange(len(whole)), len(whole), seed=99)
+    shards = reordered(whole, folder / "shuffled", order)
+    training, held = shards.slice(0, 500), shards.slice(500, len(shards))
+    held_out = list(islice(LatentLoader(held, 50, 5, statistics=statistics, flip=False, shuffle=False), 2))
+    config = SFDConfig(
+        model=ModelConfig(
+            hidden_size=64, depth=4, num_heads=4, grid_size=8, texture_channels=4, semantic_channels=8, num_classes=3,
+            repa_channels=48, repa_depth=2, repa_hidden=64,
+        ),
+        transport=TransportConfig(repa_weight=0.5),
+    )  # fmt: skip
+    losses: dict[str, list[float]] = {}
+    for kind in ("stored", "semvae", "none"):
+        targets = open_targets(kind, whole, statistics, semvae=parts["semvae"]) if kind == "semvae" else None
+        weight = 0.0 if kind == "none" else 0.5
+        run = replace(config, transport=replace(config.transport, repa_weight=weight))
+        losses[kind] = []
+        for seed in SEEDS:
+            loader = LatentLoader(
+                training, 32, seed, statistics=statistics, features=kind == "stored", num_workers=1
+            )
+            losses[kind].append(train(run, with_targets(loader, targets), held_out, seed, steps))
+            print(f"  {kind} seed {seed}: held-out loss {losses[kind][-1]:.4f}", flush=True)
+    spread = max(losses["stored"]) - min(losses["stored"])
+    difference = stats.mean(losses["semvae"]) - stats.mean(losses["stored"])
+    rows = [row("cosine of semvae targets with the true features", cosine, "1")]
+    rows += [row(f"held-out loss, {kind} targets, 3 seeds", losses[kind], "1") for kind in losses]
+    rows.append(row("held-out loss, stored targets, largest less smallest of 3 seeds", spread, "1"))
+    rows.append(row("held-out loss, semvae less stored, means of 3 seeds", difference, "1", bar=spread, at_most=True))
+    return rows
+
+
+def reordered(shards: LatentShards, folder: Path, order: Tensor) -> LatentShards:
+    """The samples of a cache in another order, as one shard with all of its tensors."""
+    plain = shards.gather(order, torch.zeros(len(order), dtype=torch.bool))
+    flipped = shards.gather(order, torch.ones(len(order), dtype=torch.bool))
+    names = {"texture": "latents", "semantic": "latents_sv", "features": "feats_dino"}
+    tensors = {"labels": plain["labels"]}
+    for key, name in names.items():
+        tensors |= {name: plain[key].contiguous(), f"{name}_flip": flipped[key].contiguous()}
+    write_shard(folder / "all.safetensors", tensors)
+    return LatentShards(folder)
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def decode_one(data: bytes) -> np.ndarray:
+    """In a worker process: the exact crop."""
+    return load(data, 256).numpy()
+
+
+def jpegs(count: int) -> list[bytes]:
+    """JPEG photographs of ImageNet's usual size, 500 x 375, quality 90."""
+    images = list(photographs().values())
+    random = np.random.default_rng(0)
+    found = []
+    for i in range(count):
+        image = images[i % len(images)]
+        scale = random.uniform(0.65, 1.0)
+        width, height = int(image.width * scale), int(image.width * scale * 0.75)
+        height = min(height, image.height)
+        left = int(random.integers(0, image.width - width + 1))
+        top = int(random.integers(0, image.height - height + 1))
+        crop = image.crop((left, top, left + width, top + height)).resize((500, 375), Image.Resampling.BICUBIC)
+        found.append(encoded(crop, quality=90))
+    return found
+
+
+def measure_decoding(folder: Path) -> list[dict]:
+    """Images/s from JPEG bytes in memory to a 256 x 256 crop: PIL in a process pool, PIL in threads, DALI."""
+    from sfd_fast.data.images import read_batches
+
+    data, cores = jpegs(256), os.cpu_count() or 1
+    sizes = [Image.open(io.BytesIO(item)).size for item in data]
+    rounds = 7
+    found: dict[str, list[float]] = {"processes": [], "threads": [], "dali": []}
+
+    def rate(work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return len(data) / (time.perf_counter() - start)
+
+    batches = [list(range(first, first + 32)) for first in range(0, len(data), 32)]
+    try:
+        from sfd_fast.data.dali import DaliDecoder, import_dali, measure
+
+        import_dali()
+        decoder = DaliDecoder(256, batch_size=32, max_halvings=0, num_threads=cores)
+    except ImportError as error:
+        print(f"  {error}")
+        decoder = None
+
+    def dali() -> None:
+        for batch in batches:
+            decoder([data[i] for i in batch], [sizes[i] for i in batch], [True] * len(batch))
+
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        list(pool.map(decode_one, data[:32], chunksize=8))
+        for turn in range(rounds + 1):
+            measured = {
+                "processes": rate(lambda: list(pool.map(decode_one, data, chunksize=16))),
+                "threads": rate(lambda: list(read_batches(data.__getitem__, batches, 256, num_threads=cores))),
+            }
+            if decoder:
+                measured["dali"] = rate(dali)
+            for name, value in measured.items():
+                found[name] += [value] * (turn > 0)
+    rows = [
+        row(f"decode and crop, PIL, {cores} processes", found["processes"], "images/s"),
+        row(f"decode and crop, PIL, {cores} threads", found["threads"], "images/s"),
+    ]
+    if decoder:
+        rows += [
+            row(f"decode and crop, DALI on the CPU, {cores} threads", found["dali"], "images/s"),
+            row("DALI over PIL in processes", [a / b for a, b in zip(found["dali"], found["processes"])], "x"),
+            row("DALI against the exact crop, PSNR", measure(data[:48], 256), "dB"),
+        ]
+    return rows
+
+
+PARTS = {"loader": None, "size": measure_size, "targets": measure_targets, "decoding": measure_decoding}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--gib", type=float, default=4.2, help="size of the loader's cache")
+    parser.add_argument("--folder", type=Path, help="where the caches are made; default: the system's temporary folder")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    where = machine("cpu")
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for part in options.parts:
+            work = PARTS[part]
+            found = measure_loader(Path(folder), options.gib) if work is None else work(Path(folder))
+            kept = [r for r in kept if r["part"] != part] + [{"part": part} | r | where for r in found]
+    rows = sorted(kept, key=lambda r: list(PARTS).index(r["part"]))
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    for r in rows:
+        sign = "at most" if r["at_most"] else "at least"
+        bar = "" if r["bar"] is None else f"   {sign} {r['bar']:.4g}: {'holds' if r['holds'] else 'MISSED'}"
+        spread = f"({r['low']:.4g} to {r['high']:.4g})"
+        print(f"{r['part']:<9}{r['name']:<64}{r['value']:>12.4g} {r['unit']:<9}{spread}{bar}")
+
+
+if __name__ == "__main__":
+    main()
