@@ -87,7 +87,7 @@ class BuildOptional(build_ext):
             for stale in (*destination.glob(f"{LIBRARY}*.so"), *destination.glob(f"{LIBRARY}*.dylib")):
                 stale.unlink()
             error_file.write_text(f"{error}\n")
-            self.warn(f"no C++ operators: CPU operators run as plain PyTorch. The reason, also in {error_file}:\n{error}")
+            self.warn(f"no C++ operators: CPU operators run as plain PyTorch. Reason (in {error_file}):\n{error}")
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib) / "sfd_kernels"

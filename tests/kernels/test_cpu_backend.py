@@ -1,6 +1,6 @@
 """The C++ library: its build, its instruction sets, threads, layouts, streaming stores and elementary functions.
 
-test_ops.py shows that every operator is accurate in every dtype mode; that is repeated here for lesser instruction sets.
+test_ops.py shows that every operator is accurate in every dtype mode; here lesser instruction sets repeat that.
 """
 
 import os
@@ -12,13 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import sfd_kernels
 import torch
 from kernel_cases import assert_accurate, example, flatten, map_tensors, run, to_double
 from sfd_kernels import backends, philox_bits, philox_normal, swiglu
 from sfd_kernels.registry import INTERPRET, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "kernels" / "sfd_kernels"
+SOURCES = ROOT / "kernels" / "sfd_kernels"
+INSTALLED = Path(sfd_kernels.__file__).parent
 IS_X86_LINUX = sys.platform == "linux" and platform.machine() == "x86_64"
 DISABLED = INTERPRET or os.environ.get("SFD_KERNELS_CPU") == "reference"
 LOADED = backends()["cpu"].startswith("C++")
@@ -54,7 +56,7 @@ def build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProce
     for name in ("setup.py", "CMakeLists.txt"):
         shutil.copy(ROOT / name, source)
     ignored = shutil.ignore_patterns("*.so", "*.dylib", "__pycache__", "build_error.txt")
-    shutil.copytree(FOLDER, source / "kernels" / "sfd_kernels", ignore=ignored)
+    shutil.copytree(SOURCES, source / "kernels" / "sfd_kernels", ignore=ignored)
     target = tmp_path / "lib"
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(target), "--build-temp", str(tmp_path / "temp")],
@@ -91,10 +93,11 @@ def test_build_can_be_switched_off(tmp_path):
 
 
 @needs_library
-@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.skipif(not IS_X86_LINUX or shutil.which("nm") is None, reason="needs nm and an ELF library")
 def test_library_uses_only_the_stable_interface_of_torch():
     """C++ symbols of c10, at or torch change between versions; one binary serves them all only without any."""
-    listing = subprocess.run(["nm", "-D", "--undefined-only", str(FOLDER / "_cpu.so")], capture_output=True, text=True)
+    command = ["nm", "-D", "--undefined-only", str(INSTALLED / "_cpu.so")]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True)
     symbols = [line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()]
     from_torch = [name for name in symbols if "torch" in name]
     assert any(name.startswith("aoti_torch_") for name in from_torch)

@@ -2,7 +2,7 @@
 #include "kernel.h"
 
 namespace sfd {
-struct AdamChunk {  // a piece of one parameter
+struct AdamChunk {         // a piece of one parameter
   float *p, *m, *s, *ema;  // ema may be null
   const void* grad;
   void* copy;  // may be null

@@ -21,7 +21,8 @@ namespace sfd::SFD_ISA {
 template <class Narrow, class F>
 SFD_INLINE void for_clocks(const ConditionArgs& a, i64 row, F&& f) {
   const i64 rest = a.width - a.half;
-  f(row * a.width, a.half, static_cast<const Narrow*>(a.sem) + row * a.half, static_cast<Narrow*>(a.dsem) + row * a.half);
+  f(row * a.width, a.half, static_cast<const Narrow*>(a.sem) + row * a.half,
+    static_cast<Narrow*>(a.dsem) + row * a.half);
   if (rest > 0)
     f(row * a.width + a.half, rest, static_cast<const Narrow*>(a.tex) + row * rest,
       static_cast<Narrow*>(a.dtex) + row * rest);
@@ -93,7 +94,7 @@ static Tensor condition_silu(Tensor e_sem, OptionalTensor e_tex, Tensor e_label)
 static std::tuple<Tensor, Tensor, Tensor> condition_silu_backward(Tensor dy, Tensor e_sem, OptionalTensor e_tex,
                                                                   Tensor e_label) {
   if (!is_supported(e_sem, e_tex, e_label) || !same_shape(dy, e_label) || !same_dtype(dy, e_label))
-    return reference<std::tuple<Tensor, Tensor, Tensor>>("condition_silu_backward", dy, e_sem, e_tex, e_label);
+    return reference<std::tuple<Tensor, Tensor, Tensor> >("condition_silu_backward", dy, e_sem, e_tex, e_label);
   dy = dense(dy), e_sem = dense(e_sem), e_label = dense(e_label);
   if (e_tex.has_value()) e_tex = dense(*e_tex);
   const Tensor dsem = fresh_like(e_sem), dlabel = fresh_like(e_label);

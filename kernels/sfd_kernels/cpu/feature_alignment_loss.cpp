@@ -4,10 +4,10 @@
 namespace sfd {
 struct FeatureArgs {
   Dtype pred_dtype, target_dtype;
-  const void *pred, *target;        // (B, N, F)
-  const float *d_mse, *d_cos;       // backward: (B,)
+  const void *pred, *target;   // (B, N, F)
+  const float *d_mse, *d_cos;  // backward: (B,)
   void* dpred;
-  float *errors, *cosines;          // forward: sums of a task
+  float *errors, *cosines;  // forward: sums of a task
   i64 tokens, width, tasks_per_sample;
   bool stream;
 };
@@ -118,7 +118,8 @@ static FeatureArgs arguments(const Tensor& pred, const Tensor& target) {
 }
 
 static std::tuple<Tensor, Tensor> feature_alignment_loss(Tensor pred, Tensor target) {
-  if (!is_supported(pred, target)) return reference<std::tuple<Tensor, Tensor>>("feature_alignment_loss", pred, target);
+  if (!is_supported(pred, target))
+    return reference<std::tuple<Tensor, Tensor> >("feature_alignment_loss", pred, target);
   pred = dense(pred), target = dense(target);
   FeatureArgs args = arguments(pred, target);
   const i64 batch = pred.size(0), tasks = batch * args.tasks_per_sample;

@@ -1,4 +1,5 @@
-// Per sample, with v = x1 - x0: velocity = mean w_c (p - v)^2, cosine = mean over positions of 1 - cos(p, v) along channels.
+// Per sample, with v = x1 - x0: velocity = mean w_c (p - v)^2, cosine = mean over positions of 1 - cos(p, v) along
+// channels.
 //
 // A task is a block of positions of one sample with all its channels: the sums along channels stay in the L1 cache, and
 // the backward pass finds the block in the L2 cache when it comes to write.
@@ -6,17 +7,17 @@
 
 namespace sfd {
 struct FlowArgs {
-  Dtype wide, narrow;           // of x0 and x1; of pred and dpred
-  const void *pred, *x0, *x1;   // (B, C, P)
+  Dtype wide, narrow;                  // of x0 and x1; of pred and dpred
+  const void *pred, *x0, *x1;          // (B, C, P)
   const float *d_velocity, *d_cosine;  // backward: (B,)
   void* dpred;
-  float *velocity, *cosine;     // forward: sums of a task's part
+  float *velocity, *cosine;                           // forward: sums of a task's part
   i64 channels, positions, texture_channels, blocks;  // blocks of positions per sample
   float semantic_weight;
   bool stream;
 };
 
-inline constexpr i64 kPositions = 512;           // per task; their sums take 6 KiB
+inline constexpr i64 kPositions = 512;              // per task; their sums take 6 KiB
 inline constexpr float kCosineEpsSquared = 1e-16f;  // a shorter vector has cosine 0 and no gradient
 }  // namespace sfd
 
@@ -30,11 +31,10 @@ struct Sums {  // along channels, per position
   alignas(64) float pp[kPositions], vv[kPositions], pv[kPositions];
 };
 
-SFD_INLINE vf inverse_norm(vf squared) {
-  return squared > kCosineEpsSquared ? 1.0f / sqrt(squared) : vf{};
-}
+SFD_INLINE vf inverse_norm(vf squared) { return squared > kCosineEpsSquared ? 1.0f / sqrt(squared) : vf{}; }
 
-// Fills the sums of a block and returns its sum of w (p - v)^2. Fetches 4 KiB ahead: the hardware's prefetch ends at a page.
+// Fills the sums of a block and returns its sum of w (p - v)^2. Fetches 4 KiB ahead: the hardware's prefetch ends at a
+// page.
 template <class Wide, class Narrow>
 SFD_INLINE float accumulate(const FlowArgs& a, const Narrow* pred, const Wide* x0, const Wide* x1, i64 n, Sums& sums) {
   constexpr i64 ahead = 1024;
@@ -67,17 +67,20 @@ static void forward(const FlowArgs& a, i64 begin, i64 end) {
     const i64 first = task % a.blocks * kPositions;
     const i64 n = a.positions - first < kPositions ? a.positions - first : kPositions;
     const i64 offset = task / a.blocks * a.channels * a.positions + first;
-    a.velocity[task] = accumulate(a, static_cast<const Narrow*>(a.pred) + offset, static_cast<const Wide*>(a.x0) + offset,
-                                  static_cast<const Wide*>(a.x1) + offset, n, sums);
+    a.velocity[task] =
+        accumulate(a, static_cast<const Narrow*>(a.pred) + offset, static_cast<const Wide*>(a.x0) + offset,
+                   static_cast<const Wide*>(a.x1) + offset, n, sums);
     vf cosine = {};
     sweep(n, [&](i64 i, auto lanes) {
-      cosine += load(sums.pv + i, lanes) * inverse_norm(load(sums.pp + i, lanes)) * inverse_norm(load(sums.vv + i, lanes));
+      cosine +=
+          load(sums.pv + i, lanes) * inverse_norm(load(sums.pp + i, lanes)) * inverse_norm(load(sums.vv + i, lanes));
     });
     a.cosine[task] = static_cast<float>(n) - sum(cosine);
   }
 }
 
-// dpred = 2 d_velocity w (p - v) / (C P) - d_cosine (v / (|p| |v|) - cos p / |p|^2) / P, gathered as p and v times a factor.
+// dpred = 2 d_velocity w (p - v) / (C P) - d_cosine (v / (|p| |v|) - cos p / |p|^2) / P, gathered as p and v times a
+// factor.
 template <bool Stream, class Wide, class Narrow>
 static void backward(const FlowArgs& a, i64 begin, i64 end) {
   Sums sums;
@@ -141,7 +144,8 @@ static FlowArgs arguments(const Tensor& pred, const Tensor& x0, const Tensor& x1
 static std::tuple<Tensor, Tensor> flow_matching_loss(Tensor pred, Tensor x0, Tensor x1, i64 num_texture_channels,
                                                      double semantic_weight) {
   if (!is_supported(pred, x0, x1))
-    return reference<std::tuple<Tensor, Tensor>>("flow_matching_loss", pred, x0, x1, num_texture_channels, semantic_weight);
+    return reference<std::tuple<Tensor, Tensor> >("flow_matching_loss", pred, x0, x1, num_texture_channels,
+                                                  semantic_weight);
   pred = dense(pred), x0 = dense(x0), x1 = dense(x1);
   FlowArgs args = arguments(pred, x0, x1, num_texture_channels, semantic_weight);
   const i64 batch = pred.size(0), tasks = batch * args.blocks;

@@ -1,14 +1,15 @@
-// x_new = x + gate * branch; y = x_new / sqrt(mean(x_new^2) + eps) * weight * (1 + scale) + shift, forward and backward.
+// x_new = x + gate * branch; y = x_new / sqrt(mean(x_new^2) + eps) * weight * (1 + scale) + shift, forward and
+// backward.
 #include "norm.h"
 
 namespace sfd {
 struct GatedNormArgs {
-  Dtype wide, narrow;              // of x, x_new and their gradients; of branch, y and their gradients
-  const void *x, *branch;          // x: x_new in the backward pass
-  const void *dx_new, *dy;         // backward
+  Dtype wide, narrow;       // of x, x_new and their gradients; of branch, y and their gradients
+  const void *x, *branch;   // x: x_new in the backward pass
+  const void *dx_new, *dy;  // backward
   Rows gate, weight, shift, scale;
-  void *x_new, *y;                 // forward
-  void *dx, *dbranch;              // backward
+  void *x_new, *y;                   // forward
+  void *dx, *dbranch;                // backward
   float *products, *shifts, *gates;  // backward: partial sums, a row per task
   i64 tokens, width, tasks_per_sample;
   float eps;
@@ -135,15 +136,15 @@ static bool is_supported(const Tensor& x, const Tensor& branch, const Tensor& ga
       !same_shape(branch, x) || !is_kernel_dtype(weight))
     return false;
   const i64 batch = x.size(0), width = x.size(2);
-  return has_shape(weight, {width}) && is_row_per_sample(scale, batch, width) && is_row_per_sample(gate, batch, width) &&
-         (!shift.has_value() || is_row_per_sample(*shift, batch, width));
+  return has_shape(weight, {width}) && is_row_per_sample(scale, batch, width) &&
+         is_row_per_sample(gate, batch, width) && (!shift.has_value() || is_row_per_sample(*shift, batch, width));
 }
 
 static std::tuple<Tensor, Tensor> gated_residual_norm_modulate(Tensor x, Tensor branch, Tensor gate, Tensor weight,
                                                                OptionalTensor shift, Tensor scale, double eps) {
   if (!is_supported(x, branch, gate, weight, shift, scale))
-    return reference<std::tuple<Tensor, Tensor>>("gated_residual_norm_modulate", x, branch, gate, weight, shift, scale,
-                                                 eps);
+    return reference<std::tuple<Tensor, Tensor> >("gated_residual_norm_modulate", x, branch, gate, weight, shift, scale,
+                                                  eps);
   x = dense(x), branch = dense(branch), weight = dense(weight);
   gate = dense_rows(gate), shift = dense_rows(shift), scale = dense_rows(scale);
   const i64 batch = x.size(0), tokens = x.size(1), width = x.size(2), tasks = ceil_div(tokens, kRowsPerTask);
@@ -161,12 +162,12 @@ static std::tuple<Tensor, Tensor> gated_residual_norm_modulate(Tensor x, Tensor 
 
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-static SixTensors gated_residual_norm_modulate_backward(Tensor dx_new, Tensor dy, Tensor x_new, Tensor branch, Tensor gate,
-                                                        Tensor weight, Tensor scale, double eps) {
+static SixTensors gated_residual_norm_modulate_backward(Tensor dx_new, Tensor dy, Tensor x_new, Tensor branch,
+                                                        Tensor gate, Tensor weight, Tensor scale, double eps) {
   if (!is_supported(x_new, branch, gate, weight, std::nullopt, scale) || !same_dtype(dx_new, x_new) ||
       !same_shape(dx_new, x_new) || !same_dtype(dy, scale) || !same_shape(dy, x_new))
-    return reference<SixTensors>("gated_residual_norm_modulate_backward", dx_new, dy, x_new, branch, gate, weight, scale,
-                                 eps);
+    return reference<SixTensors>("gated_residual_norm_modulate_backward", dx_new, dy, x_new, branch, gate, weight,
+                                 scale, eps);
   dx_new = dense(dx_new), dy = dense(dy), x_new = dense(x_new), branch = dense(branch), weight = dense(weight);
   gate = dense_rows(gate), scale = dense_rows(scale);
   const i64 batch = x_new.size(0), tokens = x_new.size(1), width = x_new.size(2);
@@ -184,11 +185,21 @@ static SixTensors gated_residual_norm_modulate_backward(Tensor dx_new, Tensor dy
   args.tokens = tokens, args.width = width, args.tasks_per_sample = tasks, args.eps = static_cast<float>(eps);
   args.stream = should_stream(dx, width) && should_stream(dbranch, width);
   run(gated_norm_backward_tasks, args, batch * tasks, grain(3 * kRowsPerTask * width));
-  const NormReduceArgs reduce{.batch = batch, .width = width, .tasks_per_sample = tasks, .weight = rows_of(weight),
-                              .scale = rows_of(scale), .products = args.products, .shifts = args.shifts,
-                              .gates = args.gates, .dweight = output(dweight), .dshift = output(dshift),
-                              .dscale = output(dscale), .dgate = output(dgate), .dweight_dtype = dtype_of(weight),
-                              .dscale_dtype = dtype_of(scale), .dgate_dtype = dtype_of(gate)};
+  const NormReduceArgs reduce{.batch = batch,
+                              .width = width,
+                              .tasks_per_sample = tasks,
+                              .weight = rows_of(weight),
+                              .scale = rows_of(scale),
+                              .products = args.products,
+                              .shifts = args.shifts,
+                              .gates = args.gates,
+                              .dweight = output(dweight),
+                              .dshift = output(dshift),
+                              .dscale = output(dscale),
+                              .dgate = output(dgate),
+                              .dweight_dtype = dtype_of(weight),
+                              .dscale_dtype = dtype_of(scale),
+                              .dgate_dtype = dtype_of(gate)};
   run(norm_reduce, reduce, ceil_div(width, kReduceColumns), grain(3 * batch * tasks * kReduceColumns));
   return {dx, dbranch, dgate, dweight, dshift, dscale};
 }

@@ -10,40 +10,40 @@
 //   ... the operator: checks, allocates, calls run(swiglu_forward, args, tasks, grain) ...
 //   #endif
 //
-// A task's result depends on nothing but its arguments, and sums over tasks are taken in a fixed order: the same bits come
-// out whatever the number of threads.
+// A task's result depends on nothing but its arguments, and sums over tasks are taken in a fixed order: the same bits
+// come out whatever the number of threads.
 #pragma once
 
 #include "vec.h"
 
 #ifdef SFD_ISA
-#define SFD_KERNEL(name, Args)                                  \
-  namespace sfd::SFD_ISA {                                      \
-  void name(const Args& a, ::sfd::i64 begin, ::sfd::i64 end);   \
+#define SFD_KERNEL(name, Args)                                \
+  namespace sfd::SFD_ISA {                                    \
+  void name(const Args& a, ::sfd::i64 begin, ::sfd::i64 end); \
   }
 #else
 #include "operator.h"
 #if defined(__x86_64__)
-#define SFD_KERNEL(name, Args)                                                                                     \
-  namespace sfd::baseline {                                                                                        \
-  void name(const Args& a, ::sfd::i64 begin, ::sfd::i64 end);                                                      \
-  }                                                                                                                \
-  namespace sfd::avx2 {                                                                                            \
-  void name(const Args& a, ::sfd::i64 begin, ::sfd::i64 end);                                                      \
-  }                                                                                                                \
-  namespace sfd::avx512 {                                                                                          \
-  void name(const Args& a, ::sfd::i64 begin, ::sfd::i64 end);                                                      \
-  }                                                                                                                \
-  namespace sfd {                                                                                                  \
-  inline Kernel<Args> name{avx512::name, avx2::name, baseline::name};                                              \
+#define SFD_KERNEL(name, Args)                                        \
+  namespace sfd::baseline {                                           \
+  void name(const Args& a, ::sfd::i64 begin, ::sfd::i64 end);         \
+  }                                                                   \
+  namespace sfd::avx2 {                                               \
+  void name(const Args& a, ::sfd::i64 begin, ::sfd::i64 end);         \
+  }                                                                   \
+  namespace sfd::avx512 {                                             \
+  void name(const Args& a, ::sfd::i64 begin, ::sfd::i64 end);         \
+  }                                                                   \
+  namespace sfd {                                                     \
+  inline Kernel<Args> name{avx512::name, avx2::name, baseline::name}; \
   }
 #else
-#define SFD_KERNEL(name, Args)                                                                                     \
-  namespace sfd::baseline {                                                                                        \
-  void name(const Args& a, ::sfd::i64 begin, ::sfd::i64 end);                                                      \
-  }                                                                                                                \
-  namespace sfd {                                                                                                  \
-  inline Kernel<Args> name{baseline::name, baseline::name, baseline::name};                                        \
+#define SFD_KERNEL(name, Args)                                              \
+  namespace sfd::baseline {                                                 \
+  void name(const Args& a, ::sfd::i64 begin, ::sfd::i64 end);               \
+  }                                                                         \
+  namespace sfd {                                                           \
+  inline Kernel<Args> name{baseline::name, baseline::name, baseline::name}; \
   }
 #endif
 #endif

@@ -6,9 +6,9 @@ namespace sfd {
 inline constexpr i64 kMaxHistory = 16;
 
 struct UpdateArgs {
-  Dtype dtype;               // of v and v_guide
-  float *x, *base, *history; // base and history may be null
-  const void *v, *v_guide;   // v_guide may be null
+  Dtype dtype;                                          // of v and v_guide
+  float *x, *base, *history;                            // base and history may be null
+  const void *v, *v_guide;                              // v_guide may be null
   float guidance[2], coefficients[2][1 + kMaxHistory];  // per stream: texture, semantic
   i64 num_history, write_slot;
   i64 batch, size, texture_size;  // elements of a sample, and of its texture channels
@@ -21,7 +21,8 @@ SFD_KERNEL(velocity_update_samples, UpdateArgs)
 #ifdef SFD_ISA
 namespace sfd::SFD_ISA {
 
-// Elements of one stream of one sample. Terms whose coefficient is 0 are not even read: that is the mask, also of a NaN.
+// Elements of one stream of one sample. Terms whose coefficient is 0 are not even read: that is the mask, also of a
+// NaN.
 template <bool Guided, class T>
 static void update(const UpdateArgs& a, i64 offset, i64 n, int stream) {
   const T* v = static_cast<const T*>(a.v) + offset;
@@ -87,12 +88,12 @@ static bool is_integer(const OptionalTensor& t) {
   return !t.has_value() || (t->scalar_type() == ScalarType::Long && t->numel() == 1);
 }
 
-static void masked_velocity_update(Tensor x, OptionalTensor base, OptionalTensor history, Tensor v, OptionalTensor v_guide,
-                                   OptionalTensor guidance, Tensor coefficients, OptionalTensor write_slot,
-                                   OptionalTensor commit, i64 num_texture_channels) {
+static void masked_velocity_update(Tensor x, OptionalTensor base, OptionalTensor history, Tensor v,
+                                   OptionalTensor v_guide, OptionalTensor guidance, Tensor coefficients,
+                                   OptionalTensor write_slot, OptionalTensor commit, i64 num_texture_channels) {
   bool supported = x.dim() == 4 && is_state(x, x) && is_state(base, x) && is_kernel_dtype(v) && same_shape(v, x) &&
-                   is_float(coefficients) && coefficients.dim() == 2 && coefficients.size(0) == 2 && is_integer(write_slot) &&
-                   is_integer(commit) && v_guide.has_value() == guidance.has_value();
+                   is_float(coefficients) && coefficients.dim() == 2 && coefficients.size(0) == 2 &&
+                   is_integer(write_slot) && is_integer(commit) && v_guide.has_value() == guidance.has_value();
   if (supported && v_guide.has_value())
     supported = same_shape(*v_guide, x) && same_dtype(*v_guide, v) && is_float(*guidance) && has_shape(*guidance, {2});
   i64 num_history = 0;

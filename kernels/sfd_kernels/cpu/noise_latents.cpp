@@ -55,8 +55,8 @@ static Tensor noise_latents(Tensor x1, Tensor x0, Tensor t_tex, Tensor t_sem, i6
   const Tensor out = fresh_like(x1);
   const i64 plane = x1.size(2) * x1.size(3), channels = x1.size(1);
   const i64 texture = std::clamp<i64>(num_texture_channels, 0, channels);
-  const NoiseArgs args{dtype_of(x1), pointer(x1), pointer(x0), pointer<float>(t_tex), pointer<float>(t_sem), output(out),
-                       channels * plane, texture * plane, should_stream(out, plane)};
+  const NoiseArgs args{dtype_of(x1), pointer(x1),      pointer(x0),     pointer<float>(t_tex),    pointer<float>(t_sem),
+                       output(out),  channels * plane, texture * plane, should_stream(out, plane)};
   run(noise_latents_samples, args, x1.size(0), grain(3 * channels * plane));
   return out;
 }

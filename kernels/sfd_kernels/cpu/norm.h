@@ -48,9 +48,7 @@ SFD_INLINE void modulation_gain(float* to, const Rows& weight, const Rows& scale
   SFD_SCRATCH(weights, n);
   expand_row(weights, weight, sample, 0, n);
   expand_row(to, scale, sample, 0, n);
-  sweep(n, [&](i64 i, auto lanes) {
-    store(to + i, load(weights + i, lanes) * (1.0f + load(to + i, lanes)), lanes);
-  });
+  sweep(n, [&](i64 i, auto lanes) { store(to + i, load(weights + i, lanes) * (1.0f + load(to + i, lanes)), lanes); });
 }
 
 SFD_INLINE float rstd_of(float sum_of_squares, i64 n, float eps) {

@@ -1,16 +1,18 @@
 // The operators' side of a kernel file: tensors, allocation, threads, and the way back to the reference.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
 #include <array>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "vec.h"
 
@@ -84,7 +86,9 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // (B, D) whose rows may lie apart, as slices of one packed tensor do.
-inline Tensor dense_rows(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
+inline Tensor dense_rows(const Tensor& t) {
+  return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
 
 template <class T = void>
 const T* pointer(const Tensor& t) {
@@ -105,7 +109,8 @@ inline Tensor fresh_like(const Tensor& t) { return fresh(t.sizes().data(), t.dim
 // Rows of the kernels that keep whole rows on the stack; wider ones go to the reference.
 inline constexpr i64 kMaxWidth = 8192;
 
-// Whether an output is too large to wait in a cache for its reader, and its rows are aligned as streaming stores want it.
+// Whether an output is too large to wait in a cache for its reader, and its rows are aligned as streaming stores want
+// it.
 bool should_stream(const Tensor& out, i64 row);
 
 // ---- the reference ----
@@ -132,7 +137,9 @@ template <class R, class... A>
 R reference(const char* name, const A&... args) {
   StableIValue stack[sizeof...(A) + 8] = {torch::stable::detail::from(args)...};
   const std::string qualified = std::string("sfd_reference::") + name;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(qualified.c_str(), "", stack, TORCH_ABI_VERSION));
+  // The stable interface prints the reference's error to stderr and returns only that there was one.
+  if (torch_call_dispatcher(qualified.c_str(), "", stack, TORCH_ABI_VERSION) != TORCH_SUCCESS)
+    throw std::runtime_error(qualified + " raised an error for these arguments; its text is on stderr");
   return Unpack<R>::from(stack);
 }
 

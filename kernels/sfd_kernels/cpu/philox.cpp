@@ -68,8 +68,8 @@ SFD_INLINE Words philox(const PhiloxArgs& a, uint64_t id, uint32_t block) {
   return {{c0, c1, c2, c3}};
 }
 
-// ln(u) for u in (0, 1): u = 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)) as its series; the
-// relative error is about 1e-15, also next to 1, where m - 1 is exact.
+// ln(u) for u in (0, 1): u = 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)) as its series;
+// the relative error is about 1e-15, also next to 1, where m - 1 is exact.
 SFD_INLINE vd log(vd u) {
   const vl k = bits<vl>(u) - 0x3fe6a09e667f3bcdLL;
   const vl e = k >> 52;
@@ -126,7 +126,7 @@ SFD_INLINE Words interleave(const Words& words) {
     vi pick, merge;
     for (int i = 0; i < W; ++i) {
       const int lane = part * (W / 4) + i / 4;
-      pick[i] = i % 2 == 0 ? lane : W + lane;     // w[0], w[1] or w[2], w[3] in turn
+      pick[i] = i % 2 == 0 ? lane : W + lane;  // w[0], w[1] or w[2], w[3] in turn
       merge[i] = i % 4 < 2 ? i : W + i;
     }
     const vu front = __builtin_shuffle(words.w[0], words.w[1], pick);
@@ -195,8 +195,8 @@ static Tensor generate(const char* name, const Kernel<PhiloxArgs>& kernel, Scala
   ids = dense(ids);
   const Tensor out = fresh({ids.size(0), count}, dtype);
   const i64 tasks = ceil_div(ceil_div(count, 4), kBlocksPerTask);
-  const PhiloxArgs args{pointer<i64>(ids), output(out), static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), count,
-                        tasks};
+  const PhiloxArgs args{
+      pointer<i64>(ids), output(out), static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), count, tasks};
   run(kernel, args, ids.size(0) * tasks, grain(16 * std::min(count, 4 * kBlocksPerTask)));
   return out;
 }

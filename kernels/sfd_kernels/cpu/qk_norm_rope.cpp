@@ -13,13 +13,13 @@ struct HeadRows {  // (B, N, H, d) by strides; the last is 1
 
 struct QkArgs {
   Dtype dtype;
-  const void* qkv;            // (B, N, 3, H, d)
-  const float* weight[2];     // (d,), or null: no normalisation
-  const float *cos, *sin;     // (N, d), or null: no rotation
-  void* out[2];               // forward: q, k
-  HeadRows grad[3];           // backward: dq, dk, dv (or null)
-  void* dqkv;                 // backward
-  float* weight_partial;      // backward: (tasks, 2, d)
+  const void* qkv;              // (B, N, 3, H, d)
+  const float* weight[2];       // (d,), or null: no normalisation
+  const float *cos, *sin;       // (N, d), or null: no rotation
+  void* out[2];                 // forward: q, k
+  HeadRows grad[3];             // backward: dq, dk, dv (or null)
+  void* dqkv;                   // backward
+  float* weight_partial;        // backward: (tasks, 2, d)
   i64 tokens, total, heads, d;  // total = B N
   float eps;
   bool stream;
@@ -63,7 +63,8 @@ static void forward(const QkArgs& a, i64 begin, i64 end) {
       const float* weight = a.weight[part];
       for (i64 j = 0; j < d; ++j) {
         straight[j] = (weight ? weight[j] : 1.0f) * (Rope ? a.cos[table + j] : 1.0f);
-        if constexpr (Rope) crossed[j] = (weight ? weight[j ^ 1] : 1.0f) * (j % 2 ? a.sin[table + j] : -a.sin[table + j]);
+        if constexpr (Rope)
+          crossed[j] = (weight ? weight[j ^ 1] : 1.0f) * (j % 2 ? a.sin[table + j] : -a.sin[table + j]);
       }
       T* out = static_cast<T*>(a.out[part]) + token * row;
       for (i64 head = 0; head < a.heads; ++head) {
@@ -176,9 +177,12 @@ SFD_INLINE void with_variant(const QkArgs& a, F&& f) {
     with_bool(a.cos != nullptr, [&](auto rope) {
       with_bool(a.stream, [&](auto stream) {
         switch (a.d) {
-          case 64: return f.template operator()<64>(rope, stream, type);
-          case 72: return f.template operator()<72>(rope, stream, type);
-          default: return f.template operator()<0>(rope, stream, type);
+          case 64:
+            return f.template operator()<64>(rope, stream, type);
+          case 72:
+            return f.template operator()<72>(rope, stream, type);
+          default:
+            return f.template operator()<0>(rope, stream, type);
         }
       });
     });
@@ -251,7 +255,7 @@ static QkArgs arguments(const Tensor& qkv, const OptionalTensor& q_weight, const
 static std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, OptionalTensor q_weight, OptionalTensor k_weight,
                                                OptionalTensor cos, OptionalTensor sin, double eps) {
   if (!is_supported(qkv, q_weight, k_weight, cos, sin))
-    return reference<std::tuple<Tensor, Tensor>>("qk_norm_rope", qkv, q_weight, k_weight, cos, sin, eps);
+    return reference<std::tuple<Tensor, Tensor> >("qk_norm_rope", qkv, q_weight, k_weight, cos, sin, eps);
   qkv = dense(qkv), q_weight = floats(q_weight), k_weight = floats(k_weight), cos = floats(cos), sin = floats(sin);
   const std::initializer_list<i64> shape{qkv.size(0), qkv.size(1), qkv.size(3), qkv.size(4)};
   const Tensor q = fresh(shape, qkv.scalar_type()), k = fresh(shape, qkv.scalar_type());
@@ -268,13 +272,13 @@ static std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_backward(Tensor dq, Tenso
                                                                 OptionalTensor cos, OptionalTensor sin, double eps) {
   bool supported = is_supported(qkv, q_weight, k_weight, cos, sin);
   for (const Tensor* grad : {&dq, &dk, dv.has_value() ? &*dv : &dq})
-    supported = supported && same_dtype(*grad, qkv) &&
-                has_shape(*grad, {qkv.size(0), qkv.size(1), qkv.size(3), qkv.size(4)});
+    supported =
+        supported && same_dtype(*grad, qkv) && has_shape(*grad, {qkv.size(0), qkv.size(1), qkv.size(3), qkv.size(4)});
   for (const auto* weight : {&q_weight, &k_weight})
     supported = supported && (!weight->has_value() || is_float(**weight) || same_dtype(**weight, qkv));
   if (!supported)
-    return reference<std::tuple<Tensor, Tensor, Tensor>>("qk_norm_rope_backward", dq, dk, dv, qkv, q_weight, k_weight,
-                                                         cos, sin, eps);
+    return reference<std::tuple<Tensor, Tensor, Tensor> >("qk_norm_rope_backward", dq, dk, dv, qkv, q_weight, k_weight,
+                                                          cos, sin, eps);
   const Tensor dqkv = fresh({qkv.size(0), qkv.size(1), 3, qkv.size(3), qkv.size(4)}, qkv.scalar_type());
   const OptionalTensor weights[2] = {q_weight, k_weight};
   qkv = dense(qkv), q_weight = floats(q_weight), k_weight = floats(k_weight), cos = floats(cos), sin = floats(sin);

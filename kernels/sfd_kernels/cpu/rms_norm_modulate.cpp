@@ -6,8 +6,8 @@ struct RmsNormArgs {
   Dtype x_dtype, y_dtype;
   const void *x, *dy;
   Rows weight, shift, scale;
-  void* out;                  // y, or dx
-  float *products, *shifts;   // backward: partial sums, a row per task
+  void* out;                 // y, or dx
+  float *products, *shifts;  // backward: partial sums, a row per task
   i64 tokens, width, tasks_per_sample;
   float eps;
   bool stream;
@@ -47,8 +47,8 @@ static void forward(const RmsNormArgs& a, i64 begin, i64 end) {
   }
 }
 
-// One pass over a row for its two sums, one for dx and the column sums; the second finds the row in the L1 cache. Each fetches
-// one of the next row's two streams: spread over both, the loads in flight limit neither.
+// One pass over a row for its two sums, one for dx and the column sums; the second finds the row in the L1 cache. Each
+// fetches one of the next row's two streams: spread over both, the loads in flight limit neither.
 template <bool Stream, class X, class Y>
 static void backward(const RmsNormArgs& a, i64 begin, i64 end) {
   const i64 d = a.width;
@@ -110,14 +110,26 @@ static bool is_supported(const Tensor& x, const Tensor& weight, const OptionalTe
 }
 
 static Tensor rms_norm_modulate(Tensor x, Tensor weight, OptionalTensor shift, Tensor scale, double eps) {
-  if (!is_supported(x, weight, shift, scale)) return reference<Tensor>("rms_norm_modulate", x, weight, shift, scale, eps);
+  if (!is_supported(x, weight, shift, scale))
+    return reference<Tensor>("rms_norm_modulate", x, weight, shift, scale, eps);
   x = dense(x), weight = dense(weight), shift = dense_rows(shift), scale = dense_rows(scale);
   const i64 tokens = x.size(1), width = x.size(2), tasks = ceil_div(tokens, kRowsPerTask);
   const Tensor y = fresh({x.size(0), tokens, width}, scale.scalar_type());
-  const RmsNormArgs args{.x_dtype = dtype_of(x), .y_dtype = dtype_of(y), .x = pointer(x), .dy = nullptr,
-                         .weight = rows_of(weight), .shift = rows_of(shift), .scale = rows_of(scale),
-                         .out = output(y), .products = nullptr, .shifts = nullptr, .tokens = tokens, .width = width,
-                         .tasks_per_sample = tasks, .eps = static_cast<float>(eps), .stream = should_stream(y, width)};
+  const RmsNormArgs args{.x_dtype = dtype_of(x),
+                         .y_dtype = dtype_of(y),
+                         .x = pointer(x),
+                         .dy = nullptr,
+                         .weight = rows_of(weight),
+                         .shift = rows_of(shift),
+                         .scale = rows_of(scale),
+                         .out = output(y),
+                         .products = nullptr,
+                         .shifts = nullptr,
+                         .tokens = tokens,
+                         .width = width,
+                         .tasks_per_sample = tasks,
+                         .eps = static_cast<float>(eps),
+                         .stream = should_stream(y, width)};
   run(rms_norm_tasks, args, x.size(0) * tasks, grain(kRowsPerTask * width));
   return y;
 }
@@ -125,7 +137,8 @@ static Tensor rms_norm_modulate(Tensor x, Tensor weight, OptionalTensor shift, T
 static std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_modulate_backward(Tensor dy, Tensor x, Tensor weight,
                                                                              Tensor scale, double eps) {
   if (!is_supported(x, weight, std::nullopt, scale) || !same_dtype(dy, scale) || !same_shape(dy, x))
-    return reference<std::tuple<Tensor, Tensor, Tensor, Tensor>>("rms_norm_modulate_backward", dy, x, weight, scale, eps);
+    return reference<std::tuple<Tensor, Tensor, Tensor, Tensor> >("rms_norm_modulate_backward", dy, x, weight, scale,
+                                                                  eps);
   dy = dense(dy), x = dense(x), weight = dense(weight), scale = dense_rows(scale);
   const i64 batch = x.size(0), tokens = x.size(1), width = x.size(2), tasks = ceil_div(tokens, kRowsPerTask);
   const Tensor dx = fresh_like(x), dweight = fresh_like(weight);
@@ -133,15 +146,36 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_modulate_backward(Ten
   const Tensor partial = fresh({2, batch * tasks, width}, ScalarType::Float);
   float* products = output<float>(partial);
   float* shifts = products + batch * tasks * width;
-  const RmsNormArgs args{.x_dtype = dtype_of(x), .y_dtype = dtype_of(dy), .x = pointer(x), .dy = pointer(dy),
-                         .weight = rows_of(weight), .shift = {}, .scale = rows_of(scale),
-                         .out = output(dx), .products = products, .shifts = shifts, .tokens = tokens, .width = width,
-                         .tasks_per_sample = tasks, .eps = static_cast<float>(eps), .stream = should_stream(dx, width)};
+  const RmsNormArgs args{.x_dtype = dtype_of(x),
+                         .y_dtype = dtype_of(dy),
+                         .x = pointer(x),
+                         .dy = pointer(dy),
+                         .weight = rows_of(weight),
+                         .shift = {},
+                         .scale = rows_of(scale),
+                         .out = output(dx),
+                         .products = products,
+                         .shifts = shifts,
+                         .tokens = tokens,
+                         .width = width,
+                         .tasks_per_sample = tasks,
+                         .eps = static_cast<float>(eps),
+                         .stream = should_stream(dx, width)};
   run(rms_norm_backward_tasks, args, batch * tasks, grain(2 * kRowsPerTask * width));
-  const NormReduceArgs reduce{.batch = batch, .width = width, .tasks_per_sample = tasks, .weight = rows_of(weight),
-                              .scale = rows_of(scale), .products = products, .shifts = shifts, .gates = nullptr,
-                              .dweight = output(dweight), .dshift = output(dshift), .dscale = output(dscale),
-                              .dgate = nullptr, .dweight_dtype = dtype_of(weight), .dscale_dtype = dtype_of(scale),
+  const NormReduceArgs reduce{.batch = batch,
+                              .width = width,
+                              .tasks_per_sample = tasks,
+                              .weight = rows_of(weight),
+                              .scale = rows_of(scale),
+                              .products = products,
+                              .shifts = shifts,
+                              .gates = nullptr,
+                              .dweight = output(dweight),
+                              .dshift = output(dshift),
+                              .dscale = output(dscale),
+                              .dgate = nullptr,
+                              .dweight_dtype = dtype_of(weight),
+                              .dscale_dtype = dtype_of(scale),
                               .dgate_dtype = dtype_of(scale)};
   run(norm_reduce, reduce, ceil_div(width, kReduceColumns), grain(2 * batch * tasks * kReduceColumns));
   return {dx, dweight, dshift, dscale};

@@ -81,8 +81,8 @@ static Tensor swiglu(Tensor x) {
   shape.back() = hidden;
   const Tensor y = fresh(shape.data(), dim, x.scalar_type());
   const i64 rows = width == 0 ? 0 : x.numel() / width;
-  run(swiglu_rows, SwigluArgs{dtype_of(x), pointer(dense_x), nullptr, output(y), hidden,
-                              should_stream(y, hidden)}, rows, grain(hidden));
+  run(swiglu_rows, SwigluArgs{dtype_of(x), pointer(dense_x), nullptr, output(y), hidden, should_stream(y, hidden)},
+      rows, grain(hidden));
   return y;
 }
 
@@ -93,8 +93,8 @@ static Tensor swiglu_backward(Tensor dy, Tensor x) {
   const Tensor dense_x = dense(x), dense_dy = dense(dy), dx = fresh_like(x);
   const i64 width = x.size(dim - 1), hidden = width / 2;
   const i64 rows = width == 0 ? 0 : x.numel() / width;
-  run(swiglu_backward_rows, SwigluArgs{dtype_of(x), pointer(dense_x), pointer(dense_dy), output(dx), hidden,
-                                       should_stream(dx, hidden)}, rows,
+  run(swiglu_backward_rows,
+      SwigluArgs{dtype_of(x), pointer(dense_x), pointer(dense_dy), output(dx), hidden, should_stream(dx, hidden)}, rows,
       grain(hidden));
   return dx;
 }

@@ -45,8 +45,8 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
-typedef double vd __attribute__((vector_size(W * 4)));   // W / 2 lanes
-typedef int64_t vl __attribute__((vector_size(W * 4)));  // W / 2 lanes
+typedef double vd __attribute__((vector_size(W * 4)));         // W / 2 lanes
+typedef int64_t vl __attribute__((vector_size(W * 4)));        // W / 2 lanes
 typedef uint32_t vu_half __attribute__((vector_size(W * 2)));  // W / 2 lanes, to go with vd
 typedef float vf_half __attribute__((vector_size(W * 2)));
 
@@ -161,8 +161,8 @@ SFD_INLINE void store(T* p, vf v, Part part) {
   std::memcpy(p, &h, part.n * sizeof(T));
 }
 
-// Past the caches (non-temporal): the line is neither read before the write nor kept after it. Worth it for outputs that a
-// cache does not hold until they are read. p must be aligned to the vector.
+// Past the caches (non-temporal): the line is neither read before the write nor kept after it. Worth it for outputs
+// that a cache does not hold until they are read. p must be aligned to the vector.
 SFD_INLINE void stream(float* p, vf v) {
 #if SFD_AVX512
   _mm512_stream_ps(p, bits<__m512>(v));
@@ -352,7 +352,8 @@ SFD_INLINE void cos_sin(vd r, vl q, vd& cosine, vd& sine) {
   sine = bits<vd>(((sn & ~odd) | (cs & odd)) ^ ((q & 2) << 62));
 }
 
-inline constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
+inline constexpr double kRound =
+    6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
 
 SFD_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
@@ -374,9 +375,12 @@ SFD_INLINE void with_bool(bool b, F&& f) {
 template <class F>
 SFD_INLINE void with_type(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::f32: return f(static_cast<float*>(nullptr));
-    case Dtype::bf16: return f(static_cast<BF16*>(nullptr));
-    case Dtype::f16: return f(static_cast<F16*>(nullptr));
+    case Dtype::f32:
+      return f(static_cast<float*>(nullptr));
+    case Dtype::bf16:
+      return f(static_cast<BF16*>(nullptr));
+    case Dtype::f16:
+      return f(static_cast<F16*>(nullptr));
   }
 }
 
@@ -409,7 +413,9 @@ SFD_INLINE void contract(void* to, Dtype dtype, const float* from, i64 n) {
 SFD_INLINE i64 size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // Element i of an array of a dtype.
-SFD_INLINE const void* at(const void* data, Dtype dtype, i64 i) { return static_cast<const char*>(data) + i * size_of(dtype); }
+SFD_INLINE const void* at(const void* data, Dtype dtype, i64 i) {
+  return static_cast<const char*>(data) + i * size_of(dtype);
+}
 SFD_INLINE void* at(void* data, Dtype dtype, i64 i) { return static_cast<char*>(data) + i * size_of(dtype); }
 
 SFD_INLINE void fill(float* to, float value, i64 n) {
@@ -417,8 +423,8 @@ SFD_INLINE void fill(float* to, float value, i64 n) {
 }
 
 // Uninitialised floats on the stack, aligned to the vector; n is limited by the operator.
-#define SFD_SCRATCH(name, n)                                                                          \
-  float* name = reinterpret_cast<float*>(                                                             \
+#define SFD_SCRATCH(name, n)              \
+  float* name = reinterpret_cast<float*>( \
       (reinterpret_cast<uintptr_t>(__builtin_alloca((n) * sizeof(float) + 64)) + 63) & ~uintptr_t(63))
 
 }  // namespace SFD_ISA
