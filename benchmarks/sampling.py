@@ -25,7 +25,8 @@ from sfd_fast.models.dit import LightningDiT
 from sfd_fast.pictures import figure
 from sfd_fast.pipeline import SFDPipeline
 from sfd_fast.presets import PRESETS
-from sfd_fast.sampler import guidance_table, make_plan, sample, time_grid
+from sfd_fast.sampler import guidance_table, sample
+from sfd_fast.solvers import make_plan, time_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"

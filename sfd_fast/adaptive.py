@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sfd_fast.config import SamplerConfig
 from sfd_fast.guidance import Velocity
-from sfd_fast.sampler import Callback, stage_borders
+from sfd_fast.sampler import Callback
+from sfd_fast.solvers import stage_borders
 from sfd_fast.transport import clocks, join_latents, split_latents, stage_mask
 
 # Dormand and Prince (1980) with Shampine's error weights, as in torchdiffeq.

@@ -14,7 +14,8 @@ from sfd_kernels import masked_velocity_update
 from torch import Tensor, nn
 
 from sfd_fast.config import require
-from sfd_fast.sampler import Callback, Plan
+from sfd_fast.sampler import Callback
+from sfd_fast.solvers import Plan
 from sfd_fast.transport import clocks
 
 WARM_UP_STEPS = 3  # before a capture: lazy initialisation and kernel compilation must not be recorded
@@ -114,10 +115,14 @@ class StepRunner:
         self.network = _network(model, compiled)
         self.weak_network = None if weak is None else _network(weak, compiled)
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.loaded: tuple[Plan, Tensor] | None = None
 
     def load(self, plan: Plan, weights: Tensor, delta_t: float, *, exact: bool) -> None:
         """Puts a plan and its guidance weights (E, 2) into the tables. exact: coefficients as they are (released
         grid)."""
+        if self.loaded is not None and self.loaded[0] is plan and self.loaded[1] is weights:
+            return
+        self.loaded = (plan, weights)
         tables = self.tables
         tables.coefficients.copy_(plan.coefficients if exact else plan.float32_coefficients())
         tables.weights.copy_(weights)
@@ -184,7 +189,7 @@ class StepRunner:
         grid: times of the steps' ends, for callback(steps done, tau, x).
         Returns the state buffer itself (B, C, H, W), which the next run overwrites.
         """
-        if self.backend == "cuda_graph":
+        if self.backend == "cuda_graph" and not set(needs_weak) <= set(self.graphs):
             self.start(x0, labels, weak_labels)
             self.capture(set(needs_weak))
         self.start(x0, labels, weak_labels)

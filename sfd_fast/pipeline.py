@@ -30,7 +30,8 @@ from sfd_fast.graphs import StepRunners
 from sfd_fast.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg, check_scales
 from sfd_fast.models.texture import to_uint8
 from sfd_fast.pipeline_files import check_finite, check_parts, load_parts, local_folder, save_parts
-from sfd_fast.sampler import Callback, Plan, check_solver, guidance_table, make_plan, sample, time_grid
+from sfd_fast.sampler import Callback, guidance_table, sample
+from sfd_fast.solvers import Plan, check_solver, make_plan, time_grid
 from sfd_fast.transport import noise, split_latents
 
 DEFAULT_MICRO_BATCH = 32
@@ -262,7 +263,13 @@ class SFDPipeline:
     def initial_noise(self, sample_ids: Tensor, seed: int) -> Tensor:
         """x at tau = 0: (B, C, H, W) float32."""
         shape = (self.config.channels, self.config.grid_size, self.config.grid_size)
-        return noise(sample_ids.to(self.device), shape, seed, streams.SAMPLE_NOISE)
+        return noise(self._on_device(sample_ids), shape, seed, streams.SAMPLE_NOISE)
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        """A copy that does not wait for what the device is still doing."""
+        if self.device.type != "cuda" or values.device.type == "cuda":
+            return values.to(self.device)
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def sample_latents(
@@ -278,7 +285,7 @@ class SFDPipeline:
 
         Returns (B, C, H, W) float32, overwritten by the next call.
         """
-        labels, x0 = labels.to(self.device), self.initial_noise(sample_ids, seed)
+        labels, x0 = self._on_device(labels), self.initial_noise(sample_ids, seed)
         if sampler.solver == "dopri5":
             return sample(
                 self.velocity(labels, guidance),

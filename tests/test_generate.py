@@ -274,20 +274,3 @@ def test_contradictory_rank_is_an_error(model, tmp_path, monkeypatch):
 def test_bad_options_are_errors_at_once(changes, message):
     with pytest.raises(ValueError, match=message):
         SampleConfig(**changes)
-
-
-def test_the_writer_bounds_its_queue_and_finishes_what_it_was_given():
-    running, most, done = [], [], []
-
-    def job():
-        running.append(1)
-        most.append(len(running))
-        time.sleep(0.005)
-        running.pop()
-        done.append(1)
-
-    with image_files.AsyncWriter(2, max_waiting=3) as writer:
-        for _ in range(20):
-            writer.submit(job)
-    assert len(done) == 20
-    assert max(most) <= 2

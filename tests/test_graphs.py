@@ -12,7 +12,8 @@ from sfd_fast import graphs, guidance
 from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig
 from sfd_fast.graphs import StepRunner, StepRunners
 from sfd_fast.models.dit import LightningDiT
-from sfd_fast.sampler import guidance_table, make_plan, sample, time_grid
+from sfd_fast.sampler import guidance_table, sample
+from sfd_fast.solvers import make_plan, time_grid
 
 TINY = ModelConfig(
     hidden_size=32, depth=2, num_heads=2, grid_size=4, texture_channels=4, semantic_channels=2, num_classes=10,

@@ -15,7 +15,7 @@ LAYERS = [
     ["config", "presets", "streams", "pictures", "directory", "released"],
     ["models", "transport"],
     ["data", "checkpoint", "released_config", "released_semvae", "guidance"],
-    ["sampler", "adaptive"],
+    ["solvers", "sampler", "adaptive"],
     ["graphs"],
     ["evaluation", "pipeline_files", "pipeline", "image_files", "training", "generate", "convert", "digits", "doctor"],
     ["demo", "cli", "__main__"],

@@ -1,49 +1,18 @@
-"""Grids, masks, solvers: golden states, exactness, orders of convergence, adaptive steps."""
+"""The sampling loop: golden states, exactness, orders of convergence, masks, guidance."""
 
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import solve_ivp
+from fields import curved, start_state, tight_states
 from support import GOLDEN, load_golden, load_golden_config
 
 from sfd_fast import guidance
 from sfd_fast.config import GuidanceConfig, SamplerConfig
-from sfd_fast.sampler import MULTISTEPS, adams_weights, make_plan, sample, stage_borders, time_grid
-from sfd_fast.transport import clocks, stage_mask
+from sfd_fast.sampler import sample
+from sfd_fast.solvers import stage_borders, time_grid
 
 FIXED = ["euler", "midpoint", "heun", "ab2", "abm3", "rk4"]
-DELTAS = [0.0, 0.1, 0.3, 0.5, 1.0]
 ONES = lambda x, t_tex, t_sem: torch.ones_like(x)  # noqa: E731
-
-
-def curved(x, t_tex, t_sem):
-    """A smooth nonlinear field in which both streams and both clocks act on each other; texture is channel 0."""
-    texture, semantic = x[:, :1], x[:, 1:]
-    a, b = t_tex.view(-1, 1, 1, 1), t_sem.view(-1, 1, 1, 1)
-    return torch.cat(
-        [torch.sin(3 * texture) + semantic * torch.cos(2 * a), torch.cos(2 * semantic) * (1 + b) - 0.5 * texture * b], 1
-    )
-
-
-def tight_states(x0, delta_t):
-    """The exact states at every stage border, by scipy's DOP853 with tolerances of 1e-12."""
-    states, x = [], x0.double()
-    for start, end in zip(stage_borders(delta_t), stage_borders(delta_t)[1:]):
-        mask = torch.tensor(stage_mask(start, end, delta_t), dtype=torch.float64).view(1, 2, 1, 1)
-
-        def drift(tau, flat, mask=mask, shape=x.shape):
-            state = torch.from_numpy(flat).view(shape)
-            times = clocks(torch.full((len(state),), tau, dtype=torch.float64), delta_t)
-            return (curved(state, *times) * mask).numpy().ravel()
-
-        solution = solve_ivp(drift, (start, end), x.numpy().ravel(), "DOP853", rtol=1e-12, atol=1e-12)
-        x = torch.from_numpy(solution.y[:, -1]).view(x.shape)
-        states.append(x)
-    return states
-
-
-def start_state(batch=3, dtype=torch.float64):
-    return torch.linspace(-1, 1, 2 * batch, dtype=dtype).view(batch, 2, 1, 1)
 
 
 @pytest.mark.golden
@@ -84,59 +53,6 @@ def test_released_grid_equals_the_released_samplers(name):
         torch.testing.assert_close(out, expected, rtol=max(1e-4, tolerance), atol=tolerance)
         compared += 1
     assert compared == 8
-
-
-@pytest.mark.parametrize("shift", [1.0, 0.3, 3.0])
-@pytest.mark.parametrize("delta_t", DELTAS)
-def test_exact_grid_holds_the_borders(delta_t, shift):
-    for num_steps in (3, 4, 5, 8, 10, 50, 250):
-        grid = time_grid(SamplerConfig(num_steps=num_steps, timestep_shift=shift), delta_t)
-        assert len(grid) == num_steps + 1
-        assert set(stage_borders(delta_t)) <= set(grid.tolist())
-        assert (grid.diff() > 0).all()
-
-
-def test_every_stage_gets_its_share_of_the_steps():
-    grid = time_grid(SamplerConfig(num_steps=26), 0.3)
-    steps = [((grid > a - 1e-9) & (grid < b - 1e-9)).sum().item() for a, b in [(0, 0.3), (0.3, 1.0), (1.0, 1.3)]]
-    assert steps == [6, 14, 6]
-    torch.testing.assert_close(grid, torch.linspace(0, 1.3, 27, dtype=torch.float64))
-
-
-def test_shift_moves_points_by_its_formula():
-    grid = time_grid(SamplerConfig(num_steps=10, timestep_shift=0.3), 0.0)
-    u = np.linspace(0, 1, 11)
-    np.testing.assert_allclose(grid.numpy(), 0.3 * u / (1 - 0.7 * u), rtol=1e-12)
-    assert (time_grid(SamplerConfig(num_steps=20, timestep_shift=0.3), 0.3).diff()[:3] < 1.3 / 20).all()
-
-
-def test_released_grid_is_even_and_misses_the_borders():
-    grid = time_grid(SamplerConfig(num_steps=10, grid="released"), 0.3)
-    torch.testing.assert_close(grid, torch.linspace(0, 1.3, 11))
-    assert 0.3 not in grid.tolist()
-
-
-def test_too_few_steps_for_the_stages_is_an_error():
-    with pytest.raises(ValueError, match=r"num_steps 2 is too small.*3 stages.*num_steps >= 3"):
-        time_grid(SamplerConfig(num_steps=2), 0.3)
-    assert len(time_grid(SamplerConfig(num_steps=1), 0.0)) == 2
-    assert len(time_grid(SamplerConfig(num_steps=2), 1.0)) == 3
-
-
-@pytest.mark.parametrize("shift", [1.0, 0.3])
-@pytest.mark.parametrize("delta_t", DELTAS)
-@pytest.mark.parametrize("solver", FIXED)
-def test_velocity_one_moves_each_stream_by_one_with_every_number_of_steps(solver, delta_t, shift):
-    start = np.array([[0.0], [1.7]], dtype=np.float32)
-    for num_steps in range(3, 251) if solver not in MULTISTEPS else [*range(3, 30), 50, 99, 100, 249, 250]:
-        plan = make_plan(SamplerConfig(solver=solver, num_steps=num_steps, timestep_shift=shift), delta_t)
-        exact = plan.coefficients.sum(2)[plan.commit == 1].sum(0)
-        torch.testing.assert_close(exact, torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
-        rows = plan.float32_coefficients()[plan.commit == 1].permute(0, 2, 1).numpy().reshape(-1, 1, 2)
-        rows = np.concatenate([np.broadcast_to(start, (1, 2, 2)), np.broadcast_to(rows, (len(rows), 2, 2))])
-        states = np.add.accumulate(rows, axis=0)  # as a float32 state takes the terms up, one after the other
-        assert states.dtype == np.float32
-        assert np.abs(states[-1] - start - 1).max() < 1e-6
 
 
 @pytest.mark.parametrize("solver", [*FIXED, "dopri5"])
@@ -260,92 +176,3 @@ def test_guided_sampling_equals_sampling_the_mixed_velocity():
             fused = sample(velocity, start_state(), **common)
             mixed = sample(lambda x, a, b, velocity=velocity: velocity(x, a, b), start_state(), **common)
             torch.testing.assert_close(fused, mixed, rtol=0, atol=1e-12)
-
-
-def test_adams_weights_equal_the_known_fractions():
-    np.testing.assert_allclose(adams_weights([0.0, -1.0], 0.0, 1.0), [3 / 2, -1 / 2])
-    np.testing.assert_allclose(adams_weights([0.0, -1.0, -2.0], 0.0, 1.0), [23 / 12, -16 / 12, 5 / 12])
-    np.testing.assert_allclose(adams_weights([0.0, -1.0, -2.0, -3.0], 0.0, 1.0), np.array([55, -59, 37, -9]) / 24)
-    uneven = adams_weights([0.4, 0.1], 0.4, 0.6)  # h (1 + h / (2 h_prev)), -h^2 / (2 h_prev)
-    np.testing.assert_allclose(uneven, [0.2 * (1 + 0.2 / 0.6), -0.2 * 0.2 / 0.6])
-
-
-@pytest.mark.parametrize("delta_t", DELTAS)
-def test_dopri5_reaches_the_exact_states_stage_by_stage(delta_t):
-    x0, states = start_state(), []
-    sample(
-        curved,
-        x0,
-        delta_t=delta_t,
-        config=SamplerConfig(solver="dopri5", atol=1e-10, rtol=1e-10),
-        num_texture_channels=1,
-        callback=lambda stage, tau, x: states.append(x.clone()),
-    )
-    for state, exact in zip(states, tight_states(x0, delta_t), strict=True):
-        torch.testing.assert_close(state, exact, rtol=0, atol=1e-8)
-
-
-def test_dopri5_equals_torchdiffeq_sample_by_sample():
-    from torchdiffeq import odeint
-
-    x0 = start_state(batch=4)
-    evaluations = []
-
-    def counted(x, t_tex, t_sem):
-        evaluations.append(len(x))
-        return curved(x, t_tex, t_sem)
-
-    config = SamplerConfig(solver="dopri5", atol=1e-5, rtol=1e-4)
-    for i in range(4):
-        x, before = x0[i : i + 1], len(evaluations)
-        calls = 0
-        for start, end in zip(stage_borders(0.3), stage_borders(0.3)[1:]):
-            mask = torch.tensor(stage_mask(start, end, 0.3)).view(1, 2, 1, 1)
-
-            def drift(tau, state, mask=mask):
-                nonlocal calls
-                calls += 1
-                return curved(state, *clocks(tau.expand(1), 0.3)) * mask
-
-            ends = torch.tensor([start, end], dtype=torch.float64)
-            options = {"step_t": torch.tensor([end], dtype=torch.float64)}
-            x = odeint(drift, x, ends, method="dopri5", atol=1e-5, rtol=1e-4, options=options)[-1]
-        ours = sample(counted, x0[i : i + 1], delta_t=0.3, config=config, num_texture_channels=1)
-        torch.testing.assert_close(ours, x, rtol=0, atol=1e-12)
-        assert len(evaluations) - before == calls  # the same steps, not just the same result
-    together = sample(curved, x0, delta_t=0.3, config=config, num_texture_channels=1)
-    torch.testing.assert_close(together[3:], x, rtol=0, atol=1e-12)
-
-
-def test_dopri5_of_a_sample_does_not_depend_on_its_batch():
-    config = SamplerConfig(solver="dopri5")
-    x0 = start_state(batch=4, dtype=torch.float32)
-    stiff = torch.cat([x0[:1], torch.full_like(x0[:1], 40.0)])
-    common = {"delta_t": 0.3, "config": config, "num_texture_channels": 1}
-    pair = sample(curved, torch.cat([x0[:1], x0[1:2]]), **common)
-    assert torch.equal(pair[:1], sample(curved, stiff, **common)[:1])
-
-
-def test_dopri5_with_a_velocity_that_is_not_finite_is_an_error():
-    with pytest.raises(ValueError, match="velocity of sample 0 of the batch is not finite near tau 0"):
-        sample(
-            lambda x, t_tex, t_sem: x * float("nan"),
-            start_state(),
-            delta_t=0.3,
-            config=SamplerConfig(solver="dopri5"),
-            num_texture_channels=1,
-        )
-
-
-def test_dopri5_that_cannot_meet_its_tolerances_is_an_error(monkeypatch):
-    monkeypatch.setattr("sfd_fast.adaptive.MAX_STEPS", 200)
-    # A velocity whose sign flips a billion times: its steps stay tiny.
-    rough = lambda x, t_tex, t_sem: torch.sign(torch.sin(1e9 * t_tex)).view(-1, 1, 1, 1) * 1e4 + x  # noqa: E731
-    with pytest.raises(ValueError, match="cannot reach tau"):
-        sample(
-            rough,
-            start_state(),
-            delta_t=0.0,
-            config=SamplerConfig(solver="dopri5", atol=1e-12, rtol=1e-12),
-            num_texture_channels=1,
-        )

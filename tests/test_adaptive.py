@@ -1,0 +1,93 @@
+"""dopri5 per sample: exact states, torchdiffeq's own steps, independence of the batch, errors."""
+
+import pytest
+import torch
+from fields import curved, start_state, tight_states
+
+from sfd_fast.config import SamplerConfig
+from sfd_fast.sampler import sample
+from sfd_fast.solvers import stage_borders
+from sfd_fast.transport import clocks, stage_mask
+
+DELTAS = [0.0, 0.1, 0.3, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("delta_t", DELTAS)
+def test_dopri5_reaches_the_exact_states_stage_by_stage(delta_t):
+    x0, states = start_state(), []
+    sample(
+        curved,
+        x0,
+        delta_t=delta_t,
+        config=SamplerConfig(solver="dopri5", atol=1e-10, rtol=1e-10),
+        num_texture_channels=1,
+        callback=lambda stage, tau, x: states.append(x.clone()),
+    )
+    for state, exact in zip(states, tight_states(x0, delta_t), strict=True):
+        torch.testing.assert_close(state, exact, rtol=0, atol=1e-8)
+
+
+def test_dopri5_equals_torchdiffeq_sample_by_sample():
+    from torchdiffeq import odeint
+
+    x0 = start_state(batch=4)
+    evaluations = []
+
+    def counted(x, t_tex, t_sem):
+        evaluations.append(len(x))
+        return curved(x, t_tex, t_sem)
+
+    config = SamplerConfig(solver="dopri5", atol=1e-5, rtol=1e-4)
+    for i in range(4):
+        x, before = x0[i : i + 1], len(evaluations)
+        calls = 0
+        for start, end in zip(stage_borders(0.3), stage_borders(0.3)[1:]):
+            mask = torch.tensor(stage_mask(start, end, 0.3)).view(1, 2, 1, 1)
+
+            def drift(tau, state, mask=mask):
+                nonlocal calls
+                calls += 1
+                return curved(state, *clocks(tau.expand(1), 0.3)) * mask
+
+            ends = torch.tensor([start, end], dtype=torch.float64)
+            options = {"step_t": torch.tensor([end], dtype=torch.float64)}
+            x = odeint(drift, x, ends, method="dopri5", atol=1e-5, rtol=1e-4, options=options)[-1]
+        ours = sample(counted, x0[i : i + 1], delta_t=0.3, config=config, num_texture_channels=1)
+        torch.testing.assert_close(ours, x, rtol=0, atol=1e-12)
+        assert len(evaluations) - before == calls  # the same steps, not just the same result
+    together = sample(curved, x0, delta_t=0.3, config=config, num_texture_channels=1)
+    torch.testing.assert_close(together[3:], x, rtol=0, atol=1e-12)
+
+
+def test_dopri5_of_a_sample_does_not_depend_on_its_batch():
+    config = SamplerConfig(solver="dopri5")
+    x0 = start_state(batch=4, dtype=torch.float32)
+    stiff = torch.cat([x0[:1], torch.full_like(x0[:1], 40.0)])
+    common = {"delta_t": 0.3, "config": config, "num_texture_channels": 1}
+    pair = sample(curved, torch.cat([x0[:1], x0[1:2]]), **common)
+    assert torch.equal(pair[:1], sample(curved, stiff, **common)[:1])
+
+
+def test_dopri5_with_a_velocity_that_is_not_finite_is_an_error():
+    with pytest.raises(ValueError, match="velocity of sample 0 of the batch is not finite near tau 0"):
+        sample(
+            lambda x, t_tex, t_sem: x * float("nan"),
+            start_state(),
+            delta_t=0.3,
+            config=SamplerConfig(solver="dopri5"),
+            num_texture_channels=1,
+        )
+
+
+def test_dopri5_that_cannot_meet_its_tolerances_is_an_error(monkeypatch):
+    monkeypatch.setattr("sfd_fast.adaptive.MAX_STEPS", 200)
+    # A velocity whose sign flips a billion times: its steps stay tiny.
+    rough = lambda x, t_tex, t_sem: torch.sign(torch.sin(1e9 * t_tex)).view(-1, 1, 1, 1) * 1e4 + x  # noqa: E731
+    with pytest.raises(ValueError, match="cannot reach tau"):
+        sample(
+            rough,
+            start_state(),
+            delta_t=0.0,
+            config=SamplerConfig(solver="dopri5", atol=1e-12, rtol=1e-12),
+            num_texture_channels=1,
+        )
