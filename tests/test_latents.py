@@ -70,7 +70,7 @@ def test_rows_of_whole_pages_are_gathered_alike(tmp_path, flip):
         write_shard(tmp_path / "ours" / f"{number}.safetensors", rows)
     indices, flipped = torch.tensor([3, 22, 8, 8, 0, 12]), torch.full((6,), flip)
     shards = [LatentShards(tmp_path / name) for name in ("released", "ours")]
-    assert [s._pages is not None for s in shards] == [False, True]
+    assert [s._runs is not None for s in shards] == [False, True]
     for out in (s.gather(indices, flipped) for s in shards):
         for key, name in (("texture", "latents"), ("semantic", "latents_sv")):
             assert torch.equal(out[key], stored[f"{name}_flip" if flip else name][indices])

@@ -6,6 +6,7 @@ Letters: N samples of the set, B samples of a batch on this rank, C channels, H,
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -14,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd_fast import streams
 from sfd_fast.data import layout
 from sfd_fast.data.order import flips, shuffled_indices
 from sfd_fast.data.remote import local_shards
-from sfd_fast.data.rows import Memory, RowTable, gather_pages
+from sfd_fast.data.rows import Memory, Places, RowTable, RunTable
 from sfd_fast.data.shards import map_tensors, read_header
 from sfd_fast.data.statistics import ChannelMoments, LatentStatistics, join_channels
+from sfd_fast.streams import TEXTURE_POSTERIOR
 from sfd_fast.transport import noise, split_latents
 
 Batch = dict[str, Tensor]
 PLAN_STEPS = 16
-"""steps whose order is computed together: about 9 bytes a sample of them"""
+"""steps whose order is computed together: some 50 bytes for each of their samples"""
 
 
 class LatentShards:
@@ -59,7 +60,8 @@ class LatentShards:
         self._semantic = [table(key) for key in layout.semantic_keys(first)]
         self._logvar = table(layout.TEXTURE_LOGVAR) if layout.TEXTURE_LOGVAR in first else None
         self._features = table(layout.FEATURES) if layout.FEATURES in first else None
-        self._pages = memory.pages() if all(t.paged for t in self._texture + self._semantic) else None
+        streams = self._texture + self._semantic
+        self._runs = RunTable(memory, streams) if RunTable.fits(streams) else None
         self._memory = memory
         self.dtype, self.grid = self._texture[0].dtype, self._texture[0].shape[1:]
         self.texture_channels = sum(rows.shape[0] for rows in self._texture)
@@ -138,7 +140,7 @@ class LatentShards:
         if flip.any() and not self.has_flips:
             raise ValueError(f"{self.paths[0]} has no flipped latents")
         slot = self.slot(len(indices), features=self._features is not None)
-        self.fill(slot, indices, flip)
+        self.fill(slot, self.locate(indices, flip))
         texture, semantic = split_latents(slot["latents"], self.texture_channels)
         out = {"texture": texture, "semantic": semantic, "labels": slot["labels"].long()}
         renamed = {"features": "features", "logvar": "texture_logvar"}
@@ -159,26 +161,30 @@ class LatentShards:
             name: torch.empty((size, *shape), dtype=dtype, pin_memory=pinned) for name, (shape, dtype) in shapes.items()
         }
 
-    def fill(self, slot: Batch, indices: Tensor, flip: Tensor) -> None:
-        """Copies samples into a slot; arguments as in gather. Raises IndexError for indices outside the set."""
+    def locate(self, indices: Tensor, flip: Tensor) -> Places:
+        """Where samples lie. indices, flip: of one shape, as in gather. Raises IndexError outside the set."""
         positions = indices.numpy()
-        if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
+        if positions.size and not 0 <= positions.min() <= positions.max() < len(self):
             raise IndexError(f"sample indices {positions.min()} to {positions.max()}; there are {len(self)} samples")
         positions = positions + self._range[0]
         shards = np.searchsorted(self._ends, positions, side="right")
-        rows, mirrored = positions - self._starts[shards], flip.numpy()
-        if self._pages is not None:
-            gather_pages(self._pages, self._texture + self._semantic, shards, rows, mirrored, slot["latents"])
+        places = Places(shards, positions - self._starts[shards], flip.numpy())
+        return places if self._runs is None else replace(places, runs=self._runs.numbers(places))
+
+    def fill(self, slot: Batch, places: Places) -> None:
+        """Copies the samples that `locate` found, (B,), into a slot of B."""
+        if self._runs is not None:
+            self._runs.gather(places, slot["latents"])
         else:
             texture, semantic = split_latents(slot["latents"], self.texture_channels)
             for stream, tables in ((texture, self._texture), (semantic, self._semantic)):
                 parts = stream.split([table.shape[0] for table in tables], dim=1) if tables else ()
                 for table, part in zip(tables, parts):
-                    table.gather(shards, rows, mirrored, part)
+                    table.gather(places, part)
         for name, table in (("features", self._features), ("logvar", self._logvar)):
             if name in slot:
-                table.gather(shards, rows, mirrored, slot[name])
-        self._label_table.gather(shards, rows, np.zeros_like(mirrored), slot["labels"])
+                table.gather(places, slot[name])
+        self._label_table.gather(places, slot["labels"])
 
 
 class LatentLoader:
@@ -273,17 +279,18 @@ class LatentLoader:
 
     def gather(self, step: int, slot: Batch) -> Batch:
         """The raw batch of a step, as it is stored, in host memory."""
-        positions, indices, flip = (part[step % PLAN_STEPS] for part in self._plan(step // PLAN_STEPS))
-        self.shards.fill(slot, indices, flip)
+        positions, places = (part[step % PLAN_STEPS] for part in self._plan(step // PLAN_STEPS))
+        self.shards.fill(slot, places)
         slot["sample_ids"].copy_(positions)
         return slot
 
-    def _plan_block(self, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, samples and flips of PLAN_STEPS steps, each (PLAN_STEPS, B): one call for many is cheaper."""
+    def _plan_block(self, block: int) -> tuple[Tensor, Places]:
+        """Positions of PLAN_STEPS steps and where their samples lie, (PLAN_STEPS, B): one call costs less."""
         steps = range(block * PLAN_STEPS, (block + 1) * PLAN_STEPS)
         positions = torch.cat([self.positions(step) for step in steps])
-        parts = positions, self.indices(positions), self.flips(positions)
-        return tuple(part.view(PLAN_STEPS, self.batch_size) for part in parts)
+        indices, flip = self.indices(positions), self.flips(positions)
+        found = self.shards.locate(indices.view(PLAN_STEPS, -1), flip.view(PLAN_STEPS, -1))
+        return positions.view(PLAN_STEPS, -1), found
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current step on; `step` counts the batches handed out."""
@@ -317,7 +324,7 @@ class LatentLoader:
         latents = raw["latents"].float().mul_(self._scale).add_(self._shift)
         if "logvar" in raw:
             logvar, channels = raw["logvar"].float(), self.shards.texture_channels
-            eps = noise(raw["sample_ids"], logvar.shape[1:], self.seed, streams.TEXTURE_POSTERIOR)
+            eps = noise(raw["sample_ids"], logvar.shape[1:], self.seed, TEXTURE_POSTERIOR)
             texture, _ = split_latents(latents, channels)
             texture[:, : logvar.shape[1]].addcmul_(torch.exp(0.5 * logvar) * eps, self._scale[: logvar.shape[1]])
         out = {"latents": latents, "labels": raw["labels"].long(), "sample_ids": raw["sample_ids"]}

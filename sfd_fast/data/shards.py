@@ -23,6 +23,8 @@ METADATA_KEY = "sfd"
 
 PAGE = 4096
 """bytes of a memory page"""
+BORDER = 4 * PAGE
+"""our shards' large rows begin on multiples of this: longer runs are copied faster"""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -130,7 +132,7 @@ def build_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], met
         table[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % (64 if place(order[0])[0] else PAGE))
+    text += b" " * (-(8 + len(text)) % (64 if place(order[0])[0] else BORDER))
     start = 8 + len(text)
     entries = {
         name: Entry(tensors[name][0], tuple(tensors[name][1]), *(start + o for o in table[name]["data_offsets"]))
