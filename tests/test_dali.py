@@ -1,21 +1,18 @@
 """DALI on the CPU against the exact path, on real photographs; failures lose no image."""
 
-import importlib.util
 import sys
 
 import pytest
 import torch
 from image_trees import crops, encoded, photographs, write_tree
+from marks import needs_dali
 
+from sfd_fast.data import dali
 from sfd_fast.data.dali import DaliDecoder, measure, read_batches_dali
 from sfd_fast.data.image_loader import ImageLoader
 from sfd_fast.data.images import load
 from sfd_fast.data.index import open_index
 
-needs_dali = pytest.mark.skipif(
-    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
-    reason="DALI is not installed: pip install nvidia-dali-cuda120",
-)
 MIN_PSNR = {0: 49.0, 1: 45.0, 2: 42.0, 3: 39.0, 4: 37.0}
 """dB against the exact path, by the number of halvings: each rounds to 8 bits once more"""
 
@@ -84,27 +81,66 @@ def test_unusual_files_are_exact(index):
 
 
 @needs_dali
-def test_a_failure_inside_dali_loses_no_image_and_the_next_batch_runs_again():
-    """A GIF that was called plain: DALI cannot decode it and gives up the whole batch."""
+def test_a_failure_inside_dali_loses_no_image_and_the_next_batch_runs_again(caplog):
+    """A GIF that was called plain: DALI cannot decode it and gives up the whole batch. Said once, with the cause."""
     images = crops("china", 3)
     good = [encoded(image) for image in images]
     bad = [good[0], encoded(images[1], "gif"), good[2]]
     sizes = [image.size for image in images]
     decoder = DaliDecoder(32, batch_size=3, max_halvings=4, num_threads=1)
-    batch = decoder(bad, sizes, [True] * 3)
+    batch = decoder(bad, sizes, [True] * 3, "file {}".format)
     assert decoder.failures == 1
     assert torch.equal(batch, torch.stack([load(data, 32) for data in bad]))
+    (record,) = caplog.records
+    assert "nvImageCodec failure" in record.getMessage() and "the cause is file 1" in record.getMessage()
     again = decoder(good, sizes, [True] * 3)
     assert decoder.failures == 1
     exact = torch.stack([load(data, 32) for data in good])
-    assert (again.double() - exact.double()).abs().mean() < 1.5
+    difference = (again.double() - exact.double()).abs()
+    assert 0 < difference.mean() < 1.5, "equal images would be PIL's"
+    decoder(bad, sizes, [True] * 3)
+    assert decoder.failures == 2 and len(caplog.records) == 1
 
 
 @needs_dali
-def test_an_image_that_nothing_decodes_is_named(index, monkeypatch):
-    monkeypatch.setattr(type(index), "read", lambda self, i: b"\xff\xd8 broken")
-    with pytest.raises(OSError, match=r"neither DALI nor PIL can decode one of .*china/000.jpg"):
+def test_an_image_that_nothing_decodes_is_named_alone(index, monkeypatch):
+    read = type(index).read
+    monkeypatch.setattr(type(index), "read", lambda self, i: b"\xff\xd8 broken" if i == 1 else read(self, i))
+    with pytest.raises(OSError, match=r"neither DALI nor PIL can decode \S*china/001.jpg: [^/]*$"):
         list(read_batches_dali(index, [[0, 1]], 32))
+
+
+@needs_dali
+def test_a_pipeline_that_cannot_be_built_is_an_error(index, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Assert failed: no such decoder")
+
+    monkeypatch.setattr(dali, "build_pipeline", refuse)
+    with pytest.raises(OSError, match="DALI cannot start on cpu: Assert failed: no such decoder. Use decoder=pil"):
+        next(read_batches_dali(index, [[0, 1]], 32))
+
+
+@needs_dali
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_missing_gpu_is_an_error(index):
+    with pytest.raises(OSError, match="DALI cannot start on cuda: .*CUDA is not available"):
+        next(read_batches_dali(index, [[0, 1]], 32, device="cuda"))
+
+
+@needs_dali
+def test_pil_is_never_measured_against_itself():
+    with pytest.raises(OSError, match="DALI failed on these images: there is no difference to measure"):
+        measure([encoded(crops("china", 1)[0], "gif")], 32)
+
+
+@needs_dali
+def test_failing_batches_are_told_to_the_caller(index, monkeypatch):
+    gif = encoded(crops("china", 1)[0], "gif")
+    read = type(index).read
+    monkeypatch.setattr(type(index), "read", lambda self, i: gif if i == 4 else read(self, i))
+    failed = []
+    assert len(list(read_batches_dali(index, [[0, 1], [3, 4], [2]], 32, on_failure=failed.append))) == 3
+    assert failed == [[3, 4]]
 
 
 @needs_dali

@@ -1,10 +1,14 @@
 """Screening finds every damaged file once; the index remembers and notices changes."""
 
+import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from image_trees import crops, encoded, write_tree
+from PIL import Image
 
 from sfd_fast.data import index as index_module
 from sfd_fast.data.index import INDEX_FILE, REPORT_FILE, open_index
@@ -100,5 +104,45 @@ def test_unusual_files_are_not_plain(tmp_path):
     (folder / "c.png").write_bytes(encoded(image.convert("RGBA"), "png"))
     (folder / "d.gif").write_bytes(encoded(image, "gif"))
     (folder / "e.webp").write_bytes(encoded(image, "webp"))
+    (folder / "f.png").write_bytes(png(np.arange(1200, dtype=">u2").reshape(20, 20, 3) * 50, 16))
+    (folder / "g.png").write_bytes(png(np.arange(1200).astype("u1").reshape(20, 20, 3), 8))
     index = open_index(tree, tmp_path / "out", report=silent)
-    assert index.plain.tolist() == [True, True, False, False, False, False]
+    assert Image.open(folder / "f.png").mode == Image.open(folder / "g.png").mode == "RGB"
+    assert index.plain.tolist() == [True, True, False, False, False, False, False, True]
+
+
+def png(pixels, bits):
+    """An RGB PNG of 8 or 16 bits a channel, which PIL cannot write; pixels (H, W, 3), big-endian."""
+    chunk = lambda kind, data: (  # noqa: E731
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_whatever_a_damaged_file_raises_is_a_finding(tmp_path, monkeypatch):
+    """A TIFF without its width makes PIL raise TypeError."""
+    tree = write_tree(tmp_path / "tree", {"china": 2})
+    tiff = bytearray(encoded(crops("china", 1)[0].convert("L"), "tiff"))
+    offset = struct.unpack("<I", tiff[4:8])[0]
+    for at in range(offset + 2, offset + 2 + 12 * struct.unpack("<H", tiff[offset : offset + 2])[0], 12):
+        if struct.unpack("<H", tiff[at : at + 2])[0] == 256:
+            tiff[at : at + 2] = struct.pack("<H", 255)
+    with pytest.raises(TypeError):
+        Image.open(io.BytesIO(bytes(tiff))).convert("RGB")
+    (tree / "china" / "bad.tiff").write_bytes(tiff)
+    index = open_index(tree, tmp_path / "out", report=silent)
+    assert len(index) == 2
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert report[str(tree / "china" / "bad.tiff")].startswith("TypeError")
+
+
+def test_a_dangling_link_is_listed(tmp_path):
+    tree = write_tree(tmp_path / "tree", {"china": 2})
+    (tree / "china" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    index = open_index(tree, tmp_path / "out", report=silent)
+    assert len(index) == 2
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert "No such file" in report[str(tree / "china" / "gone.jpg")]

@@ -30,7 +30,7 @@ def cache(folder, *, manifest=False):
         rows = {p.name: {"bytes": p.stat().st_size, "sha256": checksum(p)} for p in sorted(folder.glob("s*"))}
         write_json(
             folder / "manifest.json",
-            {"complete": True, "shards": rows, "settings": {"crop": "adm"}, "semvae_target_cosine": 0.875},
+            {"format": 1, "complete": True, "shards": rows, "settings": {"crop": "adm"}, "semvae_target_cosine": 0.875},
         )
     return {name: torch.cat([part[name] for part in parts]) for name in ("latents", "latents_sv")}
 

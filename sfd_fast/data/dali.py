@@ -3,10 +3,12 @@
 The order of images comes from outside, so sharding, shuffling, the last partial batch and the position of a run are
 those of the PIL path. On the CPU DALI decodes JPEG to the same pixels as PIL; the crop differs by the rounding of its
 filters (`measure` says by how much). Images on which decoders disagree (CMYK, 16-bit, palette, alpha, animations, WebP)
-are decoded with PIL, and so is every image of a batch in which DALI fails. B images, S edge of the crop.
+are decoded with PIL, and so is every image of a batch in which DALI fails: such batches are counted, and the first is
+logged with its cause. A pipeline that cannot be built is an error. B images, S edge of the crop.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from sfd_fast.data.images import GEOMETRIES, Geometry, decode, load, square, to_tensor
 from sfd_fast.data.index import ImageIndex
+
+log = logging.getLogger(__name__)
 
 HARDWARE_LOAD = 0.65
 """share of the images for the hardware JPEG decoder where the GPU has one; DALI's default"""
@@ -54,43 +58,77 @@ class DaliDecoder:
         """batches that were decoded with PIL because DALI failed"""
         self._pipeline: Any = None
 
-    def _build(self) -> Any:
+    def build(self) -> None:
+        """Makes the pipeline, where there is none. Raises OSError where DALI cannot: that is never PIL's to mend."""
+        if self._pipeline is not None:
+            return
         gpu = self.device.type == "cuda"
-        pipeline = build_pipeline(
-            self.size,
-            self.max_halvings,
-            gpu,
-            batch_size=self.batch_size,
-            num_threads=self.num_threads,
-            device_id=(self.device.index or 0) if gpu else None,
-            prefetch_queue_depth=1,
-        )
-        pipeline.build()
-        return pipeline
+        try:
+            pipeline = build_pipeline(
+                self.size,
+                self.max_halvings,
+                gpu,
+                batch_size=self.batch_size,
+                num_threads=self.num_threads,
+                device_id=(self.device.index or 0) if gpu else None,
+                prefetch_queue_depth=1,
+            )
+            pipeline.build()
+        except RuntimeError as error:
+            raise OSError(
+                f"DALI cannot start on {self.device}: {reason(error)}. Use decoder=pil, or another device"
+            ) from error
+        self._pipeline = pipeline
 
-    def __call__(self, data: Sequence[bytes], sizes: Sequence[tuple[int, int]], plain: Sequence[bool]) -> Tensor:
+    def __call__(
+        self,
+        data: Sequence[bytes],
+        sizes: Sequence[tuple[int, int]],
+        plain: Sequence[bool],
+        describe: Callable[[int], str] = "image {} of the batch".format,
+    ) -> Tensor:
         """Crops of encoded images. sizes: (width, height) of each; plain: whether DALI may decode it.
 
-        Raises OSError or ValueError where PIL cannot decode an image either.
+        describe: the name of the i-th image in messages. Raises OSError naming an image that PIL cannot decode either.
         """
         out = torch.empty((len(data), self.size, self.size, 3), dtype=torch.uint8, device=self.device)
         chosen = [i for i, is_plain in enumerate(plain) if is_plain]
         rest = [i for i, is_plain in enumerate(plain) if not is_plain]
         if chosen:
+            self.build()
             try:
                 out[chosen] = self._run([data[i] for i in chosen], [sizes[i] for i in chosen])
-            except RuntimeError:
+            except RuntimeError as error:
                 # DALI loses a pipeline with the batch it fails in: the next batch gets a fresh one
-                self._pipeline, self.failures = None, self.failures + 1
-                rest = list(range(len(data)))
+                self._pipeline, self.failures, rest = None, self.failures + 1, list(range(len(data)))
+                if self.failures == 1:
+                    culprits = [describe(i) for i in chosen if self._fails_alone(data[i], sizes[i])]
+                    log.warning(
+                        "DALI failed in a batch, which PIL decodes instead (said once; the total is in the manifest): "
+                        "%s; %s", reason(error), f"the cause is {', '.join(culprits)}" if culprits else
+                        "each of its images alone can be decoded",
+                    )  # fmt: skip
         for i in rest:
-            out[i] = load(data[i], self.size, self.crop).to(self.device)
+            try:
+                out[i] = load(data[i], self.size, self.crop).to(self.device)
+            except (OSError, ValueError) as error:
+                raise OSError(f"neither DALI nor PIL can decode {describe(i)}: {error}") from error
         return out
+
+    def _fails_alone(self, data: bytes, size: tuple[int, int]) -> bool:
+        """Whether DALI fails with this image only."""
+        options = {"crop": self.crop, "max_halvings": self.max_halvings, "device": self.device, "num_threads": 1}
+        alone = DaliDecoder(self.size, batch_size=1, **options)
+        alone.build()
+        try:
+            alone._run([data], [size])
+        except RuntimeError:
+            return True
+        return False
 
     def _run(self, data: list[bytes], sizes: list[tuple[int, int]]) -> Tensor:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        self._pipeline = self._pipeline or self._build()
         plans = [GEOMETRIES[self.crop](width, height, self.size) for width, height in sizes]
         self._pipeline.feed_input("data", [np.frombuffer(item, dtype=np.uint8) for item in data])
         if self.max_halvings:
@@ -105,6 +143,13 @@ class DaliDecoder:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         feed_ndarray(dense, out, cuda_stream=stream)
         return out
+
+
+def reason(error: RuntimeError) -> str:
+    """The line of DALI's long message that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    at = lines.index("encountered:") + 1 if "encountered:" in lines[:-1] else 0
+    return lines[at] if lines else type(error).__name__
 
 
 def halving_parts(size: tuple[int, int], plan: Geometry, count: int) -> np.ndarray:
@@ -173,10 +218,12 @@ def read_batches_dali(
     crop: str = "adm",
     device: torch.device | str = "cpu",
     num_threads: int = 2,
+    on_failure: Callable[[list[int]], None] = lambda batch: None,
 ) -> Iterator[Tensor]:
     """Decoded batches (B, S, S, 3) uint8 on the device in the order given; the next is decoded while one is used.
 
-    Batches may have any size, the last a smaller one. Raises OSError naming the image that nothing can decode.
+    Batches may have any size, the last a smaller one. on_failure gets the numbers of each batch in which DALI failed.
+    Raises OSError naming the image that nothing can decode, or where DALI cannot start.
     """
     batches = [list(batch) for batch in batches]
     if not batches:
@@ -189,16 +236,16 @@ def read_batches_dali(
         device=device,
         num_threads=num_threads,
     )
-    import_dali()
+    decoder.build()
 
     def decoded(batch: list[int]) -> Tensor:
         data = [index.read(i) for i in batch]
         sizes = [(int(index.widths[i]), int(index.heights[i])) for i in batch]
-        try:
-            return decoder(data, sizes, [bool(index.plain[i]) for i in batch])
-        except (OSError, ValueError) as error:
-            names = ", ".join(index.describe(i) for i in batch)
-            raise OSError(f"neither DALI nor PIL can decode one of {names}: {error}") from error
+        failures = decoder.failures
+        images = decoder(data, sizes, [bool(index.plain[i]) for i in batch], lambda i: index.describe(batch[i]))
+        if decoder.failures > failures:
+            on_failure(batch)
+        return images
 
     with ThreadPoolExecutor(1, thread_name_prefix="dali") as pool:
         ahead = pool.submit(decoded, batches[0])
@@ -218,12 +265,17 @@ def max_halvings(index: ImageIndex, size: int, crop: str) -> int:
 def measure(
     images: Sequence[bytes], size: int, *, crop: str = "adm", device: torch.device | str = "cpu"
 ) -> list[float]:
-    """PSNR in dB of DALI's crop against the exact path, for each encoded image; infinite where they are equal."""
+    """PSNR in dB of DALI's crop against the exact path, for each encoded image; infinite where they are equal.
+
+    Raises OSError where DALI failed, so that PIL is never compared with itself.
+    """
     exact = [decode(data) for data in images]
     sizes = [image.size for image in exact]
     steps = max(len(GEOMETRIES[crop](*pair, size).halvings) for pair in sizes)
     decoder = DaliDecoder(size, crop=crop, batch_size=len(images), max_halvings=steps, device=device)
     approximate = decoder(images, sizes, [True] * len(images)).cpu().double()
+    if decoder.failures:
+        raise OSError("DALI failed on these images: there is no difference to measure (the reason is in the log)")
     reference = torch.stack([to_tensor(square(image, size, crop)) for image in exact]).double()
     error = (approximate - reference).square().flatten(1).mean(1)
     return (10 * torch.log10(255.0**2 / error)).tolist()

@@ -36,6 +36,10 @@ class FeatureEncoder:
     def __init__(self, vfm: VFM, *, dtype: torch.dtype, flip: bool):
         self.vfm, self.dtype, self.flip = vfm, dtype, flip
 
+    def parts(self) -> tuple[str, ...]:
+        """Options of the command that name encoders."""
+        return ("vfm",)
+
     def settings(self) -> dict:
         return {"vfm": weights_fingerprint(self.vfm), "vfm_width": self.vfm.width, "vfm_grid": self.vfm.grid_size}
 
@@ -82,6 +86,10 @@ class LatentEncoder:
                 f"the SemVAE was trained on features of width {semvae.config.feature_channels}, the VFM gives "
                 f"{vfm.width}: use the VFM that SemVAE was trained with"
             )
+
+    def parts(self) -> tuple[str, ...]:
+        """Options of the command that name encoders."""
+        return ("vfm", "semvae", "texture_codec")
 
     def settings(self) -> dict:
         return {

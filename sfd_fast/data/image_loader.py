@@ -3,7 +3,7 @@
 Letters: B images, S edge of the crop, N images of the set.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -25,15 +25,19 @@ def decoded_batches(
     decoder: Decoder = "pil",
     device: torch.device | str = "cpu",
     num_threads: int = 2,
+    on_failure: Callable[[list[int]], None] = lambda batch: None,
 ) -> Iterator[Tensor]:
     """The images of every batch, (B, S, S, 3) uint8, in the order given, decoded ahead of their use.
 
-    pil: exact, on the CPU. dali: on `device`, within the difference that sfd_fast.data.dali.measure tells.
+    pil: exact, on the CPU. dali: on `device`, within the difference that sfd_fast.data.dali.measure tells; on_failure
+    gets the numbers of a batch in which DALI failed, before the batch (decoded with PIL) is handed out.
     """
     if decoder == "dali":
         from sfd_fast.data.dali import read_batches_dali
 
-        return read_batches_dali(index, batches, size, crop=crop, device=device, num_threads=num_threads)
+        return read_batches_dali(
+            index, batches, size, crop=crop, device=device, num_threads=num_threads, on_failure=on_failure
+        )
     return read_batches(index.read, batches, size, crop=crop, num_threads=num_threads)
 
 

@@ -3,6 +3,7 @@
 Later runs read the index instead of walking the source, and notice files that changed since. N images.
 """
 
+import io
 import json
 import time
 import zlib
@@ -23,6 +24,8 @@ from sfd_fast.data.ranks import Ranks
 from sfd_fast.data.shards import ShardWriter, map_tensors, read_header, write_json
 from sfd_fast.data.sources import Reader, Scan, scan
 
+INDEX_FOLDER = "index"
+"""within the folder of a cache"""
 INDEX_FILE = "index.safetensors"
 REPORT_FILE = "unreadable.json"
 SCREEN_BLOCK = 256
@@ -49,16 +52,23 @@ class Finding:
 
 def examine(data: bytes) -> Finding:
     """Decodes an image fully. An error is a finding, not an exception."""
-    import io
-
     try:
         image = decode(data)
-        with Image.open(io.BytesIO(data)) as header:
-            still = getattr(header, "n_frames", 1) == 1 and header.format in ("JPEG", "PNG")
-            plain = still and header.mode in ("RGB", "L") and "transparency" not in header.info
-    except (OSError, ValueError) as error:
-        return Finding(size=len(data), error=str(error) or type(error).__name__)
+        plain = is_plain(data)
+    except Exception as error:  # damaged files raise nearly anything within PIL: TypeError, struct.error, MemoryError
+        what = [] if isinstance(error, OSError) and str(error) else [type(error).__name__]
+        return Finding(size=len(data), error=": ".join([*what, *filter(None, [str(error)])]))
     return Finding(image.width, image.height, len(data), zlib.crc32(data), plain)
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether every decoder agrees on what an image shows: see Finding.plain."""
+    with Image.open(io.BytesIO(data)) as header:
+        if header.format not in ("JPEG", "PNG") or getattr(header, "n_frames", 1) > 1:
+            return False
+        # PIL calls RGB of 16 bits RGB too; IHDR, the first chunk of a PNG, has the bits of a channel in byte 24
+        deep = header.format == "PNG" and data[24] != 8
+        return header.mode in ("RGB", "L") and not deep and "transparency" not in header.info
 
 
 class ImageIndex:

@@ -29,19 +29,33 @@ def settings_fingerprint(settings: dict) -> str:
 
 
 def read_manifest(folder: str | Path) -> dict | None:
-    """The manifest of a folder, None where it has none. Raises ValueError naming a manifest that is not JSON."""
+    """The manifest of a folder, None where it has none.
+
+    Raises ValueError naming a manifest that is not JSON, or of another format.
+    """
     path = Path(folder, MANIFEST)
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        manifest = json.loads(path.read_text())
+        found = manifest["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): copy it again, or delete it and run the command "
+            "that made the cache again, which then encodes every shard again"
+        ) from None
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} is of format {found}, this version reads {FORMAT}: use the version of sfd_fast that made the "
+            "cache, or encode it again into another folder"
+        )
+    return manifest
 
 
-def begin(folder: str | Path, settings: dict) -> dict:
+def begin(folder: str | Path, settings: dict, sources: dict[str, str] | None = None) -> dict:
     """Claims a folder for these settings and returns its manifest: a new one, or that of the run to continue.
 
+    sources: where images and encoders were read, for people and `sfd inspect`; they may move, so they are not compared.
     Raises ValueError naming what differs where the folder belongs to a run with other settings.
     """
     manifest = read_manifest(folder)
@@ -50,6 +64,7 @@ def begin(folder: str | Path, settings: dict) -> dict:
             "format": FORMAT,
             "complete": False,
             "settings": settings,
+            "sources": sources or {},
             "fingerprint": settings_fingerprint(settings),
         }
         write_json(Path(folder, MANIFEST), manifest)
@@ -80,11 +95,14 @@ def check_complete(folder: str | Path, names: list[str]) -> dict | None:
         path = Path(folder, name)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing, but {Path(folder, MANIFEST)} lists it: copy it again, or delete the manifest and "
-                "run the same command again to make it"
+                f"{path} is missing, but {Path(folder, MANIFEST)} lists it: copy it again, or run the command that "
+                "made the cache again: it encodes only what is missing or damaged"
             )
         if path.stat().st_size != row["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {row['bytes']}: it is damaged")
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {row['bytes']}: it is damaged; copy it "
+                "again, or run the command that made the cache again: it encodes only what is missing or damaged"
+            )
     foreign = sorted(set(names) - set(manifest["shards"]))
     if foreign:
         raise ValueError(

@@ -1,32 +1,26 @@
 """`sfd features` and `sfd encode`: a folder of images becomes shards, on one process or many, resumable, exact.
 
 Images are numbered by the screened index. Shard k holds the images k * shard_size and on, whatever the number of ranks,
-and is encoded in batches of one fixed size (the last one padded), so every run gives the same bytes.
+and is encoded in batches of one fixed size (the last one padded), so every run gives the same bytes. Run again over a
+finished folder, it encodes only shards that are missing or damaged.
 """
 
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from sfd_fast.config import Precision, require, require_positive
 from sfd_fast.data.encoders import FeatureEncoder, LatentEncoder
-from sfd_fast.data.image_loader import decoded_batches
-from sfd_fast.data.index import ImageIndex, open_index
-from sfd_fast.data.manifest import MANIFEST, begin
-from sfd_fast.data.progress import Progress
+from sfd_fast.data.index import INDEX_FOLDER, open_index
+from sfd_fast.data.job import Job
+from sfd_fast.data.manifest import begin
 from sfd_fast.data.ranks import Ranks
-from sfd_fast.data.shards import ShardWriter, checksum, map_tensors, read_header, write_json
-from sfd_fast.data.statistics import ChannelMoments, LatentStatistics, merge_all
 
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-INDEX_FOLDER = "index"
 
 
 @dataclass(frozen=True)
@@ -54,13 +48,16 @@ class FeaturesConfig:
     batch_size: int = 32
     """images encoded at once; results differ between sizes in the last bits of fp32"""
     decoder: Literal["pil", "dali"] = "pil"
-    """pil: exact; dali: faster, differs by a little (sfd_fast.data.dali says how little)"""
+    """pil: exact; dali: decodes on `device` within a small difference (sfd_fast.data.dali); worth it on a GPU: on a CPU
+    it is no faster than PIL (benchmarks/data.py)"""
     on_bad: Literal["skip", "fail"] = "skip"
     """unreadable images"""
+    verify: bool = False
+    """compare the checksums of shards that are there already: those that differ are encoded again"""
     num_threads: int = 0
     """decoding threads of a rank; 0: one per processor"""
     device: str = "auto"
-    """auto: the rank's GPU, or else the CPU"""
+    """auto: the rank's GPU, or else the CPU; cuda: the rank's GPU"""
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
@@ -94,7 +91,9 @@ class EncodeConfig:
     shard_size: int = 1024
     batch_size: int = 32
     decoder: Literal["pil", "dali"] = "pil"
+    """as in `sfd features`, and so the options below"""
     on_bad: Literal["skip", "fail"] = "skip"
+    verify: bool = False
     num_threads: int = 0
     device: str = "auto"
     precision: Precision = "fp32"
@@ -145,10 +144,10 @@ def run_encode(config: EncodeConfig) -> None:
 
 
 def device_of(name: str, ranks: Ranks) -> torch.device:
-    """The device called `name`; auto is cuda:LOCAL_RANK where there is CUDA."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """The device called `name`. auto is cuda where there is CUDA, and cuda without a number is cuda:LOCAL_RANK."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", ranks.local_rank) if name == "cuda" else torch.device(name)
 
 
 def run(
@@ -159,7 +158,7 @@ def run(
     device: torch.device,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Screens the images, encodes this rank's shards that are not there yet, and completes the manifest (rank 0)."""
+    """Screens the images, then encodes the shards that are not there or damaged; all ranks together."""
     out = Path(config.out)
     num_threads = config.num_threads or os.cpu_count() or 1
     index = open_index(
@@ -177,155 +176,16 @@ def run(
         "precision": config.precision,
         "shard_size": config.shard_size,
     } | encoder.settings()
-    ranks.on_first(lambda: begin(out, settings))
+    sources = {name: located(getattr(config, name)) for name in encoder.parts() + ("images",)}
+    ranks.on_first(lambda: begin(out, settings, sources))
     manifest = begin(out, settings)
+    job = Job(out, index, encoder, manifest["fingerprint"], config, num_threads, device, kind)
     if manifest["complete"]:
-        if ranks.first:
-            report(f"{out} is complete: {len(index)} images")
-        return
-    job = Job(out, index, encoder, manifest["fingerprint"], config, num_threads, device)
-    job.encode_shards([k for k in ranks.mine(job.num_shards) if not job.is_done(k)], ranks, report)
-    ranks.barrier()
-    ranks.on_first(lambda: job.finish(manifest, kind))
-    if ranks.first:
-        report(f"{out}: {len(index)} images in {job.num_shards} shards")
+        job.repair(manifest, ranks, report)
+    else:
+        job.complete(manifest, ranks, report)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One cache in the making. A shard is done when both the shard and its record (NAME.json) are there."""
-
-    out: Path
-    index: ImageIndex
-    encoder: FeatureEncoder | LatentEncoder
-    fingerprint: str
-    config: FeaturesConfig | EncodeConfig
-    num_threads: int
-    device: torch.device
-
-    @property
-    def num_shards(self) -> int:
-        return -(-len(self.index) // self.config.shard_size)
-
-    def path(self, k: int) -> Path:
-        return self.out / f"shard-{k:05d}.safetensors"
-
-    def record_path(self, k: int) -> Path:
-        return self.path(k).with_suffix(".json")
-
-    def images(self, k: int) -> range:
-        """Numbers of the images of shard k."""
-        return range(k * self.config.shard_size, min((k + 1) * self.config.shard_size, len(self.index)))
-
-    def is_done(self, k: int) -> bool:
-        return self.path(k).is_file() and self.record_path(k).is_file()
-
-    def encode_shards(self, shards: list[int], ranks: Ranks, report: Callable[[str], None]) -> None:
-        """Encodes those shards one after the other; decoding runs ahead across their borders."""
-        batches = [(k, batch) for k in shards for batch in split(self.images(k), self.config.batch_size)]
-        decoded = decoded_batches(
-            self.index,
-            [list(batch) for _, batch in batches],
-            self.config.image_size,
-            crop=self.config.crop,
-            decoder=self.config.decoder,
-            device=self.device,
-            num_threads=self.num_threads,
-        )
-        progress = Progress(sum(len(self.images(k)) for k in shards), ranks, report)
-        for k in shards:
-            for stale in self.out.glob(f".{self.path(k).name}.*.tmp"):
-                stale.unlink()
-            self.encode_shard(k, decoded, progress)
-
-    def encode_shard(self, k: int, decoded: Iterator[Tensor], progress: Progress) -> None:
-        images = self.images(k)
-        layout = {name: (dtype, (len(images), *shape)) for name, (dtype, shape) in self.encoder.layout().items()}
-        layout["labels"] = (torch.int64, (len(images),))
-        cosine = 0.0
-        metadata = {"fingerprint": self.fingerprint, "first_image": images.start}
-        with ShardWriter(self.path(k), layout, metadata) as writer:
-            labels = torch.from_numpy(self.index.labels[images.start : images.stop].astype("int64"))
-            writer.write("labels", 0, labels)
-            for batch in split(images, self.config.batch_size):
-                rows, cosines = self.encode_batch(next(decoded), batch)
-                for name, values in rows.items():
-                    writer.write(name, batch.start - images.start, values[: len(batch)])
-                if cosines is not None:
-                    cosine += float(cosines[:, : len(batch)].double().mean(0).sum())
-                progress.add(len(batch))
-        write_json(self.record_path(k), self.record(k, cosine))
-
-    def encode_batch(self, pixels: Tensor, batch: range) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Pads to the fixed size by repeating the last image: fp32 results depend on the batch size."""
-        pad = self.config.batch_size - len(batch)
-        pixels = torch.cat([pixels, pixels[-1:].expand(pad, -1, -1, -1)]) if pad else pixels
-        ids = torch.tensor([*batch, *[batch[-1]] * pad])
-        low = self.config.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext():
-            return self.encoder(pixels.to(self.device), ids.to(self.device))
-
-    def record(self, k: int, cosine: float) -> dict:
-        """Count, checksum and statistics of a written shard, from what the file holds.
-
-        Raises ValueError naming the image whose latents are not finite.
-        """
-        path = self.path(k)
-        tensors = map_tensors(path, read_header(path))
-        record = {"count": len(self.images(k)), "bytes": path.stat().st_size, "sha256": checksum(path)}
-        for stream, name in (("texture", "latents"), ("texture", "latents_mean"), ("semantic", "latents_sv")):
-            if name in tensors:
-                moments = self.moments(k, name, tensors[name])
-                if name == "latents_mean":
-                    moments = moments.with_noise(tensors["latents_logvar"])
-                record[stream] = moments.to_json()
-        for name in ("latents_flip", "latents_mean_flip", "latents_sv_flip", "feats_dino", "feats_dino_flip"):
-            if name in tensors:
-                self.moments(k, name, tensors[name])
-        if "semantic" in record:
-            record["cosine"] = cosine
-        return record
-
-    def moments(self, k: int, name: str, values: Tensor) -> ChannelMoments:
-        try:
-            return ChannelMoments.of(values)
-        except ValueError as error:
-            sample = int(torch.isfinite(values.float()).flatten(1).all(1).logical_not().nonzero()[0])
-            image = self.index.describe(self.images(k)[sample])
-            raise ValueError(
-                f"{self.path(k)}: '{name}' of {image}: {error}. Use precision fp32, storage bf16 or fp32 (fp16 ends "
-                "at 65504), and check the encoder's weights"
-            ) from None
-
-    def finish(self, manifest: dict, kind: str) -> None:
-        """Merges the shards' records in their order, writes statistics and the final manifest, removes the records."""
-        records = {self.path(k).name: json.loads(self.record_path(k).read_text()) for k in range(self.num_shards)}
-        labels = torch.from_numpy(self.index.labels.astype("int64"))
-        per_class = torch.bincount(labels, minlength=len(self.index.classes)).tolist()
-        manifest = manifest | {
-            "complete": True,
-            "count": len(self.index),
-            "classes": self.index.classes,
-            "class_counts": per_class,
-            "shards": {name: {key: r[key] for key in ("count", "bytes", "sha256")} for name, r in records.items()},
-            "bytes_per_image": sum(r["bytes"] for r in records.values()) / len(self.index),
-        }
-        if kind == "latents":
-            texture, semantic = (
-                merge_all(ChannelMoments.from_json(r[stream]) for r in records.values())
-                for stream in ("texture", "semantic")
-            )
-            LatentStatistics.from_moments(texture, semantic).save(self.out)
-            manifest["statistics"] = {
-                stream: {"count": m.count, "mean": m.mean.tolist(), "std": m.std().tolist()}
-                for stream, m in (("texture", texture), ("semantic", semantic))
-            }
-            manifest["semvae_target_cosine"] = sum(r["cosine"] for r in records.values()) / len(self.index)
-        write_json(self.out / MANIFEST, manifest)
-        for k in range(self.num_shards):
-            self.record_path(k).unlink()
-
-
-def split(numbers: range, size: int) -> list[range]:
-    """Consecutive parts of at most `size` numbers."""
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+def located(source: str) -> str:
+    """The absolute path of what is on this disk; hub ids and short names as they are."""
+    return str(Path(source).absolute()) if Path(source).exists() else source

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from types import TracebackType
 import numpy as np
 import torch
 from torch import Tensor
+
+from sfd_fast.data.atomic import AtomicFile, write_bytes
 
 METADATA_KEY = "sfd"
 """The only metadata key. Several keys are written in a different order by different processes (DESIGN, facts)."""
@@ -81,8 +82,8 @@ def read_header(path: str | Path) -> Header:
     expected = max((entry.end for entry in entries.values()), default=8 + length)
     if size != expected:
         raise ValueError(
-            f"{path} is truncated or damaged: {size} bytes, its header describes {expected}; delete it and run "
-            "`sfd encode` again (finished shards are kept), or copy it again"
+            f"{path} is truncated or damaged: {size} bytes, its header describes {expected}; copy it again, or run the "
+            "command that made it again: that encodes only shards that are missing or damaged"
         )
     return Header(entries, json.loads(metadata.get(METADATA_KEY, "{}")), size)
 
@@ -159,18 +160,15 @@ class ShardWriter:
         metadata: Mapping | None = None,
     ):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         header, self.entries = build_header(tensors, metadata or {})
-        self.size = max((entry.end for entry in self.entries.values()), default=len(header))
         self._missing = {name: entry.shape[0] for name, entry in self.entries.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.temporary.open("wb")
+        size = max((entry.end for entry in self.entries.values()), default=len(header))
+        self._file = AtomicFile(path, reserve=size)
         try:
-            os.posix_fallocate(self._file.fileno(), 0, self.size)
             self._file.write(header)
-        except OSError as error:
-            self.abandon()
-            raise OSError(error.errno, f"cannot write {self.path} ({self.size} bytes): {error.strerror}") from error
+        except OSError:
+            self._file.abandon()
+            raise
 
     def write(self, name: str, row: int, values: Tensor) -> None:
         """Stores values (n, ...) as rows row .. row + n - 1 of tensor `name`, cast to its dtype."""
@@ -182,32 +180,16 @@ class ShardWriter:
             )
         values = values.detach().to("cpu", entry.dtype).contiguous()
         row_bytes = (entry.end - entry.begin) // max(entry.shape[0], 1)
-        try:
-            self._file.seek(entry.begin + row * row_bytes)
-            self._file.write(values.view(-1).view(torch.uint8).numpy().data)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+        self._file.write(values.view(-1).view(torch.uint8).numpy().data, entry.begin + row * row_bytes)
         self._missing[name] -= len(values)
 
     def close(self) -> None:
         """Completes the shard. Raises ValueError where rows were not written."""
         missing = {name: count for name, count in self._missing.items() if count}
         if missing:
-            self.abandon()
+            self._file.abandon()
             raise ValueError(f"{self.path} is incomplete: rows never written: {missing}")
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self.temporary, self.path)
-        except OSError as error:
-            self.abandon()
-            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
-
-    def abandon(self) -> None:
-        """Removes the unfinished file."""
-        self._file.close()
-        self.temporary.unlink(missing_ok=True)
+        self._file.commit()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -218,7 +200,7 @@ class ShardWriter:
         if kind is None:
             self.close()
         else:
-            self.abandon()
+            self._file.abandon()
 
 
 def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
@@ -237,12 +219,8 @@ def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def write_json(path: str | Path, content: Mapping) -> None:
-    """Sorted JSON, written atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    """Sorted JSON, written atomically. Raises OSError naming the file where the disk is full."""
+    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def checksum(path: str | Path) -> str:
@@ -254,11 +232,16 @@ def checksum(path: str | Path) -> str:
 def shard_paths(paths: str | Path | Iterable[str | Path]) -> list[str]:
     """Local shard files named by a folder, a file, or a list of both; a folder's files in the order of their names.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there is none, FileNotFoundError for a path that does not exist.
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     found: list[str] = []
     for path in map(Path, given):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path.absolute()} does not exist; a cache is a folder of *.safetensors shards, a released one or one "
+                "made by `sfd features` or `sfd encode`"
+            )
         found += sorted(str(p) for p in path.glob("*.safetensors")) if path.is_dir() else [str(path)]
     if not found:
         raise ValueError(

@@ -72,7 +72,8 @@ def scan_folder(root: Path) -> Scan:
                 if file.lower().endswith(EXTENSIONS):
                     full = os.path.join(folder, file)
                     result.keys.append(os.path.relpath(full, root))
-                    result.sizes.append(os.path.getsize(full))
+                    # a dangling link is found, and listed, when it is read
+                    result.sizes.append(os.path.getsize(full) if os.path.exists(full) else 0)
         count = len(result.keys) - before
         if count == 0:
             raise ValueError(

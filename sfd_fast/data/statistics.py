@@ -4,7 +4,6 @@ Letters: B batch, C channels (C_t texture, C_s semantic), H, W.
 """
 
 import io
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sfd_fast.data.atomic import write_bytes
 from sfd_fast.transport import join_latents
 
 TEXTURE_FILE = "latents_stats.pt"
@@ -218,7 +218,10 @@ class LatentStatistics:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Writes latents_stats.pt and latents_sv_stats.pt in the released form, atomically."""
+        """Writes latents_stats.pt and latents_sv_stats.pt in the released form, atomically.
+
+        Raises OSError naming the file that cannot be written.
+        """
         for name, mean, std in (
             (TEXTURE_FILE, self.texture_mean, self.texture_std),
             (SEMANTIC_FILE, self.semantic_mean, self.semantic_std),
@@ -228,9 +231,7 @@ class LatentStatistics:
             # through memory: saved to a file, the archive would carry the temporary name
             content = io.BytesIO()
             torch.save({"mean": mean.cpu().view(1, -1, 1, 1), "std": std.cpu().view(1, -1, 1, 1)}, content)
-            temporary = Path(folder, f".{name}.{os.getpid()}.tmp")
-            temporary.write_bytes(content.getvalue())
-            os.replace(temporary, Path(folder, name))
+            write_bytes(Path(folder, name), content.getvalue())
 
     @classmethod
     def load(cls, folder: str | Path, multiplier: float = 1.0, *, semantic: bool = True) -> "LatentStatistics":
