@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from image_trees import crops, encoded, write_tree
 from PIL import Image
 
-from sfd_fast.data import index as index_module
-from sfd_fast.data.index import INDEX_FILE, REPORT_FILE, open_index
+from sfd_fast.data import screening
+from sfd_fast.data.index import INDEX_FILE, open_index
+from sfd_fast.data.screening import REPORT_FILE
 
 
 def silent(_):
@@ -32,7 +34,7 @@ def test_an_index_knows_labels_sizes_and_bytes(tmp_path):
 def test_a_second_run_decodes_nothing(tmp_path, monkeypatch):
     tree = write_tree(tmp_path / "tree")
     first = open_index(tree, tmp_path / "out", report=silent)
-    monkeypatch.setattr(index_module, "examine", lambda data: pytest.fail("decoded again"))
+    monkeypatch.setattr(screening, "examine", lambda data: pytest.fail("decoded again"))
     second = open_index(tree, tmp_path / "out", report=silent)
     assert second.fingerprint() == first.fingerprint()
 
@@ -123,13 +125,13 @@ def png(pixels, bits):
 
 
 def test_whatever_a_damaged_file_raises_is_a_finding(tmp_path, monkeypatch):
-    """A TIFF without its width makes PIL raise TypeError."""
+    """A TIFF whose strips begin at a text makes PIL raise TypeError."""
     tree = write_tree(tmp_path / "tree", {"china": 2})
-    tiff = bytearray(encoded(crops("china", 1)[0].convert("L"), "tiff"))
+    tiff = bytearray(encoded(crops("china", 1)[0], "tiff"))
     offset = struct.unpack("<I", tiff[4:8])[0]
     for at in range(offset + 2, offset + 2 + 12 * struct.unpack("<H", tiff[offset : offset + 2])[0], 12):
-        if struct.unpack("<H", tiff[at : at + 2])[0] == 256:
-            tiff[at : at + 2] = struct.pack("<H", 255)
+        if struct.unpack("<H", tiff[at : at + 2])[0] == 273:
+            tiff[at + 2 : at + 4] = struct.pack("<H", 2)
     with pytest.raises(TypeError):
         Image.open(io.BytesIO(bytes(tiff))).convert("RGB")
     (tree / "china" / "bad.tiff").write_bytes(tiff)
@@ -146,3 +148,67 @@ def test_a_dangling_link_is_listed(tmp_path):
     assert len(index) == 2
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert "No such file" in report[str(tree / "china" / "gone.jpg")]
+
+
+def test_a_screening_that_was_killed_continues(tmp_path, monkeypatch):
+    """Stopped in its third block of two images: the first two are not decoded again, by other ranks either."""
+    tree = write_tree(tmp_path / "tree")
+    damage(tree)
+    unbroken = open_index(tree, tmp_path / "unbroken", report=silent).fingerprint()
+    monkeypatch.setattr(screening, "SCREEN_BLOCK", 2)
+    examine, looked = screening.examine, []
+
+    def stop_at_fifth(data):
+        looked.append(data)
+        if len(looked) > 4:
+            raise KeyboardInterrupt
+        return examine(data)
+
+    monkeypatch.setattr(screening, "examine", stop_at_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        open_index(tree, tmp_path / "out", num_threads=1, report=silent)
+    (journal,) = (tmp_path / "out").glob(".screened.*")
+    with journal.open("a") as file:
+        file.write('\n[5, {"width": 3')  # killed within a line
+    again = []
+    monkeypatch.setattr(screening, "examine", lambda data: again.append(data) or examine(data))
+    index = open_index(tree, tmp_path / "out", num_threads=1, report=silent)
+    assert len(again) == 14 - 4 and not set(again) & set(looked[:4])
+    assert index.fingerprint() == unbroken
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [INDEX_FILE, REPORT_FILE]
+    assert (tmp_path / "out" / REPORT_FILE).read_bytes() == (tmp_path / "unbroken" / REPORT_FILE).read_bytes()
+
+
+def test_what_was_screened_of_other_images_is_not_used(tmp_path, monkeypatch):
+    tree = write_tree(tmp_path / "tree", {"china": 2})
+    monkeypatch.setattr(screening, "write_index", lambda *_: pytest.fail("stop"))
+    with pytest.raises(pytest.fail.Exception):
+        open_index(tree, tmp_path / "out", report=silent)
+    monkeypatch.undo()
+    (tree / "china" / "001.jpg").write_bytes(encoded(crops("flower", 1)[0]))
+    assert open_index(tree, tmp_path / "out", report=silent).read(1) == (tree / "china" / "001.jpg").read_bytes()
+
+
+def test_classes_without_images_are_said_or_fatal_as_configured(tmp_path):
+    """Labels of tar shards and datasets may have gaps; of folders, they are an error in any case."""
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "a.tar", "w") as archive:
+        for label, image in zip((0, 3), crops("china", 2)):
+            for name, data in ((f"{label}.jpg", encoded(image)), (f"{label}.cls", str(label).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    lines = []
+    assert len(open_index(tmp_path / "tars", tmp_path / "out", report=lines.append).classes) == 4
+    assert lines == [f"2 of 4 classes of {tmp_path / 'tars'} have no images: 1, 2"]
+    for out in ("out", "new"):
+        with pytest.raises(ValueError, match="2 of 4 classes of .*tars have no images: 1, 2.*on_bad=skip"):
+            open_index(tmp_path / "tars", tmp_path / out, on_bad="fail", report=silent)
+
+
+def test_ignored_tar_files_are_said(tmp_path):
+    tree = write_tree(tmp_path / "tree", {"china": 2})
+    (tree / "backup.tar").write_bytes(b"anything")
+    lines = []
+    assert len(open_index(tree, tmp_path / "out", report=lines.append)) == 2
+    assert lines == [f"{tree} has class folders: its 1 *.tar files, such as backup.tar, are ignored"]

@@ -24,7 +24,7 @@ from tiny_encoders import save_autoencoder, save_dinov2
 from sfd_fast import streams
 from sfd_fast.checkpoint import save_model
 from sfd_fast.config import SemVAEConfig
-from sfd_fast.data import index as index_module
+from sfd_fast.data import screening
 from sfd_fast.data.images import square
 from sfd_fast.data.latents import LatentLoader, LatentShards
 from sfd_fast.data.prepare import EncodeConfig, FeaturesConfig, device_of, located, run_encode, run_features
@@ -346,7 +346,7 @@ def test_failures_of_dali_are_counted_in_manifest_and_summary(parts, tmp_path, c
     tree = write_tree(tmp_path / "tree", {"china": 6})
     (tree / "china" / "001.jpg").write_bytes(encoded(crops("china", 2)[1], "gif"))
     out = tmp_path / "out"
-    monkeypatch.setattr(index_module, "is_plain", lambda data: True)
+    monkeypatch.setattr(screening, "is_plain", lambda data: True)
     run_encode(encode_config(parts | {"images": str(tree)}, out, decoder="dali"))
     assert json.loads((out / "manifest.json").read_text())["dali_failures"] == 1
     assert "1 batches were decoded with PIL because DALI failed in them" in capsys.readouterr().out

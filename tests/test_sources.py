@@ -61,6 +61,10 @@ def test_tar_mistakes_name_tar_and_sample(tmp_path):
     write_tar(tmp_path / "a.tar", [("0.jpg", image), ("0.cls", b"cat")])
     with pytest.raises(ValueError, match="a.tar: label of sample '0' in '0.cls' is unreadable"):
         scan(tmp_path)
+    for label in (("0.cls", b"\xff\xfe"), ("0.cls", b"-1"), ("0.json", b"[1]"), ("0.json", b'{"label": null}')):
+        write_tar(tmp_path / "a.tar", [("0.jpg", image), label])
+        with pytest.raises(ValueError, match=f"a.tar: label of sample '0' in '{label[0]}' is unreadable"):
+            scan(tmp_path)
     write_tar(tmp_path / "a.tar", [("0.jpg", image), ("0.png", image), ("0.cls", b"1")])
     with pytest.raises(ValueError, match="sample '0' has two images"):
         scan(tmp_path)
@@ -84,6 +88,21 @@ def test_hugging_face_datasets_give_their_encoded_bytes(tmp_path, saved):
         rows.to_parquet(tmp_path / "set" / "train-0.parquet")
     assert contents(tmp_path / "set") == list(zip([1, 0, 1], data))
     assert scan(tmp_path / "set").classes == ["x", "y"]
+
+
+def test_a_stray_tar_beside_class_folders_is_ignored_and_said(tmp_path):
+    write_tree(tmp_path, {"china": 2})
+    write_tar(tmp_path / "stray.tar", [("0.jpg", b"x"), ("0.cls", b"0")])
+    found = scan(tmp_path)
+    assert found.kind == "folder" and found.keys == ["china/000.jpg", "china/001.jpg"]
+    assert found.notes == [f"{tmp_path} has class folders: its 1 *.tar files, such as stray.tar, are ignored"]
+
+
+def test_tar_shards_may_lie_beside_folders_without_images(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.jpg", encoded(crops("china", 1)[0])), ("0.cls", b"0")])
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "notes.txt").write_text("no image")
+    assert scan(tmp_path).kind == "tar"
 
 
 def test_an_empty_class_is_an_error_that_names_its_folder(tmp_path):

@@ -11,7 +11,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
@@ -27,6 +27,9 @@ def decode(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError:
+        # PIL's message holds an address in memory, and reports of damage should not differ from run to run
+        raise OSError("it is no image that PIL can identify") from None
     except (SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
         # PIL raises these for some damaged files
         raise OSError(f"{type(error).__name__}: {error}") from error

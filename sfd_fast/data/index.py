@@ -1,74 +1,25 @@
-"""Screening: every image is decoded once, and what was learnt (labels, sizes, checksums, damage) is kept in an index.
+"""The index of a source: what screening learnt of its readable images (labels, sizes, checksums), kept in a file.
 
 Later runs read the index instead of walking the source, and notice files that changed since. N images.
 """
 
-import io
 import json
-import time
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
-from sfd_fast.data.images import decode
 from sfd_fast.data.ranks import Ranks
-from sfd_fast.data.shards import ShardWriter, map_tensors, read_header, write_json
-from sfd_fast.data.sources import Reader, Scan, scan
+from sfd_fast.data.screening import COLUMNS, REPORT_FILE, empty_classes, screen
+from sfd_fast.data.shards import map_tensors, read_header
+from sfd_fast.data.sources import Reader
 
 INDEX_FOLDER = "index"
 """within the folder of a cache"""
 INDEX_FILE = "index.safetensors"
-REPORT_FILE = "unreadable.json"
-SCREEN_BLOCK = 256
-"""images handed to the threads at a time"""
-COLUMNS = {
-    "labels": torch.int32, "widths": torch.int32, "heights": torch.int32, "containers": torch.int32,
-    "offsets": torch.int64, "sizes": torch.int64, "checksums": torch.int64, "plain": torch.uint8,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What decoding one image told."""
-
-    width: int = 0
-    height: int = 0
-    size: int = 0
-    checksum: int = 0
-    """CRC-32 of the encoded bytes"""
-    plain: bool = False
-    """a still 8-bit RGB or grey JPEG or PNG without transparency: every decoder agrees on what it shows"""
-    error: str = ""
-
-
-def examine(data: bytes) -> Finding:
-    """Decodes an image fully. An error is a finding, not an exception."""
-    try:
-        image = decode(data)
-        plain = is_plain(data)
-    except Exception as error:  # damaged files raise nearly anything within PIL: TypeError, struct.error, MemoryError
-        what = [] if isinstance(error, OSError) and str(error) else [type(error).__name__]
-        return Finding(size=len(data), error=": ".join([*what, *filter(None, [str(error)])]))
-    return Finding(image.width, image.height, len(data), zlib.crc32(data), plain)
-
-
-def is_plain(data: bytes) -> bool:
-    """Whether every decoder agrees on what an image shows: see Finding.plain."""
-    with Image.open(io.BytesIO(data)) as header:
-        if header.format not in ("JPEG", "PNG") or getattr(header, "n_frames", 1) > 1:
-            return False
-        # PIL calls RGB of 16 bits RGB too; IHDR, the first chunk of a PNG, has the bits of a channel in byte 24
-        deep = header.format == "PNG" and data[24] != 8
-        return header.mode in ("RGB", "L") and not deep and "transparency" not in header.info
 
 
 class ImageIndex:
@@ -138,7 +89,8 @@ def open_index(
 ) -> ImageIndex:
     """The index of a source, kept in `folder`; screens the source where there is none yet.
 
-    Unreadable images are listed with the reason in unreadable.json: skipped, or fatal with on_bad="fail".
+    Unreadable images are listed with the reason in unreadable.json: skipped, or fatal with on_bad="fail". Likewise
+    classes without images, where labels come from tar shards or a dataset.
     Raises ValueError for unreadable images where they are fatal, for a class that has no readable image, and for an
     index that belongs to another source.
     """
@@ -146,7 +98,7 @@ def open_index(
     path = Path(folder, INDEX_FILE)
     present = ranks.gather(path.is_file())
     if not all(present):
-        screen(source, path, on_bad=on_bad, num_threads=num_threads, ranks=ranks, report=report)
+        screen(_root(source), path, num_threads=num_threads, ranks=ranks, report=report)
     index = ImageIndex.load(path)
     if index.metadata["root"] != _root(source):
         raise ValueError(
@@ -155,89 +107,14 @@ def open_index(
         )
     if on_bad == "fail" and index.metadata["unreadable"]:
         _refuse(index.metadata["unreadable"], path.with_name(REPORT_FILE))
+    empty = empty_classes(index.labels, index.classes, index.metadata["root"])
+    if on_bad == "fail" and empty:
+        raise ValueError(f"{empty}. Complete the images, or pass on_bad=skip")
     return index
 
 
 def _root(source: str | Path) -> str:
     return str(source) if "://" in str(source) else str(Path(source).resolve())
-
-
-def screen(
-    source: str | Path,
-    path: Path,
-    *,
-    on_bad: str,
-    num_threads: int,
-    ranks: Ranks,
-    report: Callable[[str], None],
-) -> None:
-    """Decodes every image of the source once, divided over the ranks, and writes index and report (rank 0)."""
-    found = scan(_root(source))
-    reader = Reader(found.kind, found.root, found.containers)
-
-    def look(i: int) -> Finding:
-        try:
-            return examine(reader.read(found.keys[i], found.container[i], found.offsets[i], found.sizes[i]))
-        except OSError as error:
-            return Finding(error=str(error))
-
-    mine, start, findings = ranks.mine(len(found.keys)), time.monotonic(), []
-    with ThreadPoolExecutor(max(num_threads, 1), thread_name_prefix="screen") as pool:
-        last = start
-        for first in range(0, len(mine), SCREEN_BLOCK):
-            findings += pool.map(look, mine[first : first + SCREEN_BLOCK])
-            if ranks.first and time.monotonic() - last > 10:
-                last, done = time.monotonic(), len(findings)
-                rate = done / (last - start)
-                report(f"screening: {done}/{len(mine)} images, {rate:.0f}/s, {(len(mine) - done) / rate:.0f} s left")
-    shares = ranks.gather(findings)
-
-    def finish() -> None:
-        ordered = [shares[i % ranks.size][i // ranks.size] for i in range(len(found.keys))]
-        bad = {
-            reader.describe(key, container): finding.error
-            for key, container, finding in zip(found.keys, found.container, ordered)
-            if finding.error
-        }
-        write_json(path.with_name(REPORT_FILE), bad)
-        if bad:
-            report(f"{len(bad)} of {len(ordered)} images are unreadable, listed in {path.with_name(REPORT_FILE)}")
-        write_index(path, found, ordered)
-
-    ranks.on_first(finish)
-
-
-def write_index(path: Path, found: Scan, findings: Sequence[Finding]) -> None:
-    """Raises ValueError where a class has no readable image."""
-    good = [i for i, finding in enumerate(findings) if not finding.error]
-    empty = set(found.labels) - {found.labels[i] for i in good}
-    if empty:
-        name = found.classes[min(empty)]
-        raise ValueError(f"class '{name}' of {found.root} has no readable image: all of its files are damaged")
-    names = [found.keys[i].encode() for i in good]
-    columns = {
-        "labels": [found.labels[i] for i in good],
-        "widths": [findings[i].width for i in good],
-        "heights": [findings[i].height for i in good],
-        "containers": [found.container[i] for i in good],
-        "offsets": [found.offsets[i] for i in good],
-        "sizes": [findings[i].size for i in good],
-        "checksums": [findings[i].checksum for i in good],
-        "plain": [findings[i].plain for i in good],
-    }
-    tensors: dict[str, Tensor] = {name: torch.tensor(column, dtype=COLUMNS[name]) for name, column in columns.items()}
-    tensors["name_ends"] = torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0)
-    tensors["names"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
-    metadata = {
-        "kind": found.kind,
-        "root": found.root,
-        "classes": found.classes,
-        "containers": found.containers,
-        "unreadable": len(findings) - len(good),
-    }
-    with ShardWriter(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, 0, tensor)
 
 
 def _refuse(count: int, report: Path) -> None:

@@ -34,13 +34,15 @@ class Scan:
     """first byte within the tar file"""
     sizes: list[int] = field(default_factory=list)
     """encoded bytes; 0 where only reading tells"""
+    notes: list[str] = field(default_factory=list)
+    """what the user should know, for example of ignored files"""
 
 
 def scan(path: str | Path) -> Scan:
     """Lists the images of a source; the kind is recognised from what is there.
 
-    A folder with *.tar files (or one such file): WebDataset. A folder saved by `datasets` or with *.parquet files, or
-    hf://ORGANISATION/NAME: a Hugging Face dataset. Any other folder: one sub-folder per class.
+    A folder with *.tar files and no class folders, or one such file: WebDataset. A folder saved by `datasets` or with
+    *.parquet files, or hf://ORGANISATION/NAME: a Hugging Face dataset. Any other folder: one sub-folder per class.
     Raises FileNotFoundError for a missing path, ValueError for a source without images, or a class without any.
     """
     if str(path).startswith(HUB):
@@ -51,11 +53,26 @@ def scan(path: str | Path) -> Scan:
             f"{root} does not exist; images are a folder with one sub-folder per class, *.tar shards (WebDataset), or "
             "a saved Hugging Face dataset"
         )
-    if root.is_file() or any(root.glob("*.tar")):
+    tars = sorted(path.name for path in root.glob("*.tar"))
+    if root.is_file() or (tars and not has_class_folders(root)):
         return scan_tars(root)
     if (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file() or any(root.glob("*.parquet")):
         return scan_dataset(str(root))
-    return scan_folder(root)
+    found = scan_folder(root)
+    if tars:
+        found.notes.append(f"{root} has class folders: its {len(tars)} *.tar files, such as {tars[0]}, are ignored")
+    return found
+
+
+def has_class_folders(root: Path) -> bool:
+    """Whether a sub-folder holds an image, at any depth."""
+    folders = (entry.path for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    return any(
+        file.lower().endswith(EXTENSIONS)
+        for folder in folders
+        for _, _, files in os.walk(folder, followlinks=True)
+        for file in files
+    )
 
 
 def scan_folder(root: Path) -> Scan:
@@ -127,17 +144,25 @@ def _tar_member(
             raise ValueError(f"{path}: sample '{sample}' has two images, '{images[sample][0]}' and '{member.name}'")
         images[sample] = (member.name, member.offset_data, member.size)
     elif extension in (".cls", ".json"):
-        content = archive.extractfile(member).read().decode()
         try:
-            if extension == ".cls":
-                labels[sample] = int(content)
-            else:
-                values = json.loads(content)
-                for key in ("label", "cls"):
-                    if key in values:
-                        labels[sample] = int(values[key])
-        except ValueError as error:
+            labels[sample] = _label(extension, archive.extractfile(member).read().decode())
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: label of sample '{sample}' in '{member.name}' is unreadable: {error}") from None
+
+
+def _label(extension: str, content: str) -> int:
+    """The class number in a .cls or .json member."""
+    if extension == ".cls":
+        label = int(content)
+    else:
+        values = json.loads(content)
+        found = [values[key] for key in ("label", "cls") if key in values] if isinstance(values, dict) else []
+        if not found:
+            raise ValueError("it has neither 'label' nor 'cls'")
+        label = int(found[0])
+    if label < 0:
+        raise ValueError(f"{label} is negative")
+    return label
 
 
 def scan_dataset(address: str) -> Scan:
