@@ -206,9 +206,7 @@ def export_released(source: str | Path, target: str | Path) -> None:
         return
     if stored.kind == "dit":
         model = load_model(source)
-        state = OrderedDict(model.state_dict())
-        settings = PickledConfig(to_released(read_config(source)))
-        write_torch_file(target, {"model": state, "ema": OrderedDict(state), "opt": {}, "config": settings})
+        write_released_dit(target, read_config(source), raw=model.state_dict(), average=model.state_dict())
     elif stored.kind == "semvae":
         model = load_semvae(source)
         write_torch_file(target, {
@@ -223,6 +221,15 @@ def export_released(source: str | Path, target: str | Path) -> None:
         write_torch_file(target, {"state_dict": OrderedDict(stored.tensors)})
     else:
         raise ValueError(f"{source} holds a '{stored.kind}' codec, which has no released format")
+
+
+def write_released_dit(
+    target: str | Path, config: SFDConfig, *, raw: Mapping[str, Tensor], average: Mapping[str, Tensor]
+) -> None:
+    """A LightningDiT as a file that the released code loads: raw weights as "model", their average as "ema"."""
+    settings = PickledConfig(to_released(config))
+    tree = {"model": OrderedDict(raw), "ema": OrderedDict(average), "opt": {}, "config": settings}
+    write_torch_file(target, tree)
 
 
 class _Released(NamedTuple):

@@ -1,10 +1,10 @@
-"""`sfd convert`: released checkpoints, autoencoders and configurations to ours, ours to the released format, and
-several parts to one pipeline folder."""
+"""`sfd convert`: released checkpoints, autoencoders and configurations to ours, ours (folders and training checkpoints)
+to the released format, and several parts to one pipeline folder."""
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
@@ -16,28 +16,30 @@ from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.directory import write_atomically
 from sfd_fast.pipeline import SFDPipeline
 from sfd_fast.released_config import read_config, read_yaml
+from sfd_fast.training.export import export_checkpoint, export_released_checkpoint, is_checkpoint
 
 YAML = (".yaml", ".yml")
-RELEASED = (".pt", ".pth", ".ckpt", ".safetensors")
+TORCH_FILES = (".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """Options of `sfd convert`.
 
-    A released file becomes a folder, a folder becomes a released file, a released YAML becomes one of ours. With
-    `codec` and `statistics` the result is a whole pipeline folder for `sfd sample` and SFDPipeline. It samples on the
-    exact grid (the released one on request, METHOD 5).
+    A released file becomes a folder, a folder becomes a released file, a training checkpoint of any engine, number of
+    ranks and ZeRO stage becomes either, a released YAML becomes one of ours. With `codec` and `statistics` the result
+    is a whole pipeline folder for `sfd sample` and SFDPipeline. It samples on the exact grid (the released one on
+    request, METHOD 5).
     """
 
     source: str
-    """released .pt, .ckpt, .safetensors or .yaml, or one of our folders"""
+    """released .pt, .ckpt, .safetensors or .yaml, one of our folders, a run directory or one checkpoint of it"""
     target: str
     """folder to write, or with a folder as source the .pt to write, or with a YAML as source the YAML to write"""
     settings: str = ""
     """released YAML for a file that carries no configuration"""
-    weights: Literal["ema", "model"] = "ema"
-    """which weights of a released checkpoint are sampled with"""
+    weights: str = "ema"
+    """which weights are sampled with: ema or model; of a training checkpoint also ema_1, ema_2, ... (extra averages)"""
     keep_training_state: bool = True
     """also keep optimizer and raw weights, so that converting back gives the identical file"""
     codec: str = ""
@@ -58,6 +60,10 @@ class ConvertConfig:
             bool(self.codec) == bool(self.statistics),
             "a pipeline needs both --codec and --statistics (of the latents the model was trained on)",
         )
+        require(
+            re.fullmatch(r"model|ema(_[1-9]\d*)?", self.weights) is not None,
+            f"weights '{self.weights}' is unknown; choose ema, model, or ema_1, ema_2, ... of a training checkpoint",
+        )
 
 
 def run_convert(config: ConvertConfig) -> None:
@@ -65,14 +71,25 @@ def run_convert(config: ConvertConfig) -> None:
     source, target = Path(config.source), Path(config.target)
     if not source.exists():
         raise FileNotFoundError(f"source {source} does not exist")
+    require(
+        target.suffix != ".safetensors",
+        f"target {target}: name a folder to get model.safetensors with its configuration, or a .pt for the released "
+        "format",
+    )
     if source.suffix in YAML:
         convert_yaml(source, target)
-    elif source.is_dir() and target.suffix in RELEASED:
-        export_released(source, target)
+    elif source.is_dir() and target.suffix in TORCH_FILES:
+        if is_checkpoint(source):
+            export_released_checkpoint(source, target, weights=config.weights)
+        else:
+            export_released(source, target)
         print(f"wrote {target} in the released format")
     elif config.codec:
         assemble(config)
         print(f"wrote the pipeline {target}: sfd sample --model {target}")
+    elif is_checkpoint(source):
+        export_checkpoint(source, target, weights=config.weights)
+        print(f"wrote {target} ({config.weights}): sfd sample --model {target}")
     else:
         require(
             source.is_file(),
@@ -108,6 +125,9 @@ def assemble(config: ConvertConfig) -> None:
                 folders[name] = Path(scratch, name)
                 settings = config.settings or None if name == "model" else None
                 convert_released(path, folders[name], config=settings, weights=config.weights)
+            elif path and is_checkpoint(path):
+                folders[name] = Path(scratch, name)
+                export_checkpoint(path, folders[name], weights=config.weights)
             elif path:
                 folders[name] = Path(path)
         multiplier = config.latent_multiplier

@@ -1,13 +1,20 @@
 """`sfd convert`: in and out of the released formats, and several parts into one pipeline folder."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from support import GOLDEN, load_golden
+from tiny_run import tiny_config, write_data
 
+from sfd_fast import cli
+from sfd_fast.checkpoint import load_model, load_released, read_config
 from sfd_fast.convert import ConvertConfig, run_convert
 from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.pipeline import SFDPipeline
+from sfd_fast.training.loop import run_train
 
 
 @pytest.mark.golden
@@ -60,8 +67,6 @@ def test_a_released_yaml_becomes_one_of_ours(tmp_path):
     }  # fmt: skip
     (tmp_path / "released.yaml").write_text(yaml.safe_dump(released))
     run_convert(ConvertConfig(source=str(tmp_path / "released.yaml"), target=str(tmp_path / "ours.yaml")))
-    from sfd_fast import cli
-
     config = cli.parse("train", ["--config", str(tmp_path / "ours.yaml")])
     assert (config.model.hidden_size, config.model.depth) == (1152, 28)
     assert (config.optimizer.lr, config.optimizer.beta2, config.transport.delta_t) == (0.0002, 0.95, 0.3)
@@ -83,3 +88,69 @@ def test_what_does_not_fit_is_refused(options, message):
 def test_two_folders_do_not_convert(tmp_path):
     with pytest.raises(ValueError, match="name a .pt file as target to export"):
         run_convert(ConvertConfig(source=str(tmp_path), target=str(tmp_path / "b")))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of one process with a second average, and its last checkpoint (ZeRO stages: test_deepspeed.py)."""
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny_config(write_data(folder / "data"), folder / "run", max_steps=4)
+    config = replace(config, optimizer=replace(config.optimizer, extra_ema_decays=(0.5,)))
+    run_train(config, device="cpu", progress=False)
+    saved = {}
+    for path in (folder / "run" / "checkpoints" / "00000004").glob("*.safetensors"):
+        saved |= load_file(path)
+    return folder / "run", config, saved
+
+
+def stored(saved: dict, name: str, field: str) -> torch.Tensor:
+    """A tensor of a checkpoint of one process, flattened, whichever of its layouts it has."""
+    whole = name if field == "param" else f"{name}.{field}"
+    keys = [key for key in (f"{name}|{field}", f"model.{whole}", f"optimizer.{whole}", whole) if key in saved]
+    return saved[keys[0]].flatten()
+
+
+@pytest.mark.parametrize(("weights", "field"), [("ema", "ema"), ("ema_1", "ema_1"), ("model", "param")])
+def test_a_run_becomes_a_folder_with_the_weights_asked_for(run, tmp_path, weights, field):
+    folder, config, saved = run
+    cli.main(["convert", "--source", str(folder), "--target", str(tmp_path / "m"), "--weights", weights])
+    name = "blocks.0.mlp.w3.weight"
+    assert torch.equal(load_model(tmp_path / "m").state_dict()[name].flatten(), stored(saved, name, field))
+    assert read_config(tmp_path / "m") == config
+
+
+def test_a_checkpoint_becomes_the_released_file_with_raw_weights_and_average(run, tmp_path):
+    folder, _, saved = run
+    checkpoint = folder / "checkpoints" / "00000004"
+    cli.main(["convert", "--source", str(checkpoint), "--target", str(tmp_path / "4.pt"), "--weights", "ema_1"])
+    tree = torch.load(tmp_path / "4.pt", weights_only=False)
+    assert list(tree) == ["model", "ema", "opt", "config"]
+    assert list(tree["model"]) == list(tree["ema"]) == list(load_model(folder / "model").state_dict())
+    name = "blocks.1.attn.qkv.weight"
+    assert torch.equal(tree["model"][name].flatten(), stored(saved, name, "param"))
+    assert torch.equal(tree["ema"][name].flatten(), stored(saved, name, "ema_1"))
+    assert torch.equal(load_released(tmp_path / "4.pt").state_dict()[name], tree["ema"][name])
+
+
+def test_a_checkpoint_that_lacks_a_parameter_is_refused(run, tmp_path):
+    """Never a freshly initialised tensor under a trained one's name."""
+    from sfd_fast.models.dit import LightningDiT
+    from sfd_fast.training.export import stored_weights
+
+    folder, config, _ = run
+    larger = LightningDiT(replace(config.model, depth=3))
+    with pytest.raises(ValueError, match="lacks blocks.2.*it belongs to another model"):
+        stored_weights(folder / "checkpoints" / "00000004", larger, "ema")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "out", "weights": "ema_7"}, "has no 'ema_7'; it has ema, ema_1"),
+        ({"target": "out", "weights": "averages"}, "weights 'averages' is unknown; choose ema, model, or ema_1"),
+        ({"target": "out.safetensors"}, "name a folder to get model.safetensors"),
+    ],
+)
+def test_exports_that_cannot_be_are_refused(run, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_convert(ConvertConfig(source=str(run[0]), **options))

@@ -1,16 +1,18 @@
-"""A training checkpoint, of any engine and ZeRO stage, as a model directory that samples and converts."""
+"""A training checkpoint, of any engine and ZeRO stage, as a model directory or as a file in the released format."""
 
+import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from sfd_fast.checkpoint import save_model
-from sfd_fast.config import SemVAEConfig, SFDConfig, from_dict
+from sfd_fast.checkpoint import export_released, save_model, write_released_dit
+from sfd_fast.config import SemVAEConfig, SFDConfig, from_dict, require
 from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
 from sfd_fast.training.checkpoints import POINTER, STATE, damage, read_state
-from sfd_fast.training.sharded import consolidated
+from sfd_fast.training.sharded import WEIGHT, consolidated
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -33,28 +35,55 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def export_checkpoint(source: str | Path, target: str | Path, *, weights: str = "ema") -> None:
-    """Writes a checkpoint's averages (weights "ema", "ema_1", ...) or raw weights ("param") as a model directory.
+    """Writes a checkpoint's averages (weights "ema", "ema_1", ...) or raw weights ("model") as a model directory.
 
-    source: a run directory or one checkpoint, saved by any number of ranks. Needs no process group and no GPU; `sfd
-    convert` makes the released .pt from the result.
+    source: a run directory or one checkpoint, saved by any number of ranks. Needs no process group and no GPU.
     Raises ValueError where the checkpoint is damaged or has no such average.
     """
     folder = find_checkpoint(source)
     state = read_state(folder)
-    flat = consolidated(folder, weights)
+    model, options = untrained(state)
+    values = stored_weights(folder, model, weights)
+    save_model(target, model, weights=values, card={"step": state["step"], "weights": weights}, **options)
+
+
+def export_released_checkpoint(source: str | Path, target: str | Path, *, weights: str = "ema") -> None:
+    """Writes a checkpoint as a file that the released code loads: raw weights as "model", the average `weights` as
+    "ema"; no optimizer state. A SemVAE's format has one set of weights: those asked for.
+
+    Source: METHOD 6. Raises as export_checkpoint, and OSError where the place cannot be written.
+    """
+    folder = find_checkpoint(source)
+    model, options = untrained(read_state(folder))
+    if isinstance(model, SemVAE):
+        with tempfile.TemporaryDirectory() as scratch:
+            export_checkpoint(folder, scratch, weights=weights)
+            export_released(scratch, target)
+    else:
+        raw, average = (stored_weights(folder, model, name) for name in ("model", weights))
+        write_released_dit(target, options["config"], raw=raw, average=average)
+
+
+def untrained(state: dict) -> tuple[LightningDiT | SemVAE, dict]:
+    """The network that a checkpoint's state describes, with fresh weights, and what save_model stores beside it."""
     settings = state["config"]
     if "semvae" in settings:
-        config = from_dict(SemVAEConfig, settings["semvae"])
-        model, options = SemVAE(config), {}
-    else:
-        config = from_dict(SFDConfig, tuples(settings))
-        model, options = LightningDiT(config.model), {"config": config}
-        kept = state["record"]["statistics"]
-        kept = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in kept.items()}
-        options["statistics"] = LatentStatistics(**kept)
-    wanted = model.state_dict()
-    values = {name: flat[name].view(value.shape) if name in flat else value for name, value in wanted.items()}
-    save_model(target, model, weights=values, card={"step": state["step"], "weights": weights}, **options)
+        return SemVAE(from_dict(SemVAEConfig, settings["semvae"])), {}
+    config = from_dict(SFDConfig, tuples(settings))
+    kept = state["record"]["statistics"]
+    kept = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in kept.items()}
+    return LightningDiT(config.model), {"config": config, "statistics": LatentStatistics(**kept)}
+
+
+def stored_weights(folder: Path, model: nn.Module, weights: str) -> dict[str, Tensor]:
+    """Every tensor of the model's state dict, in its order: the checkpoint's, and constants (buffers) as they are.
+
+    ValueError where the checkpoint has no such average, or lacks a trained parameter.
+    """
+    flat = consolidated(folder, WEIGHT if weights == "model" else weights)
+    absent = [name for name, p in model.named_parameters() if p.requires_grad and name not in flat]
+    require(not absent, f"checkpoint {folder} lacks {', '.join(absent[:3])}: it belongs to another model")
+    return {name: flat[name].view(value.shape) if name in flat else value for name, value in model.state_dict().items()}
 
 
 def tuples(value: object) -> object:
