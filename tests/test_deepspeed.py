@@ -14,7 +14,7 @@ import pytest
 import torch
 from deepspeed_ranks import FOOTPRINT_MODEL, FOOTPRINT_SIZES, FOOTPRINTS
 from safetensors.torch import load_file
-from tiny_run import tiny_config, write_data
+from tiny_run import pixels, tiny_config, write_data, write_reference
 
 from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TrainConfig, TransportConfig
 from sfd_fast.training.deepspeed_config import BUCKETS, batch_shares, generate
@@ -29,7 +29,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 
 TWO_RANKS = (
     "stages", "resume", "shares", "precision", "bad_batch", "averages", "pre_emption", "host_reads", "options", "two",
-    "from_one", "contradictions", "disk_full", "footprint",
+    "from_one", "contradictions", "disk_full", "footprint", "judged",
 )  # fmt: skip
 
 
@@ -86,6 +86,7 @@ def ran(tmp_path_factory):
         pytest.skip(ABSENT)
     folder = tmp_path_factory.mktemp("ranks")
     write_data(folder / "data")
+    write_reference(folder / "reference.npz")
     for code, error in finish(start_ranks(1, folder, "one")):
         assert code == 0, error[-6000:]
     launcher(folder, *TWO_RANKS)
@@ -183,6 +184,18 @@ def test_averages_are_used_inside_their_context_and_leave_no_trace(ran, stage):
     assert result["first"] == result["second"]
     assert result["first"]["loss"] != result["first"]["loss_ema"]
     assert result["exported"] == pytest.approx(result["first"]["loss_ema"], rel=1e-5)
+
+
+def test_two_ranks_judge_generated_images_as_one_process_does(ran, tmp_path):
+    settings = {"max_steps": 4, "micro_batch_size": 4, "eval_every": 4, "eval_images": 21, "eval_features": "digits"}
+    config = tiny_config(
+        ran.folder / "data", tmp_path / "alone", eval_reference=str(ran.folder / "reference.npz"), **settings
+    )
+    rows = run_train(config, device="cpu", progress=False, decode=pixels).metrics
+    [alone] = [row for row in rows if row["kind"] == "evaluation"]
+    [two] = ran["judged"][0]
+    assert two.pop("kind") == alone.pop("kind")
+    assert two == pytest.approx(alone, rel=1e-3)
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step(ran):
@@ -365,7 +378,7 @@ def test_pieces_of_three_ranks_are_read_across_their_borders(tmp_path):
     whole = torch.arange(10.0)
     for rank, (start, stop) in enumerate([(0, 4), (4, 5), (5, 10)]):
         fields = {"param": whole[start:stop], "ema": -whole[start:stop], "step": torch.tensor(3.0)}
-        write_pieces(tmp_path / f"state-{rank:05d}.safetensors", [Piece("w", start, fields)])
+        write_pieces(tmp_path / f"state-{rank:05d}.safetensors", [Piece("w", start, 10, fields)])
     with StateReader(tmp_path) as reader:
         assert torch.equal(reader.read("w", "ema", 3, 9), -whole[3:9])
         assert reader.size("w") == 10 and float(reader.step("w")) == 3

@@ -421,7 +421,7 @@ def test_a_checkpoint_exports_averages_or_weights(tmp_path, data):
     assert torch.equal(read_statistics(tmp_path / "ema").texture_std, torch.ones(2))
     saved = tensors(tmp_path / "run", 8)
     name = "blocks.0.mlp.w3.weight"
-    for weights, key in (("param", f"model.{name}"), ("ema_1", f"optimizer.{name}.ema_1")):
+    for weights, key in (("model", f"model.{name}"), ("ema_1", f"optimizer.{name}.ema_1")):
         export_checkpoint(tmp_path / "run" / "checkpoints" / "00000008", tmp_path / weights, weights=weights)
         assert torch.equal(load_model(tmp_path / weights).state_dict()[name], saved[key])
     with pytest.raises(ValueError, match="has no 'ema_7'; it has ema, ema_1, exp_avg, exp_avg_sq, param"):
@@ -450,6 +450,7 @@ def test_a_profile_records_the_asked_steps(tmp_path, data):
 
 
 def test_several_ranks_need_the_deepspeed_engine(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process, but 2 ranks were launched; set train.engine to 'deepspeed'"):
         train(tiny_config(data, tmp_path / "run"))

@@ -45,7 +45,7 @@ def assert_same_end(a, b, step):
 
 def figures(result, kind="train"):
     """Rows without what a clock measured."""
-    timed = ("images_per_s", "data_wait", "wall_s", "tflops")
+    timed = ("images_per_s", "data_wait", "wall_s", "tflops", "memory_gib")
     return [{k: v for k, v in row.items() if k not in timed} for row in result.metrics if row["kind"] == kind]
 
 

@@ -7,6 +7,7 @@ A process killed at any moment leaves either the old pointer with its folder or 
 writes its own files and a mark that they are durable; rank 0 publishes when all marks are there.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -61,12 +62,15 @@ class Checkpoints:
         return int(pointer.read_text()) if pointer.is_file() else None
 
     def latest(self) -> Path | None:
-        """The folder that the pointer names, or None before the first checkpoint; ValueError where it is damaged."""
+        """The folder that the pointer names, or None before the first checkpoint; ValueError where it is damaged.
+
+        Only rank 0 looks for damage: with a file from every rank, all of them would ask the disk for ranks^2 sizes.
+        """
         pointer = self.root / POINTER
         if not pointer.is_file():
             return None
         folder = self.root / pointer.read_text().strip()
-        problem = damage(folder)
+        problem = damage(folder) if self.rank == 0 else None
         if problem:
             others = [f"{s:08d}" for s in self.steps() if self.folder(s) != folder and not damage(self.folder(s))]
             raise ValueError(
@@ -105,8 +109,8 @@ class Checkpoints:
 
     def write(self, step: int, write: Callable[[Path], None], state: dict) -> None:
         temporary = self.root / f"{TEMPORARY}{step:08d}"
-        if self.pointed_step() == step and not damage(self.folder(step)):
-            return
+        if self.pointed_step() == step:
+            return  # it is there; replacing it would leave the pointer without its folder for a moment
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             write(temporary)
@@ -119,8 +123,16 @@ class Checkpoints:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             else:
-                (temporary / f"{FAILED}{self.rank}").touch()
+                self.give_up(temporary)
             raise self.explained(step, error) from error
+
+    def give_up(self, temporary: Path) -> None:
+        """Tells rank 0 that this rank's part will not come, so that it need not wait for timeout_s."""
+        # the disk may be full or gone: then this fails too, and must not hide the error that is being reported
+        with contextlib.suppress(OSError):
+            for path in temporary.glob(f"*-{self.rank:05d}.*"):
+                path.unlink()  # leaves room for the mark
+            (temporary / f"{FAILED}{self.rank}").touch()
 
     def mark(self, temporary: Path) -> None:
         """Makes this rank's files durable, then says so."""
@@ -131,6 +143,7 @@ class Checkpoints:
     def wait_for_ranks(self, temporary: Path) -> None:
         """Returns when every rank's mark is there; OSError where a rank failed or stayed silent for timeout_s."""
         deadline = time.monotonic() + self.timeout_s
+        pause_s = 0.005
         while self.world_size > 1:
             failed = [p.name.removeprefix(FAILED) for p in temporary.glob(f"{FAILED}*")]
             if failed:
@@ -143,7 +156,8 @@ class Checkpoints:
             if time.monotonic() > deadline:
                 missing = self.world_size - len(marks)
                 raise OSError(f"{missing} of {self.world_size} ranks wrote nothing within {self.timeout_s:g} s")
-            time.sleep(0.005)
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, 0.5)  # a small run is not held up, a network file system not asked for ever
 
     def publish(self, step: int, temporary: Path, state: dict) -> None:
         """Makes a filled temporary folder durable, renames it, moves the pointer and deletes old checkpoints."""

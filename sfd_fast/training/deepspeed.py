@@ -7,17 +7,11 @@ network's parameters and updated beside ZeRO, the same on every rank.
 """
 
 import contextlib
-import faulthandler
 import json
 import os
-import socket
-import sys
-import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,12 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sfd_fast.training.checkpoints import Checkpoints, read_state, write_atomically
+from sfd_fast.training.checkpoints import Checkpoints, read_state
 from sfd_fast.training.deepspeed_config import batch_shares, generate
-from sfd_fast.training.engine import Batch, Objective, StepResult, stays_fp32
+from sfd_fast.training.engine import OVERFLOW, Batch, Objective, StepResult, stays_fp32, together
 from sfd_fast.training.job import Job
 from sfd_fast.training.optimizer import AdamWEMA, build_optimizer, ema_names
+from sfd_fast.training.place import Place
 from sfd_fast.training.sharded import WEIGHT, Piece, StateReader, restore, snapshot_pieces, write_pieces
+from sfd_fast.training.watchdog import Watchdog
 
 INSTALL = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -56,33 +52,14 @@ class LostRankError(OSError):
     """Another rank died or hangs."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """This process among the ranks of a run."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-    @classmethod
-    def from_environment(cls) -> "Place":
-        """From the variables of torchrun and deepspeed, or of SLURM's srun, or alone; sets what DeepSpeed looks for."""
-        environment = os.environ
-        if "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
-            names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
-            for name, slurm in names.items():
-                environment[name] = environment[slurm]
-            environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-            environment.setdefault("MASTER_PORT", str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000))
-        if "RANK" not in environment:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            environment.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-            environment.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-        rank = int(environment["RANK"])
-        local_rank = int(environment.setdefault("LOCAL_RANK", str(rank)))
-        return cls(rank, local_rank, int(environment["WORLD_SIZE"]))
+def own_device(kind: str, local_rank: int) -> torch.device:
+    """The device of this rank, made the current one: the only one that it sees, or else number `local_rank`."""
+    if kind != "cuda":
+        return torch.device(kind)
+    index = local_rank if torch.cuda.device_count() > 1 else 0
+    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes the device's number from there
+    torch.cuda.set_device(index)
+    return torch.device(kind, index)
 
 
 def take_out(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
@@ -96,37 +73,6 @@ def take_out(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         setattr(module, attribute, tensor)
         taken[name] = tensor
     return taken
-
-
-class Watchdog:
-    """Ends this process, with every thread's trace, where no step begins for timeout_s: no rank is left behind.
-
-    Collectives of DeepSpeed's own groups wait for half an hour whatever the timeout; this does not.
-    """
-
-    def __init__(self, rank: int, timeout_s: float):
-        self.rank, self.timeout_s = rank, timeout_s
-        self.last = time.monotonic()
-        self.stopped = threading.Event()
-        threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
-
-    def beat(self) -> None:
-        self.last = time.monotonic()
-
-    def stop(self) -> None:
-        self.stopped.set()
-
-    def watch(self) -> None:
-        while not self.stopped.wait(min(1.0, self.timeout_s / 10)):
-            if time.monotonic() - self.last > self.timeout_s:
-                sys.stderr.write(
-                    f"rank {self.rank}: no step for {self.timeout_s:g} s (deepspeed.timeout_s): this rank hangs, or "
-                    "waits for one that does; it ends now, and the run goes on from its last checkpoint when started "
-                    "again\n"
-                )
-                faulthandler.dump_traceback(all_threads=True)
-                sys.stderr.flush()
-                os._exit(1)
 
 
 class DeepSpeedEngine:
@@ -149,9 +95,7 @@ class DeepSpeedEngine:
         # flags travel on the CPU, beside the collectives of the step: no rank waits for a device
         self.control = dist.new_group(backend="gloo", timeout=self.timeout) if self.world_size > 1 else None
         self.pending = None
-        self.device = torch.device(kind, place.local_rank) if kind == "cuda" else torch.device(kind)
-        if kind == "cuda":
-            torch.cuda.set_device(self.device)
+        self.device = own_device(kind, place.local_rank)
 
         self.shapes = {name: value.shape for name, value in job.model.state_dict().items()}
         self.stage = settings.zero_stage
@@ -175,12 +119,15 @@ class DeepSpeedEngine:
         if train.compile:
             self.engine.compile()
         self.zero = self.engine.optimizer if self.stage > 0 else None
+        self.scaler = getattr(self.zero, "loss_scaler", None)
+        if self.scaler is not None and self.scaler.dynamic:
+            # train.max_bad_steps decides how many overflows at the lowest scale are too many
+            self.scaler.raise_error_at_min_scale = False
         if self.stage == 3:
             self.share_masters()
         self.model = model
         self.loss_bad = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
-        self.write_config(Path(train.out))
         self.watchdog = Watchdog(self.rank, settings.timeout_s)
 
     def share_masters(self) -> None:
@@ -192,15 +139,9 @@ class DeepSpeedEngine:
             if weights is not None and weights.dtype == masters.dtype and weights.device == masters.device:
                 masters.data = weights.data
 
-    def write_config(self, folder: Path) -> None:
+    def files(self) -> dict[str, str]:
         """The JSON that DeepSpeed got, kept in the run directory."""
-        if self.rank == 0:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / "deepspeed.json", json.dumps(self.config, indent=1) + "\n")
-            except OSError as error:
-                message = f"the run directory {folder} cannot be written ({error}); choose another train.out"
-                raise OSError(message) from error
+        return {"deepspeed.json": json.dumps(self.config, indent=1) + "\n"}
 
     # ---------------------------------------------------------------- the step
 
@@ -217,6 +158,8 @@ class DeepSpeedEngine:
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         self.watchdog.beat()
+        scaler = self.scaler
+        scale_can_fall = scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
         loss, terms = None, []
         for batch in batches:
             part, part_terms = self.job.objective(self.network, batch)
@@ -230,11 +173,12 @@ class DeepSpeedEngine:
                     group["lr"] = lr
                 self.reduce_beside(lr)
             self.engine.step()
-        overflow = self.zero is not None and self.zero.overflow
-        if overflow:
+        if self.zero is not None and self.zero.overflow:
             # DeepSpeed did not call the optimizer at all
             self.grad_norm = torch.full((), float("inf"), device=self.device)
-            self.optimizer.skip.fill_(1)
+            # a finite loss of which a lower scale may leave a finite gradient
+            searching = (self.loss_bad == 0) & scale_can_fall
+            self.optimizer.skip.copy_(torch.where(searching, OVERFLOW, 1.0))
         skipped = self.optimizer.skip.clone()
         self.step_beside(skipped)
         return StepResult(loss=loss, terms=terms, grad_norm=self.grad_norm, skipped=skipped)
@@ -309,6 +253,12 @@ class DeepSpeedEngine:
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         return self.sum_over_ranks(values) / self.world_size
 
+    def max_over_ranks(self, value: float) -> float:
+        largest = torch.tensor(value, dtype=torch.float64)
+        if self.control is not None:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return float(largest)
+
     def any_rank(self, flag: bool) -> bool:
         """As of the previous call: the answer travels while a step is computed, so no rank waits for it."""
         if self.control is None:
@@ -323,15 +273,15 @@ class DeepSpeedEngine:
         return answer
 
     def agreed(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank now."""
-        value = torch.tensor(int(flag))
-        if self.control is not None:
-            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(value)
+        self.beat()
+        return self.max_over_ranks(flag) > 0
 
     def barrier(self) -> None:
         if self.control is not None:
             dist.barrier(group=self.control)
+
+    def beat(self) -> None:
+        self.watchdog.beat()
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):  # a lost rank has been reported already
@@ -387,29 +337,37 @@ class DeepSpeedEngine:
             fields = {WEIGHT: flat.detach().flatten()[offset : offset + count]}
             for key, value in self.optimizer.state.get(flat, {}).items():
                 fields[key] = value if value.dim() == 0 else value.flatten()[offset : offset + count]
-            yield Piece(name, start, fields)
+            yield Piece(name, start, self.shapes[name].numel(), fields)
         if self.rank == 0:
             for name, value in self.kept.items():
                 state = self.beside.state.get(value, {}) if value.requires_grad else {}
                 fields = {WEIGHT: value.detach().flatten()}
-                yield Piece(name, 0, fields | {k: v if v.dim() == 0 else v.flatten() for k, v in state.items()})
+                fields |= {k: v if v.dim() == 0 else v.flatten() for k, v in state.items()}
+                yield Piece(name, 0, value.numel(), fields)
 
     def save(self, checkpoints: Checkpoints, step: int, state: dict) -> None:
-        failure = checkpoints.finish()
-        if self.agreed(failure is not None):
-            raise failure or OSError("another rank could not write its part of the last checkpoint; see its message")
+        together(self, "write its part of the last checkpoint", checkpoints.wait)
         state["deepspeed"] = {"zero_stage": self.stage, "loss_scaler": self.loss_scaler_state()}
         pieces = snapshot_pieces(self.pieces())
         name = f"state-{self.rank:05d}.safetensors"
         checkpoints.save(step, lambda folder: write_pieces(folder / name, pieces), state, background=True)
 
     def loss_scaler_state(self) -> dict:
-        scaler = getattr(self.zero, "loss_scaler", None)
-        return {f: getattr(scaler, f) for f in LOSS_SCALER_FIELDS if hasattr(scaler, f)}
+        return {f: getattr(self.scaler, f) for f in LOSS_SCALER_FIELDS if hasattr(self.scaler, f)}
 
     def load(self, folder: Path) -> None:
         state = read_state(folder)
-        with StateReader(folder) as reader:
+        together(self, f"read {folder}", lambda: self.read(folder))
+        self.optimizer.share_steps()
+        for field, value in state.get("deepspeed", {}).get("loss_scaler", {}).items():
+            setattr(self.scaler, field, value)
+        self.engine.global_steps = state["step"]
+        self.engine.micro_steps = state["step"] * self.accumulation
+        self.refresh()
+
+    def read(self, folder: Path) -> None:
+        """Fills this rank's masters, moments and averages: no collectives."""
+        with StateReader(folder, share=(self.rank, self.world_size)) as reader:
             shards = list(self.shards()) if self.stage else [(n, p, 0, 0, p.numel()) for n, p in self.named.items()]
             for name, flat, offset, start, count in shards:
                 reader.check_size(name, self.shapes[name])
@@ -418,12 +376,6 @@ class DeepSpeedEngine:
                 if value.requires_grad:
                     reader.check_size(name, value.shape)
                     restore(reader, self.beside, name, value, 0, 0, value.numel())
-        self.optimizer.share_steps()
-        for field, value in state.get("deepspeed", {}).get("loss_scaler", {}).items():
-            setattr(self.zero.loss_scaler, field, value)
-        self.engine.global_steps = state["step"]
-        self.engine.micro_steps = state["step"] * self.accumulation
-        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -477,6 +429,7 @@ class DeepSpeedEngine:
         for name, shape in self.shapes.items():
             if name not in self.named and name not in self.kept:
                 continue
+            self.beat()
             whole = torch.zeros(shape.numel(), device=self.device)
             if name in mine:
                 piece = mine[name]

@@ -45,10 +45,12 @@ OWNED = {
     "fp16.enabled": "train.precision",
     "torch_autocast.enabled": "train.precision",
     "zero_optimization.stage": "deepspeed.zero_stage",
-    "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
-    "zero_optimization.offload_param": "deepspeed.offload_parameters",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
 }
 """keys that a DeepSpeed file must not contradict, and the field of ours that sets them"""
+OFF = (None, False, 0, "none", {})
+"""ways to say that something is not used; to leave its key out is another"""
 
 
 def batch_shares(train: TrainConfig, world_size: int) -> tuple[int, int]:
@@ -89,9 +91,9 @@ def generate(
         "use zero_stage 1 (it costs no more communication), or precision parity",
     )
     require(
-        train.precision != "bf16" or accumulation == 1 or stage >= 2,
-        f"train.precision 'bf16' with {accumulation} accumulated micro-batches sums gradients in bf16 under ZeRO 1; "
-        "use zero_stage 2 (it sums in fp32), micro_batch_size 0, or precision parity",
+        train.precision not in ("bf16", "fp16") or accumulation == 1 or stage >= 2,
+        f"train.precision '{train.precision}' with {accumulation} accumulated micro-batches sums gradients in "
+        f"{train.precision} under ZeRO 1; use zero_stage 2 (it sums in fp32), micro_batch_size 0, or precision parity",
     )
     require(
         not train.compile or stage < 3,
@@ -100,6 +102,7 @@ def generate(
     )
     only_stage3 = ("stage3", "sub_")
     sizes = {name: value for name, (value, _) in BUCKETS.items() if stage == 3 or not name.startswith(only_stage3)}
+    # overlap is a second CUDA stream: gloo has none, and there it would only cost a second bucket
     zero = {"stage": stage, "overlap_comm": device == "cuda", "contiguous_gradients": True, **sizes}
     if deepspeed.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
@@ -120,10 +123,10 @@ def generate(
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif train.precision == "bf16":
         config["bf16"] = {"enabled": True}
-        if accumulation > 1:
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif train.precision == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
+    if train.precision in ("bf16", "fp16") and accumulation > 1:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     if deepspeed.config_file:
         config = overridden(config, read_overrides(deepspeed.config_file), deepspeed.config_file)
     return config
@@ -143,11 +146,20 @@ def overridden(config: dict, values: dict, source: str, prefix: str = "") -> dic
     merged = dict(config)
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if path in OWNED and value != config.get(key) and value != "auto":
+        same = value == config.get(key) or (value in OFF and config.get(key) in OFF)
+        if path.startswith("zero_optimization.offload_") and key == "device" and value == "nvme":
+            raise ValueError(
+                f"{source} sets {path} to 'nvme', but weights, moments and averages in DeepSpeed's swap files would be "
+                "missing from checkpoints, which are made from memory; use 'cpu' (deepspeed.offload_optimizer, "
+                "offload_parameters), optimizer.moments bf16, or more ranks"
+            )
+        if path in OWNED and not same and value != "auto":
             raise ValueError(
                 f"{source} sets {path} to {value!r}, which contradicts {OWNED[path]} (it gives {config.get(key)!r}); "
                 f"set {OWNED[path]} and leave {path} out of the file"
             )
+        if isinstance(config.get(key), dict) and not isinstance(value, dict) and value != "auto":
+            raise ValueError(f"{source} sets {path} to {value!r}; it must be an object, whose keys are merged")
         if isinstance(value, dict):
             merged[key] = overridden(config.get(key) or {}, value, source, f"{path}.")
         elif value != "auto":

@@ -1,19 +1,21 @@
 """What `train.dry_run` shows: everything a run would do, without doing it."""
 
 import json
-import os
 
 from sfd_fast.config import ModelConfig, to_dict
 from sfd_fast.training.deepspeed_config import BUCKETS, batch_shares, generate
 from sfd_fast.training.job import Job
 from sfd_fast.training.optimizer import learning_rate
+from sfd_fast.training.place import Place, check_ranks
 from sfd_fast.training.plan import GIB, memory
 
 
 def describe(job: Job) -> str:
     """Configuration, sizes, schedule, predicted memory and, with DeepSpeed, its JSON. Raises as the run would."""
     train = job.train
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    place = Place.read()
+    check_ranks(train, place)
+    world_size = place.world_size
     micro, accumulation = batch_shares(train, world_size)
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     rates = [(s, learning_rate(job.optimizer, s, train.max_steps)) for s in milestones(job)]
@@ -27,11 +29,14 @@ def describe(job: Job) -> str:
         "learning rate: " + ", ".join(f"{rate:.3g} at step {step}" for step, rate in rates),
         f"loss terms: {', '.join(job.terms)}; held-out loss: {'yes' if job.evaluate else 'no'}",
     ]
+    lines += [f"note: {note}" for note in job.notes]
+    sizes = None
     if train.engine == "deepspeed":
         made = generate(train, job.optimizer, job.deepspeed, world_size=world_size, device="cuda")
         lines += ["", "DeepSpeed JSON (on CUDA):", json.dumps(made, indent=1), "", "why these sizes:"]
-        sizes = made["zero_optimization"]
-        lines += [f"  {name} = {sizes[name]}: {reason}" for name, (_, reason) in BUCKETS.items() if name in sizes]
+        zero = made["zero_optimization"]
+        sizes = {name: zero[name] for name in BUCKETS if name in zero}
+        lines += [f"  {name} = {size}: {reason(name, size)}" for name, size in sizes.items()]
     model = getattr(job.config, "model", None)
     if isinstance(model, ModelConfig):
         stage = job.deepspeed.zero_stage if train.engine == "deepspeed" else 0
@@ -40,10 +45,24 @@ def describe(job: Job) -> str:
             checkpoint_activations=train.checkpoint_activations, precision=train.precision, residual=train.residual,
             moments=job.optimizer.moments, num_averages=1 + len(job.optimizer.extra_ema_decays),
             accumulate=accumulation > 1, offload_optimizer=job.deepspeed.offload_optimizer and stage > 0,
+            sizes=sizes,
         )  # fmt: skip
         lines += ["", f"memory of a rank, predicted: {needed.peak / GIB:.2f} GiB"]
         lines += [f"  {name} {value / GIB:.3f}" for name, value in vars(needed).items()]
     return "\n".join(lines)
+
+
+def reason(name: str, size: int) -> str:
+    """Why a bucket has this size: the table's reason, or that the user's file says so."""
+    usual, why = BUCKETS[name]
+    return why if size == usual else f"set by deepspeed.config_file ({usual} otherwise)"
+
+
+def show(job: Job) -> None:
+    """Prints the description; of several ranks only the first one does."""
+    text = describe(job)
+    if Place.read().rank == 0:
+        print(text)
 
 
 def milestones(job: Job) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -19,9 +19,13 @@ from sfd_fast.training.checkpoints import Checkpoints, write_tensors
 from sfd_fast.training.optimizer import AdamWEMA, build_optimizer, ema_names
 from sfd_fast.training.sharded import StateReader, restore
 
+T = TypeVar("T")
 Batch = Mapping[str, Tensor]
 Objective = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 """(network, batch) -> (scalar to differentiate, terms per sample {name: (B,)})"""
+
+
+OVERFLOW = 2.0
 
 
 @dataclass
@@ -35,7 +39,8 @@ class StepResult:
     grad_norm: Tensor
     """0-dim: norm of the gradient of the global batch, before clipping"""
     skipped: Tensor
-    """0-dim float: 1 where loss or gradient was not finite and the step was skipped"""
+    """0-dim float: 0 where the update was made; 1 where it was skipped because loss or gradient was not finite;
+    OVERFLOW where only the fp16 loss scale was too high, which is how DeepSpeed looks for the right one"""
 
 
 class Engine(Protocol):
@@ -64,11 +69,23 @@ class Engine(Protocol):
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise mean of a small tensor over all ranks."""
 
+    def max_over_ranks(self, value: float) -> float:
+        """The largest of the ranks' values; waits for all ranks."""
+
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank (each rank gets the same answer)."""
+        """Whether the flag is set on any rank (each rank gets the same answer); may answer one call late."""
+
+    def agreed(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank now; waits for all ranks."""
 
     def barrier(self) -> None:
         """Waits for all ranks."""
+
+    def beat(self) -> None:
+        """Says that this rank makes progress, between the calls that say so themselves (train_step, evaluate)."""
+
+    def files(self) -> dict[str, str]:
+        """Files of the run directory that the engine answers for: name -> text."""
 
     def close(self) -> None:
         """Ends what runs beside the steps; the engine is not used afterwards."""
@@ -214,11 +231,23 @@ class TorchEngine:
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         return values
 
+    def max_over_ranks(self, value: float) -> float:
+        return value
+
     def any_rank(self, flag: bool) -> bool:
+        return flag
+
+    def agreed(self, flag: bool) -> bool:
         return flag
 
     def barrier(self) -> None:
         return None
+
+    def beat(self) -> None:
+        return None
+
+    def files(self) -> dict[str, str]:
+        return {}
 
     def close(self) -> None:
         return None
@@ -283,6 +312,20 @@ class TorchEngine:
         averages = {n: self.optimizer.state.get(m, {}).get(key, m) for n, m in self.named.items()}
         return {name: snapshot(averages.get(name, value)) for name, value in self.model.state_dict().items()}
 
+
+def together(engine: Engine, what: str, action: Callable[[], T]) -> T:
+    """action() on every rank; where it fails on one, all raise at once, and none waits for a rank that has gone.
+
+    `what` the rank was to do, for the message on the others. The action may not contain collectives.
+    """
+    failure = result = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if engine.agreed(failure is not None):
+        raise failure or OSError(f"another rank could not {what}; its message says why")
+    return result
 
 
 def batch_size(batch: Batch) -> int:

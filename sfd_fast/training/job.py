@@ -29,8 +29,12 @@ class Job:
     """(folder, state dict, step) -> writes a loadable model"""
     evaluate: Callable[[Engine], dict[str, float]] | None = None
     """figures on held-out data, or None where there is none"""
+    flaw: Callable[[int], str] | None = None
+    """batch of a step, counted from 0 -> file and sample of a stored value that is not finite, or "\""""
     samples: Callable[[Engine], Tensor] | None = None
     """a picture (3, H, W) uint8 made with the averaged weights"""
+    quality: Callable[..., Callable[[Callable[[], bool]], dict[str, float] | None]] | None = None
+    """(engine, say=line taker) -> what judges generated images, made before the first step: see images.Quality"""
     bins: Callable[[Batch], Tensor] | None = None
     """clock bin of every sample, (B,) int64"""
     num_bins: int = 0
@@ -44,3 +48,5 @@ class Job:
     """size of the training set, for epochs"""
     flops_per_sample: float = 0.0
     unit: str = "step"
+    notes: tuple[str, ...] = ()
+    """what a user should know of this run, one line each: said at its start and by the dry run"""

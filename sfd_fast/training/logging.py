@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -67,20 +68,22 @@ class StepLog:
         self.sums, self.count = [0.0] * len(self.names), 0
         return means
 
-    def bin_means(self, sums: Tensor) -> list[float | None]:
-        """Means per bin from summed `bins` (2, num_bins); None for an empty bin. Starts anew."""
-        total, count = sums.tolist()
+    def bin_means(self, reduce: Callable[[Tensor], Tensor]) -> list[float | None]:
+        """Means per bin of the samples of all ranks; None for an empty bin. Starts anew."""
+        total, count = reduce(self.bins).tolist()
         self.bins.zero_()
         return [t / c if c else None for t, c in zip(total, count)]
 
-    def state(self) -> dict:
-        bins = [] if self.bins is None else self.bins.tolist()
+    def state(self, reduce: Callable[[Tensor], Tensor]) -> dict:
+        """What a checkpoint stores: sums over all ranks, since rank 0 alone writes them. Every rank calls it."""
+        bins = [] if self.bins is None else reduce(self.bins).tolist()
         return {"sums": self.sums, "count": self.count, "bins": bins}
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict, *, leader: bool) -> None:
+        """Only the leader takes the bins: they are summed over ranks again when a row is made."""
         if len(state["sums"]) == len(self.names):
             self.sums, self.count = list(state["sums"]), state["count"]
-        if self.bins is not None and state["bins"]:
+        if leader and self.bins is not None and state["bins"]:
             self.bins.copy_(torch.tensor(state["bins"]))
 
 
@@ -135,7 +138,10 @@ class RunLog:
             self.bar = tqdm(total=max_steps, initial=start_step, unit=unit, file=sys.stderr, dynamic_ncols=True)
 
     def row(self, kind: str, step: int, values: Mapping) -> None:
-        """One row; numbers also go to TensorBoard under kind/name. NaN and infinity are stored as null."""
+        """One row; numbers, and those of a list one by one, also go to TensorBoard under kind/name.
+
+        NaN and infinity are stored as null.
+        """
         if not self.write:
             return
         row = {"kind": kind, "step": step} | {name: storable(value) for name, value in values.items()}
@@ -143,9 +149,8 @@ class RunLog:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.board is not None:
-            for name, value in row.items():
-                if isinstance(value, float) or (isinstance(value, int) and name != "step"):
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in scalars(row).items():
+                self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def event(self, step: int, message: str) -> None:
         """Something worth a line: said on the terminal and kept as a row."""
@@ -189,6 +194,23 @@ def read_rows(path: Path) -> list[dict]:
         except ValueError:
             continue
     return rows
+
+
+def scalars(row: Mapping) -> dict[str, float]:
+    """The numbers of a row by name, apart from the step; number i of a list is name/i."""
+    lists = {name: value for name, value in row.items() if isinstance(value, list)}
+    parts = {f"{name}/{i}": value for name, values in lists.items() for i, value in enumerate(values)}
+    return {n: v for n, v in {**row, **parts}.items() if isinstance(v, int | float) and n != "step"}
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory of this process in GiB: on CUDA the most that torch held since the last call, else what resides now."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def storable(value: object) -> object:

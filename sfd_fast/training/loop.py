@@ -4,11 +4,7 @@
 """
 
 import contextlib
-import json
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,14 +14,16 @@ import torch
 from torch import Tensor
 
 from sfd_fast.config import SFDConfig, to_dict
-from sfd_fast.training.checkpoints import Checkpoints, read_state, replace_folder, write_atomically
-from sfd_fast.training.engine import Batch, Engine, TorchEngine, batch_size
+from sfd_fast.training.checkpoints import Checkpoints, replace_folder
+from sfd_fast.training.engine import OVERFLOW, Batch, Engine, TorchEngine, batch_size, together
 from sfd_fast.training.job import Job
-from sfd_fast.training.logging import GradNormWatch, RunLog, StepLog
+from sfd_fast.training.logging import GradNormWatch, RunLog, StepLog, memory_gib
 from sfd_fast.training.optimizer import learning_rate
+from sfd_fast.training.place import Place, check_ranks
+from sfd_fast.training.run_directory import prepare_directory, resume_point
+from sfd_fast.training.stop import Stop
 from sfd_fast.training.trace import Trace
 
-STOP_FILE = "STOP"
 PREEMPTED = 75
 """exit code of a run that saved and stopped on a signal or a STOP file (EX_TEMPFAIL: start it again)"""
 
@@ -55,90 +53,6 @@ class TrainResult:
     @property
     def exit_code(self) -> int:
         return PREEMPTED if self.preempted else 0
-
-
-class Stop:
-    """Remembers SIGTERM, SIGUSR1 and the file STOP; inside the main thread it handles the signals while active."""
-
-    look_every_s = 1.0
-    """how often the file is looked for: a run directory may lie on a slow network"""
-
-    def __init__(self, folder: Path):
-        self.file = folder / STOP_FILE
-        self.reason = ""
-        self.checked = 0.0
-        self.previous: dict = {}
-
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self.previous[number] = signal.signal(number, self.remember)
-        return self
-
-    def remember(self, number: int, frame: object) -> None:
-        self.reason = signal.Signals(number).name
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def requested(self) -> bool:
-        """Whether this rank was asked to stop."""
-        now = time.monotonic()
-        if not self.reason and now - self.checked >= self.look_every_s:
-            self.checked = now
-            if self.file.exists():
-                self.reason = f"the file {STOP_FILE}"
-        return bool(self.reason)
-
-
-def prepare_directory(folder: Path, config: object, *, resume: bool, write: bool) -> None:
-    """Creates the run directory with config.json. OSError where it cannot be written, ValueError where it is taken."""
-    if not resume and (folder / "checkpoints").is_dir():
-        raise ValueError(
-            f"{folder} already holds a run; resume it (resume=True), choose another train.out, or delete the folder"
-        )
-    if not write:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
-        (folder / STOP_FILE).unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(f"the run directory {folder} cannot be written ({error}); choose another train.out") from error
-
-
-def check_resumable(job: Job, state: dict) -> None:
-    """Raises ValueError where a checkpoint belongs to another configuration or other data."""
-    old, new = flatten(state["config"]), flatten(json.loads(json.dumps(to_dict(job.config))))
-    keys = [k for k in sorted(old.keys() | new.keys()) if not is_free(k, job.free_keys)]
-    different = [k for k in keys if old.get(k) != new.get(k)]
-    if different:
-        pairs = ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in different)
-        raise ValueError(
-            f"the checkpoint in {job.train.out} belongs to another configuration: {pairs}; set them back, or choose "
-            "another train.out (train.init_from starts a new run from these weights)"
-        )
-    for key, value in job.identity.items():
-        if state["identity"].get(key) != value:
-            raise ValueError(
-                f"the checkpoint in {job.train.out} was trained on other data: {key} was {state['identity'].get(key)} "
-                f"and is {value}; give the data it was trained on, or choose another train.out"
-            )
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def is_free(key: str, free: frozenset[str]) -> bool:
-    return key in free or any(f.endswith(".*") and key.startswith(f[:-1]) for f in free)
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
@@ -174,7 +88,7 @@ class Run:
             "bad_in_row": self.bad_in_row,
             "skipped": self.skipped,
             "wall_s": self.wall_s,
-            "interval": self.steps.state(),
+            "interval": self.steps.state(self.engine.sum_over_ranks),
             "recent_norms": self.norms.recent,
         }
 
@@ -182,7 +96,7 @@ class Run:
         self.step = state["step"]
         self.bad_in_row, self.skipped, self.wall_s = state["bad_in_row"], state["skipped"], state["wall_s"]
         self.norms.recent = state["recent_norms"]
-        self.steps.restore(state["interval"])
+        self.steps.restore(state["interval"], leader=self.engine.rank == 0)
 
     def record(self, batch: Batch, result) -> None:
         """Adds a step's results to the device-side log: no host read."""
@@ -196,6 +110,10 @@ class Run:
         first = self.step - self.steps.filled + 1
         for step, row in enumerate(self.steps.read(self.engine.mean_over_ranks), start=first):
             *values, bad = row
+            if bad == OVERFLOW:
+                self.skipped += 1
+                log.event(step, "gradients overflow fp16 at this loss scale: step skipped, the scale is lowered")
+                continue
             if bad:
                 self.skipped += 1
                 self.bad_in_row += 1
@@ -255,10 +173,9 @@ def log_row(run: Run, log: RunLog, clock: Clock, lr: float) -> None:
         row["tflops"] = images_per_s * job.flops_per_sample / 1e12
         if job.train.peak_tflops:
             row["mfu"] = row["tflops"] / (job.train.peak_tflops * engine.world_size)
-    if engine.device.type == "cuda":
-        row["memory_gib"] = torch.cuda.max_memory_allocated(engine.device) / 2**30
+    row["memory_gib"] = engine.max_over_ranks(memory_gib(engine.device))
     if job.num_bins:
-        row["loss_by_clock"] = run.steps.bin_means(engine.sum_over_ranks(run.steps.bins))
+        row["loss_by_clock"] = run.steps.bin_means(engine.sum_over_ranks)
     log.row("train", run.step, row)
     log.show(loss=f"{means['loss']:.4f}", images_per_s=f"{images_per_s:.1f}")
     clock.restart()
@@ -269,11 +186,23 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def run_job(job: Job, engine: Engine, *, resume: bool = True, progress: bool = True) -> TrainResult:
-    """Trains job.model from the latest checkpoint, or from the start, to train.max_steps.
+    """Trains job.model from the latest checkpoint, or from the start, to train.max_steps; closes the engine.
 
     Raises ValueError for a checkpoint of another configuration or other data, NonFiniteError after max_bad_steps bad
     steps in a row, OSError where the run directory or a checkpoint cannot be written; earlier checkpoints stay intact.
     """
+    try:
+        return train_job(job, engine, resume=resume, progress=progress)
+    except RuntimeError as error:
+        explained = engine.explained(error)
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        engine.close()
+
+
+def train_job(job: Job, engine: Engine, *, resume: bool, progress: bool) -> TrainResult:
     train = job.train
     folder = Path(train.out)
     leader = engine.rank == 0
@@ -282,46 +211,68 @@ def run_job(job: Job, engine: Engine, *, resume: bool = True, progress: bool = T
         timeout_s=job.deepspeed.timeout_s,
     )  # fmt: skip
     run = Run(job, engine)
-    latest = checkpoints.latest() if resume else None
+    latest, state = resume_point(job, engine, checkpoints) if resume else (None, {})
     if latest is not None:
-        state = read_state(latest)
-        check_resumable(job, state)
         engine.load(latest)
         run.restore(state)
-    prepare_directory(folder, job.config, resume=resume, write=leader)
-    if leader:
-        checkpoints.clean()
-    engine.barrier()
-    log = RunLog(
-        folder, start_step=run.step, max_steps=train.max_steps, write=leader, progress=progress,
-        tensorboard=train.tensorboard, unit=job.unit,
-    )  # fmt: skip
+
+    def prepare() -> RunLog:
+        prepare_directory(folder, job.config, resume=resume, write=leader, files=engine.files())
+        if leader:
+            checkpoints.clean()
+        return RunLog(
+            folder, start_step=run.step, max_steps=train.max_steps, write=leader, progress=progress,
+            tensorboard=train.tensorboard, unit=job.unit,
+        )  # fmt: skip
+
+    log = together(engine, f"write the run directory {folder}", prepare)
     try:
-        if latest is not None and run.step < train.max_steps:
-            log.event(run.step, f"resumed from {latest}")
-            for event in engine.notes(read_state(latest)):
+        if run.step < train.max_steps:
+            resumed = [] if latest is None else [f"resumed from {latest}", *engine.notes(state)]
+            for event in (*resumed, *job.notes):
                 log.event(run.step, event)
-        stopped = train_steps(run, log, checkpoints, Stop(folder))
-        checkpoints.wait()
+        stopped = train_steps(run, log, checkpoints, Stop(folder, look=leader))
+        # all ranks wait for all: launchers kill the others as soon as one ends with 75
+        together(engine, "write its part of the last checkpoint", checkpoints.wait)
         model = None if stopped else export_model(run, folder)
-    except RuntimeError as error:
-        explained = engine.explained(error)
-        if explained is error:
-            raise
-        raise explained from error
     finally:
         log.close()
         checkpoints.finish()  # an error of the loop itself matters more than that of a write behind it
-        engine.close()
     return TrainResult(folder, run.step, model, log.rows, preempted=stopped)
+
+
+def judge_images(run: Run, log: RunLog, quality: Callable, stop: Stop) -> bool:
+    """Logs the metrics of generated images; whether any rank was asked to stop before they were complete."""
+    figures = quality(stop.requested)
+    if figures is None:
+        return True
+    log.row("evaluation", run.step, figures)
+    return False
+
+
+def owes_evaluation(run: Run, log: RunLog) -> bool:
+    """Whether the run was stopped before the evaluation of its last step, or that was not asked for then."""
+    train = run.job.train
+    there = any(row["kind"] == "evaluation" and row["step"] == run.step for row in log.rows)
+    owed = run.step > 0 and due(run.step, train.eval_every, train.max_steps) and run.job.quality is not None
+    return owed and run.engine.agreed(run.engine.rank == 0 and not there)  # only rank 0 has the rows
 
 
 def train_steps(run: Run, log: RunLog, checkpoints: Checkpoints, stop: Stop) -> bool:
     """Steps until max_steps or until any rank is asked to stop; returns whether it was stopped."""
     job, engine, train = run.job, run.engine, run.job.train
     last = train.max_steps
-    if run.step >= last:
+    owed = owes_evaluation(run, log)
+    if run.step >= last and not owed:
         return False
+    quality = None if job.quality is None else job.quality(engine, say=lambda line: log.event(run.step, line))
+    if owed:
+        with stop:
+            stopped = judge_images(run, log, quality, stop)
+        if stopped:
+            log.event(run.step, f"stopped by {stop.reason or 'another rank'}; start again to go on")
+        if stopped or run.step >= last:
+            return stopped
     clock = Clock()
     begin, before = time.perf_counter(), run.wall_s
     run_steps = iter(job.batches(run.step, engine))
@@ -344,20 +295,29 @@ def train_steps(run: Run, log: RunLog, checkpoints: Checkpoints, stop: Stop) -> 
             step = run.step
             saving = stopping or due(step, train.checkpoint_every, last)
             logging = due(step, train.log_every, last)
-            if run.steps.full or saving or logging:
+            validating = job.evaluate is not None and due(step, train.validate_every, last)
+            sampling = job.samples is not None and due(step, train.sample_every, last)
+            judging = quality is not None and due(step, train.eval_every, last) and not stopping
+            if run.steps.full or saving or logging or validating or sampling or judging:
+                # reading waits for the device: no training that is still queued counts as a pause
                 run.read(log)
                 run.wall_s = before + time.perf_counter() - begin
             if logging:
                 log_row(run, log, clock, lr)
             with clock.pause():
-                if job.evaluate is not None and due(step, train.validate_every, last):
+                if validating:
                     with trace.range("validation"):
                         log.row("validation", step, job.evaluate(engine))
-                if job.samples is not None and due(step, train.sample_every, last):
+                if sampling:
                     picture = job.samples(engine)
                     log.images("samples", step, picture)
                 if saving:
                     with trace.range("checkpoint"):
+                        engine.save(checkpoints, step, run.state())
+                if judging:  # after the checkpoint: it may take an hour, and is made on resume where it was cut short
+                    with trace.range("evaluation"):
+                        stopping = judge_images(run, log, quality, stop)
+                    if stopping and not saving:
                         engine.save(checkpoints, step, run.state())
             if stopping:
                 log.event(step, f"stopped by {stop.reason or 'another rank'}; saved, start again to go on")
@@ -369,9 +329,12 @@ def export_model(run: Run, folder: Path) -> Path:
     """Writes the averaged weights as a loadable model, replacing an earlier one only when complete."""
     target = folder / "model"
     state = run.engine.export()
-    if run.engine.rank == 0:
-        replace_folder(target, lambda temporary: run.job.export(temporary, state, run.step))
-    run.engine.barrier()
+
+    def write() -> None:
+        if run.engine.rank == 0:
+            replace_folder(target, lambda temporary: run.job.export(temporary, state, run.step))
+
+    together(run.engine, f"write the model to {target}", write)
     return target
 
 
@@ -381,12 +344,7 @@ def build_engine(job: Job, device: torch.device | str | None) -> Engine:
         from sfd_fast.training.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(job, device)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise ValueError(
-            f"train.engine 'torch' runs in one process, but {world_size} ranks were launched; set train.engine to "
-            "'deepspeed'"
-        )
+    check_ranks(job.train, Place.read())
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return TorchEngine(
@@ -413,8 +371,8 @@ def run_train(
 
     job = diffusion_job(config, decode=decode)
     if config.train.dry_run:
-        from sfd_fast.training.dry_run import describe
+        from sfd_fast.training.dry_run import show
 
-        print(describe(job))
+        show(job)
         return TrainResult(Path(config.train.out), 0, None)
     return run_job(job, build_engine(job, device), resume=resume, progress=progress)
