@@ -79,6 +79,25 @@ def test_philox_normal_is_within_two_units_in_the_last_place(device):
 
 
 @each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unguided", ["texture", "semantic"])
+def test_a_stream_of_guidance_weight_one_keeps_the_velocitys_bits_whatever_the_guide_holds(unguided, dtype, device):
+    op = OPS["masked_velocity_update"]
+    generator = torch.Generator().manual_seed(0)
+    v, guide = torch.randn(2, 2, 5, 3, 7, generator=generator).to(dtype).to(device)
+    x, history = torch.zeros(2, 5, 3, 7, device=device), torch.zeros(1, 2, 5, 3, 7, device=device)
+    alone, other = (slice(0, 3), slice(3, 5)) if unguided == "texture" else (slice(3, 5), slice(0, 3))
+    guide[:, alone] = float("nan")
+    weights = torch.tensor([1.0, 1.8] if unguided == "texture" else [1.8, 1.0], device=device)
+    coefficients = torch.tensor([[1.0, 0.0], [1.0, 0.0]], device=device)
+    op(x, None, history, v, guide, weights, coefficients, torch.tensor([0], device=device), None, 3)
+    for written in (x, history[0]):
+        assert torch.equal(written[:, alone], v[:, alone].float())
+        mixed = guide[:, other].double() + 1.8 * (v[:, other].double() - guide[:, other].double())
+        torch.testing.assert_close(written[:, other].double(), mixed, rtol=1e-5, atol=1e-6)
+
+
+@each_device
 @pytest.mark.parametrize("name,position", [("flow_matching_loss", 1), ("feature_alignment_loss", 1)])
 def test_loss_refuses_to_differentiate_its_target(name, position, device):
     args = list(example(OPS[name], device=device))

@@ -67,12 +67,14 @@ static void update(const UpdateArgs& a, i64 offset, i64 n, int stream) {
 
 void velocity_update_samples(const UpdateArgs& a, i64 begin, i64 end) {
   with_type(a.dtype, [&]<class T>(T*) {
-    with_bool(a.v_guide != nullptr, [&]<bool Guided>(Bool<Guided>) {
-      for (i64 sample = begin; sample < end; ++sample) {
-        update<Guided, T>(a, sample * a.size, a.texture_size, 0);
-        update<Guided, T>(a, sample * a.size + a.texture_size, a.size - a.texture_size, 1);
+    for (i64 sample = begin; sample < end; ++sample)
+      for (int stream = 0; stream < 2; ++stream) {
+        const i64 offset = sample * a.size + (stream ? a.texture_size : 0);
+        const i64 n = stream ? a.size - a.texture_size : a.texture_size;
+        // A stream of weight 1 keeps v's own bits: its guide is not even read.
+        with_bool(a.v_guide != nullptr && a.guidance[stream] != 1,
+                  [&]<bool Guided>(Bool<Guided>) { update<Guided, T>(a, offset, n, stream); });
       }
-    });
   });
 }
 

@@ -30,6 +30,7 @@ def masked_velocity_update(
       x = (base or x) + coefficients[s, 0] g + sum_k coefficients[s, 1 + k] history[k]
     then history[write_slot] = g if write_slot >= 0, and base = x if commit is not 0.
     A coefficient equal to 0 contributes exactly nothing, also where the velocity is NaN or infinite: that is the mask.
+    A guidance weight of 1 leaves v's own bits, whatever v_guide holds.
 
     x, base (B, C, H, W); history (K, B, C, H, W); v, v_guide like x, of any floating dtype; guidance (2,);
     coefficients (2, 1 + K); write_slot and commit (1,) int64. Writes x, base, history. Source: METHOD 5.
@@ -45,7 +46,8 @@ def masked_velocity_update(
 
     g = v.to(dtype)
     if v_guide is not None:
-        g = v_guide.to(dtype) + per_channel(guidance) * (g - v_guide.to(dtype))
+        weight, guide = per_channel(guidance), v_guide.to(dtype)
+        g = torch.where(weight == 1, g, guide + weight * (g - guide))
     moved = (x if base is None else base).to(dtype) + term(per_channel(coefficients[:, 0]), g)
     if history is not None:
         for k in range(history.shape[0]):
@@ -74,6 +76,10 @@ def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
         yield "euler", (x, None, None, v, None, None, coefficients[:, :1], None, None, split)
         yield "stage", (x, base, states, v, None, None, coefficients, make.integers(-1), no, split)
         yield "masked texture", (x, base, states, v * float("nan"), None, None, frozen * 0, last, yes, split)
+        one = torch.tensor([1.0, 1.8], dtype=make.mode.state, device=make.device)
+        nan_texture = v_guide.clone()
+        nan_texture[:, :split] = float("nan")
+        yield "texture unguided", (x, base, states, v, nan_texture, one, coefficients, last, yes, split)
         yield "semantic only", (x, base, None, v, v_guide, guidance, frozen[:, :1], None, yes, split)
 
 

@@ -29,9 +29,8 @@ def _update(
     g = tl.load(v + offsets, mask=inside, other=0.0).to(tl.float32)
     if v_guide is not None:
         guide = tl.load(v_guide + offsets, mask=inside, other=0.0).to(tl.float32)
-        g = guide + tl.where(texture, tl.load(guidance).to(tl.float32), tl.load(guidance + 1).to(tl.float32)) * (
-            g - guide
-        )
+        weight = tl.where(texture, tl.load(guidance).to(tl.float32), tl.load(guidance + 1).to(tl.float32))
+        g = tl.where(weight == 1.0, g, guide + weight * (g - guide))
     if base is not None:
         moved = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
     else:
