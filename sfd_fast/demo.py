@@ -56,8 +56,8 @@ class DemoConfig:
     guide_steps: int = 300
     guidance_scale: float = 1.5
     """AutoGuidance weight; the released models use 1.5 and 1.6 (METHOD 5)"""
-    num_steps: int = 25
-    """solver steps, of two network evaluations each"""
+    num_steps: int = SamplerConfig().num_steps
+    """steps of the default solver, one network evaluation each"""
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -195,7 +195,7 @@ def assemble(config: DemoConfig, folder: Path, main: TrainResult, guide: TrainRe
         main.model,
         guide=guide.model,
         codec=IdentityCodec(DIGITS.texture_channels, downsampling=2),
-        sampler=SamplerConfig(solver="heun", num_steps=config.num_steps),
+        sampler=SamplerConfig(num_steps=config.num_steps),
         guidance=GuidanceConfig(mode="autoguidance", scale=config.guidance_scale),
         micro_batch_size=100,
         device="cpu",
