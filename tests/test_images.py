@@ -104,7 +104,7 @@ def test_a_truncated_image_is_an_error_never_grey_pixels(kind, keep):
 
 
 def test_bytes_that_are_no_image_are_an_error():
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(OSError, match="no image that PIL can identify"):
         decode(b"hello")
 
 

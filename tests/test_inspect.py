@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from sfd_fast.data.inspect import InspectConfig, cache_moments, run_inspect
 from sfd_fast.data.latents import LatentShards
+from sfd_fast.data.manifest import weights_fingerprint
 from sfd_fast.data.shards import checksum, write_json, write_shard
 from sfd_fast.data.statistics import LatentStatistics
 
@@ -33,6 +34,14 @@ def cache(folder, *, manifest=False):
             {"format": 1, "complete": True, "shards": rows, "settings": {"crop": "adm"}, "semvae_target_cosine": 0.875},
         )
     return {name: torch.cat([part[name] for part in parts]) for name in ("latents", "latents_sv")}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Where the command runs: pictures go there."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
 
 
 def lines_of(**options):
@@ -110,9 +119,12 @@ def test_verification_finds_nan_in_a_released_cache(tmp_path):
         lines_of(path=tmp_path / "c", statistics=True)
 
 
-def test_a_cache_of_features_is_described(tmp_path):
-    write_shard(tmp_path / "a.safetensors", {"feats_dino": torch.zeros(2, 6, 3, 3).half(), "labels": torch.arange(2)})
-    assert "feats_dino             float16   (6, 3, 3)" in lines_of(path=tmp_path)
+def test_a_cache_of_features_is_described_and_drawn(tmp_path, here):
+    features = torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(0)).half()
+    write_shard(tmp_path / "f" / "a.safetensors", {"feats_dino": features, "labels": torch.arange(2)})
+    assert "feats_dino             float16   (6, 3, 3)" in lines_of(path=tmp_path / "f")
+    picture = np.asarray(Image.open(here / "inspect-f.png"))
+    assert picture.shape == (64, 128, 3) and picture.std() > 20
 
 
 def test_the_picture_shows_decoded_images_above_semantics(tmp_path):
@@ -129,6 +141,64 @@ def test_the_picture_shows_decoded_images_above_semantics(tmp_path):
     assert picture.shape == (128, 128, 3)
     assert (picture[:64, :64] == 0).all() and (picture[:64, 64:] == 255).all()
     assert picture[64:].std() > 20
+
+
+def test_a_picture_is_drawn_where_the_command_runs_and_the_cache_is_not_touched(tmp_path, here):
+    cache(tmp_path / "c", manifest=True)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "c").iterdir())
+    text = lines_of(path=tmp_path / "c")
+    assert f"picture: {here / 'inspect-c.png'}" in text
+    assert "no manifest tells the texture codec: the picture shows principal components; --texture_codec PATH" in text
+    assert Image.open(here / "inspect-c.png").size == (8 * 64, 2 * 64)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "c").iterdir()) == before
+    (here / "inspect-c.png").unlink()
+    assert "picture:" not in lines_of(path=tmp_path / "c", picture="none")
+    assert list(here.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_written_is_a_clear_error(tmp_path):
+    cache(tmp_path / "c")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write .*file/p.png: .*name another file with --picture, or none"):
+        lines_of(path=tmp_path / "c", picture=tmp_path / "file" / "p.png")
+
+
+def test_the_codec_of_the_manifest_decodes_the_picture_while_it_is_the_same(tmp_path, here):
+    from sfd_fast.checkpoint import save_codec
+    from sfd_fast.models.texture import IdentityCodec
+
+    codec = tmp_path / "codec"
+    save_codec(codec, IdentityCodec(3))
+    texture = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 1.0)])
+    write_shard(tmp_path / "c" / "a.safetensors", {"latents": texture, "labels": torch.arange(2)})
+    path = tmp_path / "c" / "a.safetensors"
+    rows = {path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)}}
+    settings = {"texture_codec": weights_fingerprint(IdentityCodec(3))}
+    manifest = {"format": 1, "complete": True, "shards": rows, "settings": settings}
+    write_json(tmp_path / "c" / "manifest.json", manifest | {"sources": {"texture_codec": str(codec)}})
+    text = lines_of(path=tmp_path / "c")
+    assert f"decoded with the cache's own texture codec, {codec}" in text and f"texture_codec from   {codec}" in text
+    picture = np.asarray(Image.open(here / "inspect-c.png"))
+    assert (picture[:, :64] == 0).all() and (picture[:, 64:] == 255).all()
+    components = "the picture shows principal components"
+    assert components in lines_of(path=tmp_path / "c", texture_codec="none")
+    write_json(tmp_path / "c" / "manifest.json", manifest | {"sources": {"texture_codec": str(tmp_path / "gone")}})
+    assert f"the texture codec is not at {tmp_path / 'gone'} any more: {components}" in lines_of(path=tmp_path / "c")
+    other = manifest | {"sources": {"texture_codec": str(codec)}, "settings": {"texture_codec": "0" * 64}}
+    write_json(tmp_path / "c" / "manifest.json", other)
+    assert f"{codec} is not the texture codec any more that made the cache: {components}" in lines_of(
+        path=tmp_path / "c"
+    )
+
+
+def test_a_codec_of_other_latents_is_refused(tmp_path):
+    from sfd_fast.checkpoint import save_codec
+    from sfd_fast.models.texture import IdentityCodec
+
+    save_codec(tmp_path / "codec", IdentityCodec(3))
+    cache(tmp_path / "c")
+    with pytest.raises(ValueError, match="the texture codec has 3 latent channels, the cache 4"):
+        lines_of(path=tmp_path / "c", texture_codec=str(tmp_path / "codec"))
 
 
 def test_a_picture_without_a_codec_shows_structure(tmp_path):

@@ -1,5 +1,6 @@
 """`sfd inspect PATH`: what a cache holds, whether it is whole, and a picture of its first images."""
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,16 +8,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from sfd_fast.config import require
+from sfd_fast.config import require, require_positive
 from sfd_fast.data import layout
+from sfd_fast.data.atomic import write_bytes
 from sfd_fast.data.images import to_pixels
 from sfd_fast.data.latents import LatentShards
-from sfd_fast.data.manifest import read_manifest
+from sfd_fast.data.manifest import read_manifest, weights_fingerprint
 from sfd_fast.data.ranks import Ranks
-from sfd_fast.data.shards import Header, checksum, map_tensors, read_header, shard_paths
+from sfd_fast.data.remote import local_shards
+from sfd_fast.data.shards import Header, checksum, map_tensors, read_header
 from sfd_fast.data.statistics import SEMANTIC_FILE, TEXTURE_FILE, ChannelMoments, LatentStatistics, merge_all
+from sfd_fast.models.diffusers_codec import load_codec
+
+AUTO, NONE = "auto", "none"
 
 
 @dataclass(frozen=True)
@@ -24,31 +30,40 @@ class InspectConfig:
     """What to show of a cache."""
 
     path: str = ""
-    """folder of shards: latents or features, the released layout or ours"""
+    """folder of shards: latents or features, the released layout or ours; the word alone will do: sfd inspect FOLDER"""
+    cache_folder: str = ""
+    """local folder for the copy of a remote path (s3://, gs://, hf://)"""
     verify: bool = False
     """read everything: checksums against the manifest, NaN and infinity"""
     statistics: bool = False
     """compute the statistics exactly, over all unflipped latents, and write latents_stats.pt and latents_sv_stats.pt"""
-    picture: str = ""
-    """PNG file for the first images; empty: none"""
-    texture_codec: str = ""
-    """decodes the picture; empty: three principal components of the latents are shown as colours"""
+    picture: str = "auto"
+    """PNG file for the first images; auto: inspect-FOLDER.png where the command runs (a cache is never written to);
+    none: no picture"""
+    texture_codec: str = "auto"
+    """decodes the picture; auto: the one that the cache was encoded with, where it lies where the manifest says; none:
+    three principal components of the latents are shown as colours"""
     num_images: int = 8
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_images")
 
 
 def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) -> None:
     """Prints what config.path holds. Raises ValueError naming the file for whatever is wrong with it."""
-    require(bool(config.path), "path is empty: give the folder of a cache")
-    paths = shard_paths(config.path)
+    require(bool(config.path), "path is empty: give the folder of a cache: sfd inspect FOLDER")
+    folder, paths = local_shards(config.path, config.cache_folder)
     headers = [read_header(path) for path in paths]
-    for line in describe(config.path, paths, headers):
+    for line in describe(folder, paths, headers):
         report(line)
     if config.verify:
-        verify(config.path, paths, headers)
+        verify(folder, paths, headers)
         report("every shard is whole: checksums agree with the manifest where there is one, all values are finite")
     if layout.FEATURES in headers[0].entries and not layout.texture_keys(headers[0].entries):
+        features = map_tensors(paths[0], headers[0])[layout.FEATURES][: config.num_images]
+        save_picture([principal_colours(features.float())], config, folder, report)
         return
-    shards = LatentShards(config.path)
+    shards = LatentShards(paths)
     if config.statistics:
         texture, semantic = cache_moments(shards)
         LatentStatistics.from_moments(texture, semantic).save(shards.folder)
@@ -57,13 +72,49 @@ def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) ->
         for line in describe_statistics(shards.statistics()):
             report(line)
     else:
-        report(f"no statistics yet: `sfd inspect --path {config.path} --statistics true` computes them")
-    if config.picture:
-        draw(shards, config).save(config.picture)
-        report(f"picture: {config.picture}")
+        report(f"no statistics yet: `sfd inspect {config.path} --statistics` computes them")
+    if config.picture != NONE:
+        save_picture(draw(shards, choose_codec(config, folder, report), config.num_images), config, folder, report)
 
 
-def describe(folder: str, paths: list[str], headers: list[Header]) -> list[str]:
+def save_picture(rows: list[Tensor], config: InspectConfig, folder: Path, report: Callable[[str], None]) -> None:
+    """Writes the rows of a picture, images of (B, H, W, 3) uint8, where config.picture says."""
+    if config.picture == NONE:
+        return
+    path = Path(f"inspect-{folder.resolve().name}.png" if config.picture == AUTO else config.picture)
+    content = io.BytesIO()
+    tile(rows).save(content, format="png")
+    try:
+        write_bytes(path, content.getvalue())
+    except OSError as error:
+        raise OSError(f"{error}; name another file with --picture, or none") from error
+    report(f"picture: {path.absolute()}")
+
+
+def choose_codec(config: InspectConfig, folder: Path, report: Callable[[str], None]) -> nn.Module | None:
+    """The decoder of the picture, None for principal components; says what was chosen, and how to choose another."""
+    if config.texture_codec not in (AUTO, NONE):
+        return load_codec(config.texture_codec)
+    hint = "the picture shows principal components; --texture_codec PATH decodes it"
+    manifest = read_manifest(folder)
+    path = (manifest or {}).get("sources", {}).get("texture_codec", "")
+    if config.texture_codec == NONE:
+        hint = "the picture shows principal components"
+    elif not path:
+        hint = f"no manifest tells the texture codec: {hint}"
+    elif not Path(path).exists():
+        hint = f"the texture codec is not at {path} any more: {hint}"
+    else:
+        codec = load_codec(path)
+        if weights_fingerprint(codec) == manifest["settings"]["texture_codec"]:
+            report(f"decoded with the cache's own texture codec, {path}")
+            return codec
+        hint = f"{path} is not the texture codec any more that made the cache: {hint}"
+    report(hint)
+    return None
+
+
+def describe(folder: Path, paths: list[str], headers: list[Header]) -> list[str]:
     """Counts, tensors, labels and the manifest, as lines."""
     first = headers[0].entries
     counts = [next(iter(header.entries.values())).shape[0] for header in headers]
@@ -79,14 +130,17 @@ def describe(folder: str, paths: list[str], headers: list[Header]) -> list[str]:
             f"  {len(classes)} classes, labels {classes.min()} to {classes.max()}, {per_class.min()} to "
             f"{per_class.max()} samples each"
         )
-    manifest = read_manifest(folder) if Path(folder).is_dir() else None
+    manifest = read_manifest(folder)
     if manifest is None:
         return [*lines, "  no manifest: a released cache, or shards copied without it"]
-    state = "complete" if manifest.get("complete") else "UNFINISHED: run the command that makes it again"
-    lines.append(f"  manifest: {state}")
+    lines.append("  manifest: complete")
     for name, value in manifest.get("settings", {}).items():
         shown = f"{value[:16]}..." if isinstance(value, str) and len(value) == 64 else value
         lines.append(f"    {name:<20} {shown}")
+    for name, source in manifest.get("sources", {}).items():
+        lines.append(f"    {name + ' from':<20} {source}")
+    if manifest.get("dali_failures"):
+        lines.append(f"    {manifest['dali_failures']} batches were decoded with PIL because DALI failed in them")
     if "semvae_target_cosine" in manifest:
         cosine = manifest["semvae_target_cosine"]
         lines.append(f"    cosine of `semvae` REPA targets with the true features: {cosine:.4f}")
@@ -106,14 +160,16 @@ def describe_statistics(statistics: LatentStatistics) -> list[str]:
     return lines
 
 
-def verify(folder: str, paths: list[str], headers: list[Header]) -> None:
+def verify(folder: Path, paths: list[str], headers: list[Header]) -> None:
     """Raises ValueError naming the first shard with a wrong checksum, or with values that are not finite."""
-    manifest = read_manifest(folder) if Path(folder).is_dir() else None
+    manifest = read_manifest(folder)
     for path, header in zip(paths, headers):
         listed = (manifest or {}).get("shards", {}).get(Path(path).name)
         if listed is not None and checksum(path) != listed["sha256"]:
-            raise ValueError(f"{path}: its checksum is not the manifest's: the file was damaged; delete it, delete the "
-                             "manifest and run the command that made it again")  # fmt: skip
+            raise ValueError(
+                f"{path}: its checksum is not the manifest's: the file was damaged; copy it again, or run the command "
+                "that made the cache again with --verify: it encodes only what is missing or damaged"
+            )
         for name, values in map_tensors(path, header).items():
             if values.is_floating_point():
                 try:
@@ -136,26 +192,33 @@ def cache_moments(shards: LatentShards, ranks: Ranks | None = None) -> tuple[Cha
     return merge_all(texture for texture, _ in ordered), merge_all(semantic for _, semantic in ordered)
 
 
-def draw(shards: LatentShards, config: InspectConfig) -> Image.Image:
+def draw(shards: LatentShards, codec: nn.Module | None, num_images: int) -> list[Tensor]:
     """First row: images decoded from texture, or its principal components; second row: semantics, likewise."""
-    count = min(config.num_images, len(shards))
+    count = min(num_images, len(shards))
     raw = shards.gather(torch.arange(count), torch.zeros(count, dtype=torch.bool))
-    if config.texture_codec:
-        from sfd_fast.models.diffusers_codec import load_codec
-
+    if codec is not None:
+        if codec.latent_channels != shards.texture_channels:
+            raise ValueError(
+                f"the texture codec has {codec.latent_channels} latent channels, the cache {shards.texture_channels}: "
+                "give the codec that it was encoded with, or --texture_codec none"
+            )
         with torch.no_grad():
-            images = load_codec(config.texture_codec).decode(raw["texture"].float())
-        rows = [to_pixels(images)]
+            rows = [to_pixels(codec.decode(raw["texture"].float()))]
     else:
         rows = [principal_colours(raw["texture"].float())]
     if shards.semantic_channels:
         rows.append(principal_colours(raw["semantic"].float()))
+    return rows
+
+
+def tile(rows: list[Tensor]) -> Image.Image:
+    """Rows of images, each (B, H, W, 3) uint8, enlarged to one size of at least 64 pixels."""
     size = max(64, *(row.shape[1] for row in rows))
-    canvas = Image.new("RGB", (count * size, len(rows) * size))
+    canvas = Image.new("RGB", (len(rows[0]) * size, len(rows) * size))
     for y, row in enumerate(rows):
         for x, pixels in enumerate(row):
-            tile = Image.fromarray(pixels.numpy()).resize((size, size), Image.Resampling.NEAREST)
-            canvas.paste(tile, (x * size, y * size))
+            image = Image.fromarray(pixels.numpy()).resize((size, size), Image.Resampling.NEAREST)
+            canvas.paste(image, (x * size, y * size))
     return canvas
 
 
