@@ -27,6 +27,8 @@ class Command:
     summary: str
     presets: bool = False
     """offer --preset, which fills in `model`"""
+    positional: str = ""
+    """the option that a word without a flag gives"""
 
 
 COMMANDS: dict[str, Command] = {
@@ -48,7 +50,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "inspect": Command(
         "sfd_fast.data.inspect:InspectConfig", "sfd_fast.data.inspect:run_inspect",
-        "what a cache of features or latents holds, with a picture",
+        "what a cache of features or latents holds, with a picture", positional="path",
     ),
     "train": Command(
         "sfd_fast.config:SFDConfig", "sfd_fast.training.loop:run_train", "train the diffusion transformer", presets=True
@@ -167,7 +169,11 @@ def build_parser(name: str, argv: list[str]) -> Parser:
 
 def parse(name: str, argv: list[str]) -> Any:
     """The configuration object of command `name` from its command line."""
-    argv = with_values([normalized(word) for word in argv], bool_keys(load(COMMANDS[name].config)))
+    switches = bool_keys(load(COMMANDS[name].config))
+    argv = [normalized(word) for word in argv]
+    if COMMANDS[name].positional:
+        argv = with_positional(argv, COMMANDS[name].positional, switches)
+    argv = with_values(argv, switches)
     parser = build_parser(name, argv)
     values = parser.parse_args(argv)
     values.pop("config", None)
@@ -192,6 +198,18 @@ def bool_keys(kind: type, prefix: str = "") -> set[str]:
         elif field.type is bool:
             keys.add(prefix + field.name)
     return keys
+
+
+def with_positional(argv: list[str], option: str, switches: set[str]) -> list[str]:
+    """The first word that is neither a flag nor the value of one becomes the value of `option`."""
+    for i, word in enumerate(argv):
+        before = argv[i - 1] if i else ""
+        is_value = before.startswith("--") and "=" not in before
+        if is_value and before[2:] in switches:
+            is_value = word.lower() in ("true", "false", "yes", "no")
+        if not word.startswith("-") and not is_value:
+            return [*argv[:i], f"--{option}={word}", *argv[i + 1 :]]
+    return argv
 
 
 def with_values(argv: list[str], switches: set[str]) -> list[str]:

@@ -111,3 +111,25 @@ def test_a_switch_needs_no_value():
     assert cli.parse("sample", ["--num", "3", "--show-stages"]).show_stages is True
     assert cli.parse("sample", ["--show-stages", "false"]).show_stages is False
     assert cli.parse("train", ["--train.compile"]).train.compile is True
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["runs/latents"], ["--path", "runs/latents"], ["runs/latents", "--verify", "--num-images", "3"],
+     ["--verify", "runs/latents"], ["--verify", "true", "runs/latents"], ["--num_images=3", "runs/latents"],
+     ["--picture", "a.png", "runs/latents", "--verify"]],
+)  # fmt: skip
+def test_inspect_takes_its_path_with_or_without_a_flag(argv):
+    config = cli.parse("inspect", argv)
+    assert config.path == "runs/latents"
+    assert config.verify == any(word.startswith("--verify") for word in argv)
+
+
+def test_a_word_too_many_is_refused(capsys):
+    assert "unrecognized arguments: b" in refused(capsys, "inspect", "a", "b").lower()
+    assert "unrecognized arguments: a" in refused(capsys, "doctor", "a").lower()
+
+
+def test_a_missing_cache_is_one_clear_line(tmp_path, capsys):
+    error = refused(capsys, "inspect", str(tmp_path / "nowhere"))
+    assert f"{tmp_path / 'nowhere'} does not exist; give a folder of shards" in error and "Errno" not in error
