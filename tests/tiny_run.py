@@ -4,7 +4,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from sfd_fast.config import DataConfig, ModelConfig, OptimizerConfig, SamplerConfig, SFDConfig, TrainConfig
 from sfd_fast.data.shards import write_shard
@@ -53,6 +55,18 @@ def tiny_config(data: Path | str, out: Path | str, **train: object) -> SFDConfig
         train=TrainConfig(out=str(out), **settings),
         sampler=SamplerConfig(num_steps=6, solver="euler"),
     )
+
+
+def pixels(texture: torch.Tensor) -> torch.Tensor:
+    """Two texture channels of 4 x 4 as one grey picture of 8 x 8, in [-1, 1]: a codec for what evaluates images."""
+    return F.pixel_shuffle(torch.cat([texture, -texture], dim=1), 2).tanh()
+
+
+def write_reference(path: Path) -> str:
+    """Random grey pictures of 8 x 8 to compare with."""
+    grey = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    np.savez(path, arr_0=grey.repeat(3, 3))
+    return str(path)
 
 
 def with_data(config: SFDConfig, **changes: object) -> SFDConfig:

@@ -97,8 +97,9 @@ class Evaluator:
     left out and why, `warnings` what makes the figures incomparable, `record` where everything came from.
     """
 
-    def __init__(self, config: EvaluatorConfig):
-        self.config = config
+    def __init__(self, config: EvaluatorConfig, *, on_batch: Callable[[], None] = lambda: None):
+        """on_batch is called after every batch of reference images: reading them may take minutes."""
+        self.config, self.on_batch = config, on_batch
         auto = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(auto if config.device == "auto" else config.device)
         stored, images = _open_reference(config)
@@ -189,6 +190,7 @@ class Evaluator:
         with bar:
             for batch in read_ahead(images.batches(self.config.batch_size, start, stop)):
                 update(torch.from_numpy(batch.copy()))  # a copy: what the file gave is read-only
+                self.on_batch()
                 bar.update(len(batch))
 
     def reset(self) -> None:
