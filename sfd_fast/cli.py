@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from sfd_fast import __version__
-from sfd_fast.presets import PRESETS, preset
+from sfd_fast.presets import ENCODE_DEFAULTS, FEATURES_DEFAULTS, MODEL_DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Command:
     config: str
     run: str
     summary: str
-    presets: bool = False
-    """offer --preset, which fills in `model`"""
+    presets: dict[str, dict] = dataclasses.field(default_factory=dict)
+    """what --preset chooses from: defaults of options by the preset's name; empty: no --preset"""
     positional: str = ""
     """the option that a word without a flag gives"""
 
@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "features": Command(
         "sfd_fast.data.prepare:FeaturesConfig", "sfd_fast.data.prepare:run_features",
-        "images to shards of VFM features, what train-semvae reads",
+        "images to shards of VFM features, what train-semvae reads", presets=FEATURES_DEFAULTS,
     ),
     "train-semvae": Command(
         "sfd_fast.config:SemVAETrainingConfig", "sfd_fast.training.semvae:run_train_semvae",
@@ -46,18 +46,19 @@ COMMANDS: dict[str, Command] = {
     ),
     "encode": Command(
         "sfd_fast.data.prepare:EncodeConfig", "sfd_fast.data.prepare:run_encode",
-        "images to shards of composite latents with their statistics, what train reads",
+        "images to shards of composite latents with their statistics, what train reads", presets=ENCODE_DEFAULTS,
     ),
     "inspect": Command(
         "sfd_fast.data.inspect:InspectConfig", "sfd_fast.data.inspect:run_inspect",
         "what a cache of features or latents holds, with a picture", positional="path",
     ),
     "train": Command(
-        "sfd_fast.config:SFDConfig", "sfd_fast.training.loop:run_train", "train the diffusion transformer", presets=True
+        "sfd_fast.config:SFDConfig", "sfd_fast.training.loop:run_train", "train the diffusion transformer",
+        presets=MODEL_DEFAULTS,
     ),
     "plan": Command(
         "sfd_fast.training.plan:PlanConfig", "sfd_fast.training.plan:run_plan",
-        "memory per GPU and a lower bound of step time, before renting the GPUs", presets=True,
+        "memory per GPU and a lower bound of step time, before renting the GPUs", presets=MODEL_DEFAULTS,
     ),
     "sample": Command("sfd_fast.generate:SampleConfig", "sfd_fast.generate:run_sample", "generate images"),
     "evaluate": Command(
@@ -160,10 +161,13 @@ def build_parser(name: str, argv: list[str]) -> Parser:
     parser.add_argument("--config", action="config", help="YAML file; repeatable, later files and flags win")
     parser.add_class_arguments(kind)
     if command.presets:
-        parser.add_argument("--preset", type=str, default=None, help=f"model size: {', '.join(PRESETS)}")
+        names = ", ".join(command.presets)
+        parser.add_argument("--preset", type=str, default=None, help=f"defaults below files and flags: {names}")
         chosen = chosen_preset(argv)
+        if chosen is not None and chosen not in command.presets:
+            raise ValueError(f"unknown preset '{chosen}'; presets: {names}")
         if chosen is not None:
-            parser.set_defaults({"model": dataclasses.asdict(preset(chosen))})
+            parser.set_defaults(command.presets[chosen])
     return parser
 
 

@@ -1,9 +1,9 @@
-"""Model sizes as one table: a preset is a readable row, a variant is `replace(XL, ...)`.
+"""Model sizes and settings of the released data as tables: a preset is a readable row, a variant `replace(XL, ...)`.
 
 Sizes: METHOD 3 (depth x width x heads, patch 1). Parameters include the REPA head.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from sfd_fast.config import ModelConfig
 
@@ -26,6 +26,24 @@ PRESETS: dict[str, ModelConfig] = {
     "S": S, "B": B, "L": L, "XL": XL, "XXL": XXL, "1p6B": H1P6B, "B_GUIDE": B_GUIDE, "DIGITS": DIGITS,
     "DIGITS_GUIDE": DIGITS_GUIDE,
 }  # fmt: skip
+
+MODEL_DEFAULTS: dict[str, dict] = {name: {"model": asdict(row)} for name, row in PRESETS.items()}
+"""What --preset of `sfd train` fills in."""
+
+FEATURES_DEFAULTS: dict[str, dict] = {
+    # what the released SemVAE was trained on: shorter side to 256, centre 224 (METHOD 2)
+    "imagenet256": {
+        "vfm": "dinov2-b", "image_size": 224, "grid_size": 16, "crop": "resize", "flip": False, "storage": "fp16",
+    },
+}  # fmt: skip
+"""What --preset of `sfd features` fills in."""
+ENCODE_DEFAULTS: dict[str, dict] = {
+    # what the released SFD was trained on: ADM crop, both flips, float32 samples of both posteriors (METHOD 2, 6)
+    "imagenet256": {
+        "vfm": "dinov2-b", "image_size": 256, "crop": "adm", "flip": True, "storage": "fp32", "posterior": "sample",
+    },
+}  # fmt: skip
+"""What --preset of `sfd encode` fills in."""
 
 RELEASED_NAMES = {"S/1": S, "B/1": B, "L/1": L, "XL/1": XL, "1p0B/1": XXL, "1p6B/1": H1P6B} | {
     f"{name}/2": replace(preset, patch_size=2)

@@ -133,3 +133,22 @@ def test_a_word_too_many_is_refused(capsys):
 def test_a_missing_cache_is_one_clear_line(tmp_path, capsys):
     error = refused(capsys, "inspect", str(tmp_path / "nowhere"))
     assert f"{tmp_path / 'nowhere'} does not exist; give a folder of shards" in error and "Errno" not in error
+
+
+def test_the_released_data_settings_are_one_flag_below_files_and_flags(tmp_path, capsys):
+    """Features: shorter side 256, centre 224, fp16, no flips. Latents: ADM crop 256, float32, both flips (METHOD 2)."""
+    features = cli.parse("features", ["--preset", "imagenet256"])
+    found = (features.image_size, features.crop, features.flip, features.storage, features.grid_size, features.vfm)
+    assert found == (224, "resize", False, "fp16", 16, "dinov2-b")
+    latents = cli.parse("encode", ["--preset", "imagenet256"])
+    found = (latents.image_size, latents.crop, latents.flip, latents.storage, latents.posterior, latents.vfm)
+    assert found == (256, "adm", True, "fp32", "sample", "dinov2-b")
+    file = tmp_path / "a.yaml"
+    file.write_text("preset: imagenet256\nstorage: bf16\n")
+    mixed = cli.parse("features", ["--config", str(file), "--image-size", "112"])
+    assert (mixed.storage, mixed.image_size, mixed.crop) == ("bf16", 112, "resize")
+    assert "presets: imagenet256" in refused(capsys, "encode", "--preset", "XL")
+    for command in ("features", "encode"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert "imagenet256" in capsys.readouterr().out

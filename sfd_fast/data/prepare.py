@@ -27,7 +27,7 @@ STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class FeaturesConfig:
     """VFM features of a folder of images, to train SemVAE on.
 
-    The released SemVAE's own features: crop resize, image_size 224, storage fp16, flip false (METHOD 2).
+    The released SemVAE's own: --preset imagenet256 (shorter side 256, centre 224, fp16, no flips; METHOD 2).
     """
 
     images: str = ""
@@ -67,7 +67,10 @@ class FeaturesConfig:
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Latents of a folder of images, to train SFD on. Defaults: the released settings, stored in bf16."""
+    """Latents of a folder of images, to train SFD on.
+
+    Defaults: the released settings, stored in bf16; --preset imagenet256: in fp32, as released.
+    """
 
     images: str = ""
     """class-per-folder tree, folder of *.tar shards (WebDataset), or Hugging Face dataset (folder, or hf://ORG/NAME)"""
