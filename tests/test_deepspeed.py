@@ -16,12 +16,11 @@ from deepspeed_ranks import FOOTPRINT_MODEL, FOOTPRINT_SIZES, FOOTPRINTS
 from safetensors.torch import load_file
 from tiny_run import pixels, tiny_config, write_data, write_reference
 
-from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TrainConfig, TransportConfig
-from sfd_fast.training.deepspeed_config import BUCKETS, batch_shares, generate
+from sfd_fast.config import TransportConfig
 from sfd_fast.training.export import export_checkpoint
 from sfd_fast.training.loop import run_train
 from sfd_fast.training.plan import memory
-from sfd_fast.training.sharded import Piece, StateReader, consolidated, write_pieces
+from sfd_fast.training.sharded import consolidated
 
 HERE = Path(__file__).resolve().parent
 ABSENT = "deepspeed is not installed: DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
@@ -314,75 +313,3 @@ def test_deepspeed_absent_is_an_error_with_the_install_command(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ValueError, match="needs the package deepspeed.*DS_BUILD_OPS=0 pip install deepspeed==0.19.8"):
         run_train(tiny_config(tmp_path / "data", tmp_path / "run", engine="deepspeed"), device="cpu", progress=False)
-
-
-@pytest.mark.parametrize(
-    ("precision", "section"), [("parity", "torch_autocast"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", None)]
-)
-def test_each_precision_mode_has_its_section(precision, section):
-    train = TrainConfig(global_batch_size=64, micro_batch_size=4, precision=precision)
-    made = generate(train, OptimizerConfig(), DeepSpeedConfig(zero_stage=2), world_size=8, device="cuda")
-    present = {key for key in ("torch_autocast", "bf16", "fp16") if made.get(key, {}).get("enabled")}
-    assert present == ({section} if section else set())
-    assert made["gradient_accumulation_steps"] == 2 and made["gradient_clipping"] == 0.0
-    assert made["zero_optimization"]["overlap_comm"] is True
-    assert "stage3_prefetch_bucket_size" not in made["zero_optimization"]
-
-
-def test_every_bucket_size_has_a_reason():
-    made = generate(TrainConfig(), OptimizerConfig(), DeepSpeedConfig(zero_stage=3), world_size=8, device="cuda")
-    for name, (value, reason) in BUCKETS.items():
-        assert made["zero_optimization"][name] == value and len(reason) > 30
-
-
-def test_a_file_overrides_what_is_not_ours(tmp_path):
-    path = tmp_path / "deepspeed.json"
-    values = {"zero_optimization": {"reduce_bucket_size": 7, "stage": 1}, "wall_clock_breakdown": True}
-    path.write_text(json.dumps(values))
-    settings = DeepSpeedConfig(zero_stage=1, config_file=str(path))
-    made = generate(TrainConfig(), OptimizerConfig(), settings, world_size=8, device="cuda")
-    assert made["zero_optimization"]["reduce_bucket_size"] == 7 and made["wall_clock_breakdown"] is True
-    assert made["zero_optimization"]["allgather_bucket_size"] == BUCKETS["allgather_bucket_size"][0]
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    with pytest.raises(ValueError, match="zero_optimization.stage to 3, which contradicts deepspeed.zero_stage"):
-        generate(TrainConfig(), OptimizerConfig(), settings, world_size=8, device="cuda")
-    path.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        generate(TrainConfig(), OptimizerConfig(), settings, world_size=8, device="cuda")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"offload_parameters": True}, "offload_parameters needs zero_stage 3"),
-        ({"zero_stage": 0, "offload_optimizer": True}, "offload_optimizer needs zero_stage 1, 2 or 3"),
-    ],
-)
-def test_offload_without_sharding_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        DeepSpeedConfig(**settings)
-
-
-def test_compile_under_zero_3_is_refused_with_its_reason():
-    settings = TrainConfig(compile=True), OptimizerConfig(), DeepSpeedConfig(zero_stage=3)
-    with pytest.raises(ValueError, match="train.compile does not work with deepspeed.zero_stage 3.*size is 0"):
-        generate(*settings, world_size=8, device="cuda")
-
-
-def test_shares_of_a_batch():
-    assert batch_shares(TrainConfig(global_batch_size=256), 8) == (32, 1)
-    assert batch_shares(TrainConfig(global_batch_size=256, micro_batch_size=8), 8) == (8, 4)
-
-
-def test_pieces_of_three_ranks_are_read_across_their_borders(tmp_path):
-    whole = torch.arange(10.0)
-    for rank, (start, stop) in enumerate([(0, 4), (4, 5), (5, 10)]):
-        fields = {"param": whole[start:stop], "ema": -whole[start:stop], "step": torch.tensor(3.0)}
-        write_pieces(tmp_path / f"state-{rank:05d}.safetensors", [Piece("w", start, 10, fields)])
-    with StateReader(tmp_path) as reader:
-        assert torch.equal(reader.read("w", "ema", 3, 9), -whole[3:9])
-        assert reader.size("w") == 10 and float(reader.step("w")) == 3
-        assert sorted(reader.fields("w")) == ["ema", "step"]
-    (tmp_path / "state-00001.safetensors").unlink()
-    with StateReader(tmp_path) as reader, pytest.raises(ValueError, match="has 5 of the elements 3 to 9 of ema of w"):
-        reader.read("w", "ema", 3, 9)

@@ -1,0 +1,82 @@
+"""Which rank a process is, from the environments that torchrun, srun and sbatch make."""
+
+import os
+
+import pytest
+
+from sfd_fast.training.place import Place, first_host, slurm_meeting_point
+
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41",
+    "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+}  # fmt: skip
+"""what srun gives one of eight tasks on two nodes"""
+MEETING = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The process's own environment without a trace of launchers; restored afterwards."""
+    before = dict(os.environ)
+    for name in [n for n in os.environ if n.startswith("SLURM_") or n in MEETING]:
+        del os.environ[name]
+    yield os.environ
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_torchrun_and_deepspeed_name_the_rank():
+    assert Place.read({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == Place(3, 1, 4)
+
+
+def test_a_task_of_a_slurm_step_is_a_rank(environment):
+    environment.update(STEP)
+    assert Place.from_environment() == Place(5, 1, 8)
+    assert {name: environment[name] for name in MEETING} == {
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07", "MASTER_PORT": "15043",
+    }  # fmt: skip
+    assert Place.from_environment() == Place(5, 1, 8)  # now by the variables that it set
+
+
+def test_a_meeting_point_that_the_user_chose_stays(environment):
+    environment.update(STEP, MASTER_ADDR="ib7", MASTER_PORT="7")
+    Place.from_environment()
+    assert environment["MASTER_ADDR"] == "ib7" and environment["MASTER_PORT"] == "7"
+
+
+def test_the_body_of_a_batch_script_is_alone(environment):
+    """sbatch --ntasks=8 sets these in the script itself, which runs once."""
+    environment.update({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "41"})
+    assert Place.from_environment() == Place(0, 0, 1)
+    assert environment["MASTER_ADDR"] == "127.0.0.1" and environment["WORLD_SIZE"] == "1"
+
+
+def test_torchrun_inside_a_slurm_step_counts_as_torchrun():
+    assert Place.read(STEP | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}) == Place(1, 1, 2)
+
+
+def test_half_a_launcher_is_an_error():
+    with pytest.raises(ValueError, match="WORLD_SIZE is 4, but RANK is not set"):
+        Place.read({"WORLD_SIZE": "4"})
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("node", "node"),
+        ("node7,node8", "node7"),
+        ("host[01-03,7]", "host01"),
+        ("host[7,01-03],other", "host7"),
+        ("rack[2-3]-node[05,9]", "rack2-node05"),
+        ("a-b.example.org,c[1-2]", "a-b.example.org"),
+    ],
+)
+def test_the_first_host_of_a_slurm_list(hosts, first):
+    assert first_host(hosts) == first
+
+
+def test_steps_of_one_job_get_ports_of_their_own():
+    ports = {slurm_meeting_point(STEP | {"SLURM_STEP_ID": str(step)})["MASTER_PORT"] for step in range(5)}
+    assert len(ports) == 5 and all(15_000 <= int(port) < 30_000 for port in ports)
+    with pytest.raises(ValueError, match="SLURM_STEP_NODELIST is not set"):
+        slurm_meeting_point({})
