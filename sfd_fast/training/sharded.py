@@ -75,9 +75,10 @@ class StateReader:
         self.whole = (folder / "model.safetensors").is_file()
         paths = [] if self.whole else sorted(folder.glob("state-*.safetensors"))
         rank, world_size = share
-        own = rank * len(paths) // world_size
+        first, last = rank * len(paths) // world_size, ((rank + 1) * len(paths) - 1) // world_size
         # after the own share what is not sharded, which the first rank holds, then the neighbours
-        order = sorted(range(len(paths)), key=lambda i: (i not in (own, 0), abs(i - own)))
+        away = [max(first - i, i - last, 0) for i in range(len(paths))]
+        order = sorted(range(len(paths)), key=lambda i: (away[i] > 0, i > 0, away[i]))
         self.unopened = [paths[i] for i in order]
 
     def __enter__(self) -> "StateReader":
