@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sfd_fast.config import ModelConfig, TransportConfig
 from sfd_fast.models.dit import LightningDiT
@@ -21,19 +21,45 @@ from sfd_fast.transport import loss
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators create, and the most that lived at once."""
+    """Counts the bytes of the storages that operators create, and the most that lived at once.
+
+    Shapes of the library's operators are worked out once for each kind of arguments: their fake kernels run whole
+    references, and a network repeats them in every block.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self.known: set[int] = set()
+        self.shapes: dict[tuple, list] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.prim.device.default:
+            return args[0].fake_device  # most calls are these, and none creates anything
+        if function.namespace == "sfd" and not kwargs:
+            out = self.repeated(function, args)
+        else:
+            out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.count(leaf.untyped_storage())
         return out
+
+    def repeated(self, function, args: tuple):
+        """What function(*args) returns: new tensors, of the shapes of an earlier call where there was one like it."""
+        leaves, _ = tree_flatten(args)
+        key = function, *((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
+        if key not in self.shapes:
+            out = function(*args)
+            flat, structure = tree_flatten(out)
+            made = [(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in flat]
+            self.shapes[key] = [made, structure]
+            return out
+        made, structure = self.shapes[key]
+        flat = [
+            torch.empty_strided(size[0], size[1], dtype=size[2]) if isinstance(size, tuple) else size for size in made
+        ]
+        return tree_unflatten(flat, structure)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Leaves out storages that are counted elsewhere."""

@@ -6,15 +6,14 @@ link speed, not predictions: no measured run on such a cluster stands behind the
 """
 
 import functools
-import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from sfd_fast.config import ModelConfig, TransportConfig, require
+from sfd_fast.config import DeepSpeedConfig, ModelConfig, OptimizerConfig, TrainConfig, TransportConfig, require
 from sfd_fast.models.dit import LightningDiT, num_flops
-from sfd_fast.training.deepspeed_config import BUCKETS
+from sfd_fast.training.deepspeed_config import BUCKETS, generate
 from sfd_fast.training.engine import stays_fp32
 from sfd_fast.training.footprint import step_bytes
 
@@ -35,19 +34,20 @@ class Device:
     node_link: float
     """bytes per second and direction to the other devices of a node"""
     network_link: float
-    """bytes per second and direction to other nodes, per device"""
+    """bytes per second and direction to other nodes, per device (each has a network card of its own)"""
     per_node: int = 8
+    source: str = "data sheet"
 
 
 DEVICES: dict[str, Device] = {
     #                       GiB   bf16     memory   in node  network
     "a100-40g": Device(40, 312e12, 1.55e12, 300e9, 25e9),
     "a100-80g": Device(80, 312e12, 2.0e12, 300e9, 25e9),
-    "h100-80g": Device(80, 798e12, 3.0e12, 450e9, 50e9),  # both speeds measured (DESIGN)
+    "h100-80g": Device(80, 798e12, 3.0e12, 450e9, 50e9, source="sustained speeds, links of the data sheet"),
     "h200-141g": Device(141, 790e12, 4.3e12, 450e9, 50e9),
     "b200-180g": Device(180, 2250e12, 8.0e12, 900e9, 50e9),
     "rtx4090-24g": Device(24, 165e12, 1.0e12, 25e9, 3e9),
-    "cpu": Device(24, 0.1e12, 10e9, 1e9, 1e9),
+    "cpu": Device(24, 0.1e12, 10e9, 1e9, 1e9, source="a guess"),
 }
 RESERVE_GIB = 2.0
 RESERVE_SHARE = 0.05
@@ -68,11 +68,13 @@ class PlanConfig:
     precision: Literal["parity", "bf16", "fp16", "fp32"] = "parity"
     residual: Literal["fp32", "bf16"] = "fp32"
     moments: Literal["fp32", "bf16"] = "fp32"
-    num_averages: int = 1
+    extra_ema_decays: tuple[float, ...] = ()
+    """further averages, as optimizer.extra_ema_decays"""
     memory_gib: float = 0.0
     """memory of a rank; 0: the device's"""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "extra_ema_decays", tuple(self.extra_ema_decays))  # a JSON or YAML file gives a list
         require(self.gpu in DEVICES, f"gpu '{self.gpu}' is unknown; choose one of {', '.join(DEVICES)}")
         require(self.gpus >= 1, f"gpus {self.gpus} must be at least 1")
         require(
@@ -202,7 +204,7 @@ class Bound:
     """fused operators of the blocks at the device's bandwidth"""
     optimizer_s: float
     communication_s: float
-    """gradients and weights over the slowest link, if it could carry them at full speed all the time"""
+    """gradients and weights over the links, if these carried them at full speed all the time"""
 
     @property
     def step_s(self) -> float:
@@ -223,8 +225,10 @@ def bound(
 ) -> Bound:
     """Bounds of one step of `per_rank` samples on each rank.
 
-    Communication per rank and step, N ranks, P parameters of w bytes: ZeRO 0 to 2 move 2 w P (N - 1) / N (gradients
-    reduced, weights gathered), ZeRO 3 half as much again (weights gathered for forward and for backward).
+    Communication per step, P parameters of w bytes: gradients are reduced and scattered, weights gathered, ZeRO 3
+    gathers them twice (forward and backward): 2 or 3 times w P. Of each, a rank of N, n to a node, must send
+    (n - 1) / n to its node, and a node (1 - n / N) to others, over the network cards of all its devices at once; a ring
+    or a tree sends no less. In a node both are at work together, so the slower one bounds.
     """
     total, _ = count_parameters(model)
     weight = 2 if precision in ("bf16", "fp16") else 4
@@ -235,9 +239,13 @@ def bound(
     # master, two moments and the averages are read and written, the gradient read, the low-precision copy written
     touched = total * (24 + 8 * num_averages + weight + (weight if weight == 2 else 0))
     touched /= world_size if zero_stage >= 1 else 1
-    link = device.node_link if world_size <= device.per_node else device.network_link
-    traffic = (3 if zero_stage == 3 else 2) * weight * total * (world_size - 1) / world_size
-    return Bound(flops / device.flops, moved / device.bandwidth, touched / device.bandwidth, traffic / link)
+    sent = (3 if zero_stage == 3 else 2) * weight * total
+    in_node = min(world_size, device.per_node)
+    links = max(
+        sent * (in_node - 1) / in_node / device.node_link,
+        sent * (1 - in_node / world_size) / (in_node * device.network_link),
+    )
+    return Bound(flops / device.flops, moved / device.bandwidth, touched / device.bandwidth, links)
 
 
 @dataclass(frozen=True)
@@ -258,6 +266,9 @@ class Plan:
     num_parameters: int
     limit_gib: float
     options: list[Option]
+    """per stage and share of recomputed blocks, from the largest micro-batch down to the first that fits"""
+    refused: list[str]
+    """combinations that training would refuse, with the reason"""
 
     @property
     def best(self) -> Option | None:
@@ -275,86 +286,55 @@ def micro_batches(per_rank: int) -> list[int]:
     return sizes
 
 
+def refusal(config: PlanConfig, zero_stage: int, micro_batch: int) -> str:
+    """Why training would refuse a stage and micro-batch; empty where it would not."""
+    train = TrainConfig(
+        global_batch_size=config.global_batch_size, micro_batch_size=micro_batch, precision=config.precision
+    )
+    try:
+        generate(train, OptimizerConfig(), DeepSpeedConfig(zero_stage), world_size=config.gpus, device="cuda")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def plan(config: PlanConfig) -> Plan:
-    """Every stage, micro-batch and share of recomputed blocks (none, half, all): memory, bound, and whether it fits."""
+    """Every stage with none, half or all blocks recomputed, each with the largest micro-batch that fits.
+
+    What cannot win is left out: a smaller micro-batch, or more recomputation for no larger a micro-batch, where one
+    fits. What training would refuse is left out with its reason.
+    """
     device = DEVICES[config.gpu]
     limit = (config.memory_gib or device.memory_gib) * (1 - RESERVE_SHARE)
     limit -= RESERVE_GIB if config.gpu != "cpu" else 0.0
     per_rank = config.global_batch_size // config.gpus
-    # 16-bit weights need ZeRO's fp32 masters
-    stages = (1, 2, 3) if config.precision in ("bf16", "fp16") else (0, 1, 2, 3)
-    options = []
-    for stage, micro_batch, share in itertools.product(stages, micro_batches(per_rank), (0.0, 0.5, 1.0)):
-        common = {"world_size": config.gpus, "zero_stage": stage, "checkpoint_activations": share}
-        common |= {"precision": config.precision, "num_averages": config.num_averages}
-        needed = memory(
-            config.model, config.transport, micro_batch=micro_batch, residual=config.residual, moments=config.moments,
-            accumulate=micro_batch < per_rank, overlap=config.gpu != "cpu", **common,
-        )  # fmt: skip
-        least = bound(config.model, device, per_rank=per_rank, **common)
-        options.append(Option(stage, micro_batch, share, needed, least, needed.peak <= limit * GIB))
-    return Plan(config, count_parameters(config.model)[0], limit, options)
-
-
-def format_plan(made: Plan) -> str:
-    """The plan as a table: per stage the option of the largest micro-batch that fits with least recomputation."""
-    config, best = made.config, made.best
-    lines = [
-        f"{made.num_parameters / 1e6:.1f}M parameters, {config.precision}, batch {config.global_batch_size} on "
-        f"{config.gpus} x {config.gpu}: {made.limit_gib:.1f} GiB usable on each",
-        "",
-        "ZeRO micro recomp.  weights masters  grads moments averages  activ. buffers   step |   peak GiB  fits | "
-        "step >= ms   images/s <=",
-    ]
-    for option in shown(made):
-        m = option.memory
-        parts = (m.parameters, m.masters, m.gradients, m.moments, m.averages, m.activations, m.buffers, m.step)
-        figures = " ".join(f"{part / GIB:7.2f}" for part in parts)
-        rate = config.global_batch_size / option.bound.step_s
-        lines.append(
-            f"{option.zero_stage:4d} {option.micro_batch:5d} {option.checkpoint_activations:7.0%}  {figures} | "
-            f"{m.peak / GIB:10.2f} {'yes' if option.fits else 'no':>5} | {1e3 * option.bound.step_s:10.1f} {rate:13.0f}"
-        )
-    lines.append("")
-    if best is None:
-        least = min(made.options, key=lambda o: o.memory.peak)
-        lines.append(
-            f"nothing fits: the least is {least.memory.peak / GIB:.1f} GiB (ZeRO {least.zero_stage}, micro-batch "
-            f"{least.micro_batch}, {least.checkpoint_activations:.0%} recomputed); take more or larger devices, "
-            "--precision bf16, --moments bf16, or offload"
-        )
-    else:
-        b = best.bound
-        lines += [
-            f"fits best: ZeRO {best.zero_stage}, micro-batch {best.micro_batch}, {best.checkpoint_activations:.0%} of "
-            f"the blocks recomputed; of the bound {1e3 * b.step_s:.1f} ms, products {1e3 * b.products_s:.1f}, memory "
-            f"{1e3 * b.memory_s:.1f}, optimizer {1e3 * b.optimizer_s:.1f}, links {1e3 * b.communication_s:.1f} "
-            "(behind computation where they fit)",
-            f"  --train.engine deepspeed --deepspeed.zero_stage {best.zero_stage} --train.micro_batch_size "
-            f"{best.micro_batch} --train.checkpoint_activations {best.checkpoint_activations:g} --train.precision "
-            f"{config.precision}",
-        ]
-    lines.append("Times are lower bounds from operations, bytes and link speed; no run on such devices is behind them.")
-    return "\n".join(lines)
-
-
-def shown(made: Plan) -> list[Option]:
-    """For each stage: the fitting options that none beats in both micro-batch and recomputation, or the smallest."""
-    rows = []
-    for stage in sorted({o.zero_stage for o in made.options}):
-        options = [o for o in made.options if o.zero_stage == stage]
-        fitting = [o for o in options if o.fits]
-        if not fitting:
-            rows.append(min(options, key=lambda o: o.memory.peak))
+    options, refused = [], []
+    for stage in (0, 1, 2, 3):
+        reasons = {micro_batch: refusal(config, stage, micro_batch) for micro_batch in micro_batches(per_rank)}
+        barred = [micro_batch for micro_batch, reason in reasons.items() if reason]
+        if barred:
+            sizes = ", ".join(map(str, barred))
+            refused.append(f"ZeRO {stage} with micro-batch {sizes}: {reasons[barred[0]]}")
+        allowed = [micro_batch for micro_batch, reason in reasons.items() if not reason]
+        largest = 0
         for share in (0.0, 0.5, 1.0):
-            of_share = [o for o in fitting if o.checkpoint_activations == share]
-            if of_share:
-                largest = max(of_share, key=lambda o: o.micro_batch)
-                if not any(r.zero_stage == stage and r.micro_batch >= largest.micro_batch for r in rows):
-                    rows.append(largest)
-    return rows
+            common = {"world_size": config.gpus, "zero_stage": stage, "checkpoint_activations": share}
+            common |= {"precision": config.precision, "num_averages": 1 + len(config.extra_ema_decays)}
+            for micro_batch in (m for m in allowed if m > largest):
+                needed = memory(
+                    config.model, config.transport, micro_batch=micro_batch, residual=config.residual,
+                    moments=config.moments, accumulate=micro_batch < per_rank, overlap=config.gpu != "cpu", **common,
+                )  # fmt: skip
+                least = bound(config.model, device, per_rank=per_rank, **common)
+                options.append(Option(stage, micro_batch, share, needed, least, needed.peak <= limit * GIB))
+                if options[-1].fits:
+                    largest = micro_batch
+                    break
+    return Plan(config, count_parameters(config.model)[0], limit, options, refused)
 
 
 def run_plan(config: PlanConfig) -> None:
     """Prints the plan: what `sfd plan` does."""
+    from sfd_fast.training.plan_table import format_plan
+
     print(format_plan(plan(config)))
