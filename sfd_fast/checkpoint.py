@@ -25,6 +25,7 @@ from sfd_fast.directory import (
     write_directory,
     write_safetensors,
 )
+from sfd_fast.models.diffusers_codec import DiffusersCodec, save_autoencoder
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
 from sfd_fast.models.texture import IdentityCodec, TextureCodec
@@ -79,10 +80,14 @@ def save_model(
     write_directory(path, kind, tensors, content)
 
 
-def save_codec(path: str | Path, codec: TextureCodec | IdentityCodec) -> None:
-    """Writes a texture codec's directory, the autoencoder's weights under the released (LDM) names."""
+def save_codec(path: str | Path, codec: TextureCodec | IdentityCodec | DiffusersCodec) -> None:
+    """Writes a texture codec's directory: the autoencoder's weights under the released (LDM) names, one of diffusers as
+    diffusers does. Raises OSError where the place cannot be written.
+    """
     Path(path, REST).unlink(missing_ok=True)
-    if isinstance(codec, IdentityCodec):
+    if isinstance(codec, DiffusersCodec):
+        save_autoencoder(Path(path), codec)
+    elif isinstance(codec, IdentityCodec):
         settings = {"latent_channels": codec.latent_channels, "downsampling": codec.downsampling}
         write_directory(path, "identity", {}, {"config": settings})
     else:

@@ -134,7 +134,8 @@ class GuidanceConfig:
         separate = self.texture_scale is not None or self.semantic_scale is not None
         require(
             self.mode != "none" or (self.scale == 1.0 and not separate),
-            "a guidance scale is set while guidance mode is 'none'; set mode to 'cfg' or 'autoguidance'",
+            "a guidance scale is set while guidance mode is 'none'; set guidance.mode (`sfd sample`: "
+            "--guidance_mode) to 'cfg' or 'autoguidance'",
         )
 
     @property
@@ -216,10 +217,13 @@ class DataConfig:
     """Latent shards to train on."""
 
     path: str = ""
-    """folder of *.safetensors shards with their statistics"""
+    """folder of *.safetensors shards with their statistics; also s3://, gs://, hf:// and other fsspec addresses"""
+    cache_folder: str = ""
+    """local folder for a copy of what lies on remote storage"""
     validation_path: str = ""
-    """held-out shards; empty: the last `validation_samples` of `path` are held out"""
+    """held-out shards; empty: `validation_samples` of `path` are held out"""
     validation_samples: int = 0
+    """held-out samples, spread over the whole cache, so that every class has its share"""
     latent_multiplier: float = 1.0
     flip: bool = True
     """flipped and plain latents with probability 1/2"""
@@ -227,11 +231,34 @@ class DataConfig:
     """threads that gather and normalise ahead of the step; the order does not depend on it"""
     texture_codec: str = ""
     """texture autoencoder for sample grids during training; empty: texture channels are shown as pixels"""
+    targets: Literal["stored", "semvae", "online"] = "stored"
+    """VFM features for REPA: stored in the cache, decoded from its semantic latents, or computed from the images"""
+    semvae: str = ""
+    """targets semvae: the SemVAE that the cache was encoded with"""
+    vfm: str = ""
+    """targets online: the VFM that the cache was encoded with, a directory or hub id"""
+    images: str = ""
+    """targets online: where the images of `path` are now, if they moved since they were encoded"""
 
     def __post_init__(self) -> None:
         require_positive(self, "latent_multiplier")
         require(self.num_workers >= 0, f"num_workers {self.num_workers} must not be negative")
         require(self.validation_samples >= 0, "validation_samples must not be negative")
+        require(
+            self.targets in ("stored", "semvae", "online"),
+            f"data.targets '{self.targets}' is unknown; choose stored, semvae or online",
+        )
+        for name, kind in (("semvae", "semvae"), ("vfm", "online"), ("images", "online")):
+            require(
+                not getattr(self, name) or self.targets == kind,
+                f"data.{name} is given, but data.targets is '{self.targets}', which does not use it: set data.targets "
+                f"to '{kind}', or leave data.{name} out",
+            )
+        for name, kind in (("semvae", "semvae"), ("vfm", "online")):
+            require(
+                bool(getattr(self, name)) or self.targets != kind,
+                f"data.targets '{kind}' needs data.{name}: the one that the cache was encoded with",
+            )
 
 
 @dataclass(frozen=True)
@@ -258,6 +285,15 @@ class TrainConfig:
     validate_every: int = 5_000
     sample_every: int = 10_000
     """sample grids into TensorBoard; 0 never"""
+    eval_every: int = 0
+    """judge generated images as `sfd evaluate` does; 0 never"""
+    eval_images: int = 10_000
+    """images drawn for it, with the averaged weights, the classes in turn; FID falls as they grow: 50,000 are usual"""
+    eval_reference: str = ""
+    """npz with images or statistics, or a folder of images"""
+    eval_features: Literal["inception", "dinov2", "digits"] = "inception"
+    eval_weights: str = ""
+    """of the features; empty: their default place (see `sfd evaluate --weights`)"""
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 3
     max_bad_steps: int = 20
@@ -290,10 +326,24 @@ class TrainConfig:
             "max_bad_steps", "spike_factor",
         )  # fmt: skip
         for name in (
-            "validate_every", "sample_every", "num_sample_images", "micro_batch_size", "peak_tflops", "profile_steps",
+            "validate_every", "sample_every", "eval_every", "micro_batch_size", "peak_tflops", "profile_steps",
             "profile_start",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
+        require(
+            self.num_sample_images > 0,
+            f"num_sample_images {self.num_sample_images} must be greater than 0; sample_every 0 draws no sample grids",
+        )
+        require(
+            self.eval_every == 0 or bool(self.eval_reference),
+            "train.eval_every is set, but train.eval_reference is empty: give an npz with images or statistics, or a "
+            "folder of images, to compare with",
+        )
+        require(self.eval_images >= 2, f"eval_images {self.eval_images} must be at least 2 (a covariance needs two)")
+        require(
+            self.eval_features in ("inception", "dinov2", "digits"),
+            f"eval_features '{self.eval_features}' is unknown; choose inception, dinov2 or digits",
+        )
         require(
             0 <= self.checkpoint_activations <= 1,
             f"checkpoint_activations {self.checkpoint_activations} is a share of the blocks, 0 to 1",
@@ -412,11 +462,13 @@ class FeatureDataConfig:
     """Shards of VFM features to train SemVAE on."""
 
     path: str = ""
-    """folder of *.safetensors shards with feats_dino (N, F, h, w), of `sfd features` or latent shards"""
+    """folder (or fsspec address) of *.safetensors shards with feats_dino (N, F, h, w), of `sfd features` or latents"""
+    cache_folder: str = ""
+    """local folder for a copy of what lies on remote storage"""
     validation_samples: int = 0
-    """the last so many samples are held out"""
+    """held-out samples, spread over the whole set"""
     flip: bool = True
-    """flipped and plain features with probability 1/2, where the shards have both"""
+    """flipped and plain features with probability 1/2; needs shards with both, as `sfd features` writes them"""
 
     def __post_init__(self) -> None:
         require(self.validation_samples >= 0, "validation_samples must not be negative")

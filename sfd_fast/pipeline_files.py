@@ -14,7 +14,7 @@ from torch import nn
 from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SFDConfig, from_dict, require
 from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.directory import first_line, write_atomically
-from sfd_fast.models.texture import load_texture_codec
+from sfd_fast.models.diffusers_codec import load_codec
 
 INDEX = "pipeline.json"
 """marks a folder as a pipeline and holds its settings"""
@@ -101,7 +101,7 @@ def load_parts(
             parts[name] = load_model(place)
             recorded = read_statistics(place) if Path(place).is_dir() else None
             check_statistics(statistics, recorded, f"the {name} in {place}")
-    parts["codec"] = codec if isinstance(codec, nn.Module) else load_texture_codec(codec)
+    parts["codec"] = codec if isinstance(codec, nn.Module) else load_codec(codec)
     return parts
 
 

@@ -36,6 +36,8 @@ CODEC_NOISE = 11
 """texture posterior flipped: the mirrored image draws its own noise"""
 SEMANTIC_FLIP_NOISE = 12
 """semantic posterior of the mirrored image"""
+HELD_OUT = 13
+"""which samples of a cache are held out; sample id = number of the held-out sample, seed 0"""
 
 
 def uniform(sample_ids: Tensor, *, seed: int, stream: int, count: int = 1) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sfd_fast.data.latents import LatentLoader, LatentShards
+from sfd_fast.data.latents import LatentLoader, LatentShards, multiply_add
 from sfd_fast.data.shards import write_json, write_shard
 from sfd_fast.data.statistics import LatentStatistics
 
@@ -146,6 +146,59 @@ def test_batches_are_normalised_and_stay_valid_while_the_loader_runs_on(tmp_path
         texture = (stored["latents"][index] - statistics.texture_mean.view(-1, 1, 1)) / 2.0
         torch.testing.assert_close(batch["latents"], torch.cat([texture, stored["latents_sv"][index]], dim=1))
         assert torch.equal(batch["labels"], stored["labels"][index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_have_the_bits_of_the_statistics_own_normalisation(tmp_path, dtype):
+    """Held-out batches are normalised there."""
+    stored = make_cache(tmp_path, dtype=dtype)
+    loader = LatentLoader(LatentShards(tmp_path), 8, seed=2, flip=False)
+    batch = take(loader, 1)[0]
+    index = loader.indices(batch["sample_ids"])
+    expected = loader.statistics.normalize(stored["latents"][index].float(), stored["latents_sv"][index].float())
+    assert torch.equal(batch["latents"], expected)
+
+
+def test_latents_are_normalised_in_one_kernel():
+    """On a device one operator reads each value once and writes it once: no copy, no second pass."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            latents = torch.empty(8, 5, 4, 4, dtype=dtype, device="cuda")
+            scale, shift = torch.empty(2, 5, 4, 4, device="cuda")
+            called.clear()
+            with Record():
+                out = multiply_add(latents, scale, shift)
+        assert len(called) == 1 and called[0].startswith("aten.addcmul"), called
+        assert out.dtype == torch.float32
+
+
+def test_a_value_that_is_not_finite_is_named(tmp_path):
+    stored = make_cache(tmp_path, features=4)
+    shard = {name: value[7:12].clone() for name, value in stored.items()}
+    shard["latents_sv_flip"][3, 1, 2, 2] = float("nan")
+    shard["feats_dino"][1, 0, 0, 0] = float("inf")
+    save_file(shard, tmp_path / "shard001.safetensors")
+    shards = LatentShards(tmp_path)
+    bad, plain, mirrored = torch.tensor([2, 10]), torch.tensor([False, False]), torch.tensor([False, True])
+    assert "shard001.safetensors: the mirrored latents of sample 3" in shards.flaw(bad, mirrored, features=False)
+    assert shards.flaw(bad, plain, features=True) == ""
+    found = shards.flaw(torch.tensor([8]), plain[:1], features=True)
+    assert "shard001.safetensors: the features of sample 1 hold NaN or infinity" in found
+    loader = LatentLoader(shards, 23, seed=2, features=False)
+    steps = [step for step in range(20) if loader.flaw(step)]
+    epochs = [loader.positions(step) for step in range(20)]  # an epoch is one batch here
+    expected = [k for k, p in enumerate(epochs) if loader.flips(p)[loader.indices(p) == 10]]
+    assert steps == expected and 0 < len(steps) < 20
 
 
 def test_both_streams_and_the_features_flip_together(tmp_path):

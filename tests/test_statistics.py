@@ -96,6 +96,18 @@ def test_missing_statistics_are_an_error_that_names_the_file(tmp_path):
         LatentStatistics.load(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "text", "another"])
+def test_damaged_statistics_are_an_error_that_names_the_file(tmp_path, damage):
+    random_statistics().save(tmp_path)
+    path = tmp_path / "latents_sv_stats.pt"
+    if damage == "another":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:300] if damage == "truncated" else b"mean: 0")
+    with pytest.raises(ValueError, match="latents_sv_stats.pt is truncated, damaged or no file.*sfd inspect"):
+        LatentStatistics.load(tmp_path)
+
+
 def test_a_constant_channel_and_foreign_latents_are_errors():
     with pytest.raises(ValueError, match="texture_std of channel 1 is 0.0"):
         LatentStatistics(torch.zeros(2), torch.tensor([1.0, 0.0]), torch.zeros(1), torch.ones(1))

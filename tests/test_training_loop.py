@@ -178,13 +178,14 @@ def test_held_out_loss_does_not_depend_on_the_batch_size(tmp_path, data):
 
 
 def test_held_out_samples_are_never_trained_on(tmp_path, data):
+    """8 of 40: after ten epochs one sample of each stretch of 5 was never seen, so every class has its share."""
     job = diffusion_job(tiny_config(data, tmp_path / "run"))
     batches = job.batches(0, build_engine(job, "cpu"))
-    held_out = load_file(data / "part1.safetensors")["latents"][-8:]
-    seen = torch.cat([next(batches)["latents"] for _ in range(12)])[:, : MODEL.texture_channels]
-    for sample in held_out:
-        for version in (sample, sample.flip(2)):
-            assert (seen - version).abs().flatten(1).amax(1).min() > 1e-3
+    stored = torch.cat([load_file(data / f"part{k}.safetensors")["latents"] for k in (0, 1)])
+    seen = torch.cat([next(batches)["latents"] for _ in range(40)])[:, : MODEL.texture_channels]
+    both = torch.stack([stored, stored.flip(3)])
+    distance = (both[:, :, None] - seen).abs().flatten(3).amax(3).amin(2).amin(0)
+    assert (distance > 1e-3).view(8, 5).sum(1).tolist() == [1] * 8
 
 
 def test_averaged_weights_stand_in_only_inside_their_context(tmp_path, data):
@@ -221,6 +222,7 @@ def test_a_nan_sample_skips_its_steps_and_is_counted(tmp_path, data):
     assert [r["skipped"] for r in result.metrics if r["kind"] == "train"] == [1, 2]
     messages = [r["message"] for r in result.metrics if r["kind"] == "event"]
     assert len(messages) == 2 and all("not finite: step skipped" in m for m in messages)
+    assert all("part0.safetensors: the " in m and "latents of sample 3 hold NaN" in m for m in messages)
     state = tensors(tmp_path / "run", 8)
     assert all(torch.isfinite(v).all() for v in state.values())
     assert {float(v) for k, v in state.items() if k.endswith(".step")} == {6.0}
@@ -249,7 +251,7 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_checkpoint_intact(tmp_pat
     second = load_file(bad / "part1.safetensors")
     second = {k: v * float("nan") if k.startswith("latents") else v for k, v in second.items()}
     save_file(second, bad / "part1.safetensors")
-    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 7, .*checkpoint is intact.*optimizer.lr"):
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 7, .*checkpoint is intact.*part\d.*NaN"):
         train(tiny_config(bad, out, max_steps=20, max_bad_steps=3))
     assert (out / "checkpoints" / "latest").read_text() == "00000004"
     assert_same_bits(kept, tensors(out, 4))
@@ -358,7 +360,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path, data):
     [
         ({"texture_channels": 3}, "has 2 texture channels, model.texture_channels is 3: set it to 2"),
         ({"grid_size": 8}, "latents of 4 x 4, model.grid_size is 8"),
-        ({"repa_channels": 16}, "VFM features .*shape .8, 2, 2.; the REPA head predicts model.repa_channels = 16"),
+        ({"repa_channels": 16}, "VFM features .*are 4 tokens of width 8; the REPA head .*repa_channels = 16"),
         ({"num_classes": 3}, "has label 4, but model.num_classes is 3"),
     ],
 )

@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
+import fsspec
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import write_data
 
 from sfd_fast import streams
 from sfd_fast.config import FeatureDataConfig, OptimizerConfig, SemVAEConfig, SemVAETrainingConfig, TrainConfig
+from sfd_fast.data.manifest import begin
 from sfd_fast.data.shards import write_shard
 from sfd_fast.models.semvae import SemVAE, sample_posterior, semvae_loss
 from sfd_fast.training.features import FeatureLoader, FeatureShards
@@ -94,7 +96,7 @@ def test_pca_is_fitted_in_one_pass(tmp_path, data):
     settings = config(data, tmp_path / "run")
     settings = replace(settings, semvae=replace(settings.semvae, architecture="pca"))
     model = load_semvae(train(settings).model)
-    shards = FeatureShards(data)
+    shards, _ = FeatureShards(data).divide(8)
     tokens = shards.gather(torch.arange(32), torch.zeros(32, dtype=torch.bool)).flatten(0, 1).double()
     _, _, components = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
     overlap = (model.pca.components.double() @ components[:3].t()).abs()
@@ -130,3 +132,65 @@ def test_settings_of_the_transformer_are_refused(tmp_path, data, change):
     name = next(iter(change))
     with pytest.raises(ValueError, match=f"train.{name} .* is a setting of the diffusion transformer"):
         train(config(data, tmp_path / "run", **change))
+
+
+def feature_shard(folder, name, *, flip=True, fingerprint="1", dtype=torch.float16):
+    rows = torch.randn(4, 8, 2, 2).to(dtype)
+    tensors = {"feats_dino": rows} | ({"feats_dino_flip": rows} if flip else {})
+    write_shard(folder / name, tensors, {"fingerprint": fingerprint})
+
+
+def test_shards_of_two_encodings_do_not_mix(tmp_path):
+    feature_shard(tmp_path, "a.safetensors")
+    feature_shard(tmp_path, "b.safetensors", fingerprint="2")
+    with pytest.raises(ValueError, match="b.safetensors was encoded with other settings than .*a.safetensors"):
+        FeatureShards(tmp_path)
+
+
+def test_shards_of_another_dtype_do_not_mix(tmp_path):
+    feature_shard(tmp_path, "a.safetensors")
+    feature_shard(tmp_path, "b.safetensors", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"b.safetensors has features of shape \(8, 2, 2\), torch.float32"):
+        FeatureShards(tmp_path)
+
+
+def test_an_unfinished_folder_of_features_is_refused(tmp_path):
+    feature_shard(tmp_path, "a.safetensors")
+    begin(tmp_path, {"kind": "features"})
+    with pytest.raises(ValueError, match="is an unfinished cache: run the same command again"):
+        FeatureShards(tmp_path)
+
+
+def test_a_missing_folder_of_features_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; give a folder of shards"):
+        FeatureShards(tmp_path / "nowhere")
+
+
+def test_flips_that_are_not_stored_are_an_error_that_names_the_shard(tmp_path):
+    feature_shard(tmp_path, "a.safetensors")
+    feature_shard(tmp_path, "b.safetensors", flip=False)
+    shards = FeatureShards(tmp_path)
+    with pytest.raises(ValueError, match=r"b.safetensors has no flipped features .*set data.flip to false"):
+        FeatureLoader(shards, 4, 0)
+    assert FeatureLoader(shards, 4, 0, flip=False).batch(0)["features"].shape == (4, 4, 8)
+
+
+def test_features_train_from_remote_storage(tmp_path, data):
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(str(data), "/bucket/features", recursive=True)
+    settings = config("memory://bucket/features", tmp_path / "run", max_steps=1)
+    settings = replace(settings, data=replace(settings.data, cache_folder=str(tmp_path / "local")))
+    try:
+        assert train(settings).step == 1
+    finally:
+        filesystem.rm("/bucket/features", recursive=True)
+
+
+def test_a_bad_step_names_the_features_at_fault(tmp_path, data):
+    for path in data.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shard = {name: value.clone() for name, value in load_file(tmp_path / "part1.safetensors").items()}
+    shard["feats_dino"][:] = shard["feats_dino_flip"][:] = float("nan")
+    save_file(shard, tmp_path / "part1.safetensors")
+    events = [row["message"] for row in train(config(tmp_path, tmp_path / "run")).metrics if row["kind"] == "event"]
+    assert any("part1.safetensors: the" in m and "hold NaN or infinity" in m for m in events)

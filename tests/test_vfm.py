@@ -102,7 +102,8 @@ def test_a_local_directory_makes_no_network_attempt(tmp_path, monkeypatch):
     import socket
 
     folder = save_dinov2(tmp_path)
-    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("network attempt"))
+    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, lambda *a, **k: pytest.fail("network attempt"))
     load_vfm(folder, grid_size=4)
 
 

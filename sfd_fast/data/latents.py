@@ -20,6 +20,7 @@ from sfd_fast.data.order import flips, shuffled_indices
 from sfd_fast.data.remote import local_shards
 from sfd_fast.data.rows import Memory, Places, RowTable, RunTable
 from sfd_fast.data.shards import map_tensors, read_header
+from sfd_fast.data.split import Part, SampleSet
 from sfd_fast.data.statistics import ChannelMoments, LatentStatistics, join_channels
 from sfd_fast.streams import TEXTURE_POSTERIOR
 from sfd_fast.transport import noise, split_latents
@@ -29,7 +30,7 @@ PLAN_STEPS = 16
 """steps whose order is computed together: some 50 bytes for each of their samples"""
 
 
-class LatentShards:
+class LatentShards(SampleSet):
     """A cache of latents, of the released layout or ours (METHOD 6): the same safetensors files.
 
     paths: a folder, files, or a list of them; fsspec addresses (s3://, gs://, hf://, memory://) are copied into
@@ -46,7 +47,7 @@ class LatentShards:
         first = headers[0].entries
         self._ends = np.cumsum([header.entries[layout.LABELS].shape[0] for header in headers])
         self._starts = np.concatenate([[0], self._ends[:-1]])
-        self._range = (0, int(self._ends[-1]))
+        self._part = Part(0, int(self._ends[-1]))
         maps = [map_tensors(path, header) for path, header in zip(self.paths, headers)]
 
         def table(key: str) -> RowTable:
@@ -70,9 +71,6 @@ class LatentShards:
         self.has_flips = all(rows.has_flips for rows in mirrored)
         self.features_have_flips = self._features is not None and self._features.has_flips
 
-    def __len__(self) -> int:
-        return self._range[1] - self._range[0]
-
     @property
     def channels(self) -> int:
         return self.texture_channels + self.semantic_channels
@@ -86,19 +84,6 @@ class LatentShards:
     def max_label(self) -> int:
         """The largest label of the whole cache."""
         return max(int(part.max()) for part in self._labels if len(part))
-
-    def slice(self, start: int, stop: int) -> "LatentShards":
-        """The samples start .. stop - 1 as a set of their own (held-out data, a part of the set); shares the maps."""
-        if not 0 <= start <= stop <= len(self):
-            raise ValueError(f"samples {start} to {stop} are not within the {len(self)} samples of the cache")
-        part = object.__new__(LatentShards)
-        part.__dict__.update(self.__dict__)
-        part._range = (self._range[0] + start, self._range[0] + stop)
-        return part
-
-    def numbers(self, indices: Tensor) -> Tensor:
-        """Numbers in the whole cache of samples of this set (a slice counts from its start). (B,) int64, both."""
-        return indices + self._range[0]
 
     def shard_moments(self, k: int) -> tuple[ChannelMoments, ChannelMoments]:
         """Moments of the unflipped (texture, semantic) latents of shard k, whole whatever the slice.
@@ -129,17 +114,18 @@ class LatentShards:
             )
         return statistics
 
-    def gather(self, indices: Tensor, flip: Tensor) -> Batch:
+    def gather(self, indices: Tensor, flip: Tensor, *, features: bool | None = None) -> Batch:
         """The stored values of some samples, copied.
 
-        indices: (B,) int64 in 0 .. N - 1; flip: (B,) bool, which of them are read flipped.
+        indices: (B,) int64 in 0 .. N - 1; flip: (B,) bool, which of them are read flipped; features: False leaves them
+        out where the cache has them.
         Returns {"texture": (B, C_t, H, W), "semantic": (B, C_s, H, W), "labels": (B,) int64} in the stored dtype,
         "features" (B, F, h, w) where the cache has them, and "texture_logvar" where it holds moments (texture is then
         the posterior's mean). Raises IndexError, or ValueError where flips are asked for and not stored.
         """
         if flip.any() and not self.has_flips:
             raise ValueError(f"{self.paths[0]} has no flipped latents")
-        slot = self.slot(len(indices), features=self._features is not None)
+        slot = self.slot(len(indices), features=self._features is not None and features is not False)
         self.fill(slot, self.locate(indices, flip))
         texture, semantic = split_latents(slot["latents"], self.texture_channels)
         out = {"texture": texture, "semantic": semantic, "labels": slot["labels"].long()}
@@ -166,7 +152,7 @@ class LatentShards:
         positions = indices.numpy()
         if positions.size and not 0 <= positions.min() <= positions.max() < len(self):
             raise IndexError(f"sample indices {positions.min()} to {positions.max()}; there are {len(self)} samples")
-        positions = positions + self._range[0]
+        positions = self._part.numbers(positions)
         shards = np.searchsorted(self._ends, positions, side="right")
         places = Places(shards, positions - self._starts[shards], flip.numpy())
         return places if self._runs is None else replace(places, runs=self._runs.numbers(places))
@@ -185,6 +171,43 @@ class LatentShards:
             if name in slot:
                 table.gather(places, slot[name])
         self._label_table.gather(places, slot["labels"])
+
+    def flaw(self, indices: Tensor, flip: Tensor, *, features: bool) -> str:
+        """The first of some samples that is not finite as it is stored, with file and row; "" where all are finite."""
+        slot, places = self.slot(len(indices), features=features), self.locate(indices, flip)
+        self.fill(slot, places)
+        for name in ("latents", "logvar", "features"):
+            finite = torch.isfinite(slot[name]).flatten(1).all(dim=1) if name in slot else torch.ones(1)
+            if not finite.all():
+                i = int(finite.logical_not().nonzero()[0])
+                view = "mirrored " if places.flip[i] else ""
+                return (
+                    f"{self.paths[places.shards[i]]}: the {view}{name} of sample {places.rows[i]} hold NaN or infinity"
+                )
+        return ""
+
+
+def multiply_add(latents: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """latents * scale + shift in one pass, in place where they are float32. (B, C, H, W), any float; returns float32.
+
+    scale, shift: (C, H, W) float32: CPU kernels are three times slower where these are broadcast over H and W.
+    """
+    if latents.device.type == "cpu":  # CUDA converts within the kernel, the CPU would in a copy of each operand
+        latents = latents.float()
+    return torch.addcmul(shift, latents, scale, out=latents if latents.dtype == torch.float32 else None)
+
+
+def add_posterior_noise(latents: Tensor, logvar: Tensor, sample_ids: Tensor, seed: int, scale: Tensor) -> Tensor:
+    """Adds exp(logvar / 2) * noise(seed, sample id) * scale to normalised means, in place: a sample of the posterior.
+
+    latents: (B, C, H, W), of which the first channels are those of logvar, (B, C_t, H, W); scale: (C, ...) of the
+    normalisation.
+    """
+    logvar = logvar.float()
+    eps = noise(sample_ids, logvar.shape[1:], seed, TEXTURE_POSTERIOR)
+    channels = logvar.shape[1]
+    latents[:, :channels].addcmul_(torch.exp(0.5 * logvar) * eps, scale[:channels])
+    return latents
 
 
 class LatentLoader:
@@ -234,8 +257,8 @@ class LatentLoader:
             )
         if features and shards.feature_shape is None:
             raise ValueError(
-                f"{shards.paths[0]} has no VFM features (feats_dino): encode them, use online or semvae targets, or "
-                "set the REPA weight to 0"
+                f"{shards.paths[0]} has no VFM features (feats_dino), which REPA needs: set data.targets to semvae or "
+                "online, encode them (`sfd encode --features true`), or set transport.repa_weight to 0"
             )
         self.shards, self.global_batch_size, self.seed = shards, global_batch_size, seed
         self.rank, self.world_size, self.step = rank, world_size, start_step
@@ -250,12 +273,13 @@ class LatentLoader:
             )
         self.device = torch.device(device)
         self._plan = lru_cache(maxsize=2 + self.num_workers)(self._plan_block)
-        self._scale, self._shift = (value.to(self.device) for value in self.statistics.scale_and_shift())
-        if len(self._scale) != shards.channels:
+        affine = self.statistics.scale_and_shift()
+        if len(affine[0]) != shards.channels:
             raise ValueError(
-                f"statistics of {len(self._scale)} channels for latents of {shards.channels}: they come from different "
+                f"statistics of {len(affine[0])} channels for latents of {shards.channels}: they come from different "
                 "caches"
             )
+        self._scale, self._shift = (v.expand(-1, *shards.grid).contiguous().to(self.device) for v in affine)
 
     @property
     def batch_size(self) -> int:
@@ -276,6 +300,12 @@ class LatentLoader:
     def flips(self, positions: Tensor) -> Tensor:
         """Whether the samples at positions of the run are shown flipped, (B,) bool."""
         return flips(positions, self.seed) if self.flip else torch.zeros(len(positions), dtype=torch.bool)
+
+    def flaw(self, step: int) -> str:
+        """What of a step's batch, all ranks' shares of it, is not finite as it is stored; "" where all is."""
+        start = step * self.global_batch_size
+        positions = torch.arange(start, start + self.global_batch_size)
+        return self.shards.flaw(self.indices(positions), self.flips(positions), features=self.features)
 
     def gather(self, step: int, slot: Batch) -> Batch:
         """The raw batch of a step, as it is stored, in host memory."""
@@ -321,12 +351,9 @@ class LatentLoader:
 
     def _normalized(self, raw: Batch) -> Batch:
         """The batch that is handed out; overwrites float32 latents."""
-        latents = raw["latents"].float().mul_(self._scale).add_(self._shift)
+        latents = multiply_add(raw["latents"], self._scale, self._shift)
         if "logvar" in raw:
-            logvar, channels = raw["logvar"].float(), self.shards.texture_channels
-            eps = noise(raw["sample_ids"], logvar.shape[1:], self.seed, TEXTURE_POSTERIOR)
-            texture, _ = split_latents(latents, channels)
-            texture[:, : logvar.shape[1]].addcmul_(torch.exp(0.5 * logvar) * eps, self._scale[: logvar.shape[1]])
+            add_posterior_noise(latents, raw["logvar"], raw["sample_ids"], self.seed, self._scale)
         out = {"latents": latents, "labels": raw["labels"].long(), "sample_ids": raw["sample_ids"]}
         return out | ({"features": raw["features"]} if "features" in raw else {})
 

@@ -52,8 +52,13 @@ def check_alike(paths: list[str], headers: list[Header]) -> None:
                 )
             if entry.shape[0] != count:
                 raise ValueError(f"{path}: '{name}' has {entry.shape[0]} samples but there are {count} labels")
-        if header.metadata.get("fingerprint") != first.metadata.get("fingerprint"):
-            raise ValueError(
-                f"{path} was encoded with other settings than {paths[0]} (their fingerprints differ): two caches are "
-                "mixed in one folder; keep each in its own"
-            )
+        check_settings(path, header, paths[0], first)
+
+
+def check_settings(path: str, header: Header, first_path: str, first: Header) -> None:
+    """Raises ValueError where two shards were encoded with different settings."""
+    if header.metadata.get("fingerprint") != first.metadata.get("fingerprint"):
+        raise ValueError(
+            f"{path} was encoded with other settings than {first_path} (their fingerprints differ): two caches are "
+            "mixed in one folder; keep each in its own"
+        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.data.atomic import write_bytes
+from sfd_fast.directory import first_line
 from sfd_fast.transport import join_latents
 
 TEXTURE_FILE = "latents_stats.pt"
@@ -237,7 +238,7 @@ class LatentStatistics:
     def load(cls, folder: str | Path, multiplier: float = 1.0, *, semantic: bool = True) -> "LatentStatistics":
         """Reads the statistics beside a cache (the released form); semantic=False: of a cache of texture alone.
 
-        Raises FileNotFoundError naming the file and how to make it.
+        Raises FileNotFoundError naming the file and how to make it, ValueError naming a damaged or foreign one.
         """
         values = []
         for name in (TEXTURE_FILE, SEMANTIC_FILE) if semantic else (TEXTURE_FILE,):
@@ -247,6 +248,13 @@ class LatentStatistics:
                     f"{path} is missing: compute it with `sfd inspect {folder} --statistics true`, or copy it from "
                     "where the cache was made"
                 )
-            values.append(torch.load(path, map_location="cpu", weights_only=True))
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                values.append({name: content[name].flatten() for name in ("mean", "std")})
+            except Exception as error:  # torch, pickle and zipfile raise many kinds
+                raise ValueError(
+                    f"{path} is truncated, damaged or no file of statistics ({first_line(error)}): copy it again, or "
+                    f"compute it with `sfd inspect {folder} --statistics true`"
+                ) from error
         texture, semantic = values if semantic else (*values, {"mean": torch.empty(0), "std": torch.empty(0)})
         return cls(texture["mean"], texture["std"], semantic["mean"], semantic["std"], multiplier)

@@ -1,10 +1,13 @@
 """Any KL autoencoder that diffusers saved, as a texture codec. B batch, C latent channels, s downsampling."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from sfd_fast.directory import first_line, require_finite
 from sfd_fast.models.texture import IdentityCodec, TextureCodec, load_texture_codec
 
 
@@ -38,10 +41,32 @@ def load_codec(path: str | Path) -> "DiffusersCodec | TextureCodec | IdentityCod
 
     No network attempt. Raises FileNotFoundError for a missing path, ValueError for foreign or damaged weights.
     """
-    if is_diffusers_directory(path):
-        from diffusers import AutoencoderKL
-
-        codec = DiffusersCodec(AutoencoderKL.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False))
-    else:
-        codec = load_texture_codec(path)
+    codec = load_autoencoder(path) if is_diffusers_directory(path) else load_texture_codec(path)
     return codec.eval().requires_grad_(False)
+
+
+def load_autoencoder(folder: str | Path) -> DiffusersCodec:
+    from diffusers import AutoencoderKL
+
+    try:
+        model, loaded = AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # diffusers and safetensors raise many kinds
+        raise ValueError(
+            f"{folder} is a directory of diffusers, but its AutoencoderKL cannot be loaded: {first_line(error)}"
+        ) from error
+    missing = loaded["missing_keys"]
+    if missing:  # diffusers would leave them at random values
+        raise ValueError(f"{folder} lacks {len(missing)} weights of its AutoencoderKL, the first is '{missing[0]}'")
+    require_finite(model.state_dict(), folder)
+    return DiffusersCodec(model)
+
+
+def save_autoencoder(folder: Path, codec: DiffusersCodec) -> None:
+    """Writes a directory that diffusers and load_codec read; each file appears under its name when it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+        codec.autoencoder.save_pretrained(temporary)
+        for path in sorted(Path(temporary).iterdir(), reverse=True):  # config.json, which names the kind, last
+            os.replace(path, folder / path.name)

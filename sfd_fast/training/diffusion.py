@@ -4,21 +4,22 @@ Letters: B batch, C channels, H height, W width.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sfd_fast import streams
 from sfd_fast.config import SFDConfig, require
-from sfd_fast.data.latents import LatentLoader, LatentShards
+from sfd_fast.data.latents import LatentLoader, LatentShards, add_posterior_noise
+from sfd_fast.data.split import SPREAD
 from sfd_fast.data.statistics import LatentStatistics
-from sfd_fast.guidance import bind_labels, bind_null, cfg
+from sfd_fast.data.targets import Targets, open_targets, with_targets
 from sfd_fast.models.dit import LightningDiT
-from sfd_fast.sampler import sample
 from sfd_fast.training.engine import Batch, Engine
+from sfd_fast.training.images import UNGUIDED, Quality, check_evaluation, sample_picture, texture_decoder
 from sfd_fast.training.job import Job
-from sfd_fast.transport import noise, sample_tau, split_latents, training_loss
+from sfd_fast.transport import sample_tau, training_loss
 
 VALIDATION_IDS = 2**40
 """first sample id of held-out data: no position of a run comes near it, so its noise and times are its own and fixed"""
@@ -28,35 +29,46 @@ FREE_TRAIN_KEYS = frozenset(
     for key in (
         "out", "max_steps", "micro_batch_size", "compile", "checkpoint_activations", "attention", "log_every",
         "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "spike_factor",
+        "eval_every", "eval_images", "eval_reference", "eval_features", "eval_weights",
         "init_from", "init_classes", "engine", "num_sample_images", "tensorboard", "dry_run", "peak_tflops",
         "profile_steps", "profile_start", "nvtx",
     )
 )  # fmt: skip
 FREE_KEYS = FREE_TRAIN_KEYS | {
-    "data.path", "data.validation_path", "data.num_workers", "data.texture_codec", "sampler.*", "guidance.*",
-    "deepspeed.*",
+    "data.path", "data.validation_path", "data.cache_folder", "data.num_workers", "data.texture_codec", "data.semvae",
+    "data.vfm", "data.images", "sampler.*", "guidance.*", "deepspeed.*",
 }  # fmt: skip
 """what may differ between a run and its continuation"""
 
 
 def split_held_out(config: SFDConfig) -> tuple[LatentShards, LatentShards | None]:
-    """(training set, held-out set or None): data.validation_path, or the last data.validation_samples of data.path."""
+    """(training set, held-out set or None): data.validation_path, or data.validation_samples spread over data.path."""
     data = config.data
     require(bool(data.path), "data.path is empty; give the folder of latent shards (`sfd encode` makes them)")
-    shards = LatentShards(data.path)
+    shards = LatentShards(data.path, cache_folder=data.cache_folder)
     if data.validation_path:
-        return shards, LatentShards(data.validation_path)
-    require(
-        data.validation_samples < len(shards),
-        f"data.validation_samples {data.validation_samples} leaves nothing of the {len(shards)} samples to train on",
-    )
-    if data.validation_samples == 0:
-        return shards, None
-    border = len(shards) - data.validation_samples
-    return shards.slice(0, border), shards.slice(border, len(shards))
+        return shards, LatentShards(data.validation_path, cache_folder=data.cache_folder)
+    return shards.divide(data.validation_samples)
 
 
-def check_data(config: SFDConfig, shards: LatentShards) -> None:
+def targets_of(
+    config: SFDConfig, shards: LatentShards, held_out: LatentShards | None, statistics: LatentStatistics
+) -> tuple[Targets | None, Targets | None]:
+    """What computes REPA's targets of (training, held-out) data; None where they are stored or REPA is off.
+
+    Raises ValueError where they do not belong to the cache.
+    """
+    data = config.data
+    if config.transport.repa_weight == 0:
+        return None, None
+    parts = {"semvae": data.semvae, "vfm": data.vfm, "num_threads": max(1, data.num_workers)}
+    training = open_targets(data.targets, shards, statistics, images=data.images, **parts)
+    if held_out is None or held_out.folder == shards.folder:
+        return training, training
+    return training, open_targets(data.targets, held_out, statistics, **parts)
+
+
+def check_data(config: SFDConfig, shards: LatentShards, targets: Targets | None) -> None:
     """Raises ValueError where the shards do not fit the model or the losses."""
     model = config.model
     for stream in ("texture", "semantic"):
@@ -71,18 +83,14 @@ def check_data(config: SFDConfig, shards: LatentShards) -> None:
         f"{config.data.path} has latents of {shards.grid[0]} x {shards.grid[1]}, model.grid_size is {model.grid_size}",
     )
     if config.transport.repa_weight > 0:
-        shape = shards.feature_shape
+        grid = shards.feature_shape
+        tokens, width = (grid[1] * grid[2], grid[0]) if targets is None else targets.shape
         require(
-            shape is not None,
-            f"{config.data.path} has no VFM features (feats_dino), which REPA needs; encode them, or set "
-            "transport.repa_weight to 0",
+            (tokens, width) == (model.num_tokens, model.repa_channels),
+            f"VFM features of {config.data.path} ({config.data.targets}) are {tokens} tokens of width {width}; the REPA "
+            f"head predicts model.repa_channels = {model.repa_channels} on {model.num_tokens} tokens",
         )
-        require(
-            shape[0] == model.repa_channels and shape[1] * shape[2] == model.num_tokens,
-            f"VFM features of {config.data.path} have shape {tuple(shape)}; the REPA head predicts "
-            f"model.repa_channels = {model.repa_channels} on {model.num_tokens} tokens",
-        )
-    labels = max(int(part.max()) for part in shards._labels)
+    labels = shards.max_label
     require(
         labels < model.num_classes,
         f"{config.data.path} has label {labels}, but model.num_classes is {model.num_classes} (labels 0 to "
@@ -138,7 +146,11 @@ def load_initial_weights(model: LightningDiT, config: SFDConfig) -> None:
 
 
 def validation_loss(
-    engine: Engine, config: SFDConfig, shards: LatentShards, statistics: LatentStatistics
+    engine: Engine,
+    config: SFDConfig,
+    shards: LatentShards,
+    statistics: LatentStatistics,
+    targets: Targets | None = None,
 ) -> dict[str, float]:
     """Mean loss terms over held-out data at fixed noise and times, labels kept: raw weights, and `_ema` averaged ones.
 
@@ -155,7 +167,7 @@ def validation_loss(
         stride = size * engine.world_size
         for start in range(engine.rank * size, -(-len(shards) // stride) * stride, stride):
             ids = torch.arange(start, start + size)
-            batch = held_out_batch(shards, statistics, ids % len(shards), engine.device)
+            batch = held_out_batch(engine, config, shards, statistics, ids % len(shards), targets)
             terms = engine.evaluate(batch, objective)
             counts = (ids < len(shards)).to(engine.device)
             sums += torch.stack([*((terms[n] * counts).sum() for n in names), counts.sum()]).double()
@@ -170,68 +182,30 @@ def validation_loss(
     return figures
 
 
-def held_out_batch(shards: LatentShards, statistics: LatentStatistics, indices: Tensor, device: torch.device) -> Batch:
-    raw = shards.gather(indices, torch.zeros(len(indices), dtype=torch.bool))
-    batch = {
-        "latents": statistics.normalize(raw["texture"], raw["semantic"]),
-        "labels": raw["labels"],
-        "sample_ids": indices + VALIDATION_IDS,
-    }
-    if "features" in raw:
+def held_out_batch(
+    engine: Engine,
+    config: SFDConfig,
+    shards: LatentShards,
+    statistics: LatentStatistics,
+    indices: Tensor,
+    targets: Targets | None,
+) -> Batch:
+    """Unflipped held-out samples as training sees them: normalised, moments sampled at fixed noise, with features."""
+    plain = torch.zeros(len(indices), dtype=torch.bool)
+    stored = config.transport.repa_weight > 0 and targets is None
+    raw = {k: v.to(engine.device) for k, v in shards.gather(indices, plain, features=stored).items()}
+    latents = statistics.normalize(raw["texture"], raw["semantic"])
+    ids = (indices + VALIDATION_IDS).to(engine.device)
+    if "texture_logvar" in raw:
+        scale, _ = statistics.scale_and_shift()
+        add_posterior_noise(latents, raw["texture_logvar"], ids, config.train.seed, scale.to(engine.device))
+    batch = {"latents": latents, "labels": raw["labels"], "sample_ids": ids}
+    if targets is not None:
+        with engine.autocast():
+            batch["features"] = targets.to(engine.device)(latents, shards.numbers(indices), plain)
+    elif stored:
         batch["features"] = raw["features"]
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-def sample_picture(
-    engine: Engine, config: SFDConfig, statistics: LatentStatistics, decode: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """A grid of images of the classes in turn, from fixed noise, with the averaged weights: (3, H, W) uint8.
-
-    Guided as config.guidance says where that is cfg; AutoGuidance needs a second model and is left to `sfd sample`.
-    """
-    model_config = config.model
-    ids = torch.arange(config.train.num_sample_images, device=engine.device)
-    labels = ids % model_config.num_classes
-    shape = (model_config.channels, model_config.grid_size, model_config.grid_size)
-    x0 = noise(ids, shape, config.train.seed, streams.SAMPLE_NOISE)
-    with engine.eval_mode(), engine.ema_weights() as model, engine.autocast(), torch.no_grad():
-        velocity = bind_labels(model, labels)
-        if config.guidance.mode == "cfg":
-            null = bind_null(model, labels, model_config.num_classes)
-            velocity = cfg(
-                velocity, null, config.guidance, num_texture_channels=model_config.texture_channels,
-                delta_t=config.transport.delta_t,
-            )  # fmt: skip
-        latents = sample(
-            velocity, x0, delta_t=config.transport.delta_t, config=config.sampler,
-            num_texture_channels=model_config.texture_channels,
-        )  # fmt: skip
-    texture, _ = split_latents(latents, model_config)
-    with torch.no_grad():
-        images = decode(statistics.denormalize_texture(texture.float())).float().cpu()
-    return picture_grid(images)
-
-
-def picture_grid(images: Tensor) -> Tensor:
-    """(B, 1 or 3, H, W) in [-1, 1] as one picture (3, rows * H, columns * W) uint8, about square."""
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    count, _, height, width = images.shape
-    columns = max(1, round(count**0.5))
-    rows = -(-count // columns)
-    canvas = torch.full((rows * columns, 3, height, width), -1.0)
-    canvas[:count] = images
-    canvas = canvas.view(rows, columns, 3, height, width).permute(2, 0, 3, 1, 4).reshape(3, rows * height, -1)
-    return (127.5 * canvas + 128).clamp(0, 255).to(torch.uint8)  # METHOD 2
-
-
-def texture_decoder(config: SFDConfig) -> Callable[[Tensor], Tensor]:
-    """What turns texture latents into images for sample grids."""
-    if not config.data.texture_codec:
-        return lambda texture: texture
-    from sfd_fast.models.texture import load_texture_codec
-
-    codec = load_texture_codec(config.data.texture_codec)
-    return lambda texture: codec.to(texture.device).decode(texture)
+    return batch
 
 
 def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | None = None) -> Job:
@@ -240,30 +214,32 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
     Raises ValueError where data, model and losses do not fit together.
     """
     shards, held_out = split_held_out(config)
-    check_data(config, shards)
     statistics = shards.statistics(config.data.latent_multiplier)
+    targets, held_out_targets = targets_of(config, shards, held_out, statistics)
+    check_data(config, shards, targets)
     model = initial_model(config)
     seed = config.train.seed
 
     def objective(network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return training_loss(network, batch, config, seed=seed)
 
+    data = partial(
+        LatentLoader,
+        shards,
+        config.train.global_batch_size,
+        seed,
+        statistics=statistics,
+        flip=config.data.flip,
+        features=config.transport.repa_weight > 0 and targets is None,
+        num_workers=config.data.num_workers,
+    )
+
     def batches(start_step: int, engine: Engine) -> Iterator[Batch]:
-        return iter(
-            LatentLoader(
-                shards,
-                config.train.global_batch_size,
-                seed,
-                engine.rank,
-                engine.world_size,
-                start_step,
-                statistics=statistics,
-                flip=config.data.flip,
-                features=config.transport.repa_weight > 0,
-                num_workers=config.data.num_workers,
-                device=engine.device,
-            )
-        )
+        loader = data(engine.rank, engine.world_size, start_step, device=engine.device)
+        return with_targets(loader, targets and targets.to(engine.device), engine.autocast)
+
+    def evaluate(engine: Engine) -> dict[str, float]:
+        return validation_loss(engine, config, held_out, statistics, held_out_targets)
 
     def bins(batch: Batch) -> Tensor:
         share = sample_tau(batch["sample_ids"], config.transport, seed) / (1 + config.transport.delta_t)
@@ -277,7 +253,16 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         averaged.load_state_dict(state, assign=True)
         save_model(folder, averaged, statistics=statistics, config=config, card={"step": step})
 
+    check_evaluation(config, decoded=decode is not None or bool(config.data.texture_codec))
     decode = decode or texture_decoder(config)
+    quality = partial(Quality, config=config, statistics=statistics, decode=decode)
+    drawn = config.train.sample_every > 0 or config.train.eval_every > 0
+    unguided = drawn and config.guidance.mode == "autoguidance" and config.guidance.active
+    identity = {"num_samples": len(shards), "statistics": fingerprint(statistics)}
+    if config.data.validation_samples and not config.data.validation_path:
+        identity["held_out"] = SPREAD
+    if targets is not None:
+        identity["target_weights"] = targets.fingerprint[:16]
     return Job(
         config=config,
         train=config.train,
@@ -288,12 +273,15 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         terms=term_names(config),
         batches=batches,
         export=export,
-        evaluate=None if held_out is None else lambda engine: validation_loss(engine, config, held_out, statistics),
+        evaluate=None if held_out is None else evaluate,
+        flaw=data().flaw,
         samples=lambda engine: sample_picture(engine, config, statistics, decode),
+        quality=quality if config.train.eval_every else None,
+        notes=(UNGUIDED,) if unguided else (),
         bins=bins,
         num_bins=CLOCK_BINS,
         record={"statistics": statistics_as_json(statistics)},
-        identity={"num_samples": len(shards), "statistics": fingerprint(statistics)},
+        identity=identity,
         free_keys=FREE_KEYS,
         num_samples=len(shards),
         flops_per_sample=model.num_flops(training=True),

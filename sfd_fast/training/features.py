@@ -12,59 +12,77 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfd_fast.data.layout import check_settings
 from sfd_fast.data.order import flips, shuffled_indices
-from sfd_fast.data.shards import map_tensors, read_header, shard_paths
+from sfd_fast.data.remote import local_shards
+from sfd_fast.data.shards import map_tensors, read_header
+from sfd_fast.data.split import Part, SampleSet
 from sfd_fast.transport import feature_tokens
 
 KEY = "feats_dino"
 FLIPPED = "feats_dino_flip"
 
 
-class FeatureShards:
+class FeatureShards(SampleSet):
     """The features of a folder of shards; only what a batch needs is read from the disk.
 
-    Raises ValueError naming the shard that has no features, or features of another shape than the first.
+    path: a folder, a file, or an fsspec address, which is copied into `cache_folder` first.
+    Raises ValueError for an unfinished folder, and naming the shard that has no features, features of another dtype or
+    shape than the first, or other settings; FileNotFoundError where the folder or a shard of its manifest is missing.
     """
 
-    def __init__(self, path: str | Path):
-        self.plain: list[Tensor] = []
-        self.flipped: list[Tensor] = []
-        for file in shard_paths(path):
-            tensors = map_tensors(file, read_header(file))
-            if KEY not in tensors:
-                held = ", ".join(tensors) or "nothing"
+    def __init__(self, path: str | Path, *, cache_folder: str | Path | None = None):
+        _, self.paths = local_shards(path, cache_folder)
+        headers = [read_header(file) for file in self.paths]
+        for file, header in zip(self.paths, headers):
+            if KEY not in header.entries:
+                held = ", ".join(header.entries) or "nothing"
                 raise ValueError(f"{file} has no tensor '{KEY}', it holds {held}; `sfd features` makes such shards")
-            if self.plain and tensors[KEY].shape[1:] != self.plain[0].shape[1:]:
-                shapes = tuple(tensors[KEY].shape[1:]), tuple(self.plain[0].shape[1:])
-                raise ValueError(f"{file} has features of shape {shapes[0]}, the shards before it {shapes[1]}")
-            self.plain.append(tensors[KEY])
-            if FLIPPED in tensors:
-                self.flipped.append(tensors[FLIPPED])
-        self.has_flips = len(self.flipped) == len(self.plain)
+            here, there = ((h.entries[KEY].shape[1:], h.entries[KEY].dtype) for h in (header, headers[0]))
+            if here != there:
+                raise ValueError(
+                    f"{file} has features of shape {here[0]}, {here[1]}; the shards before it {there[0]}, {there[1]}"
+                )
+            check_settings(file, header, self.paths[0], headers[0])
+        maps = [map_tensors(file, header) for file, header in zip(self.paths, headers)]
+        self.plain = [tensors[KEY] for tensors in maps]
+        self.flipped = [tensors.get(FLIPPED) for tensors in maps]
         self.ends = np.cumsum([len(t) for t in self.plain])
-        self.start, self.stop = 0, int(self.ends[-1])
+        self._part = Part(0, int(self.ends[-1]))
         self.channels = feature_tokens(self.plain[0][:0]).shape[-1]
 
-    def __len__(self) -> int:
-        return self.stop - self.start
+    def require_flips(self) -> None:
+        """Raises ValueError naming the first shard without flipped features."""
+        for path, flipped in zip(self.paths, self.flipped):
+            if flipped is None:
+                raise ValueError(
+                    f"{path} has no flipped features ({FLIPPED}): set data.flip to false, or encode both flips "
+                    "(`sfd features --flip true`)"
+                )
 
-    def slice(self, start: int, stop: int) -> "FeatureShards":
-        """The samples start .. stop - 1 as a set of their own."""
-        part = object.__new__(FeatureShards)
-        part.__dict__.update(self.__dict__)
-        part.start, part.stop = self.start + start, self.start + stop
-        return part
+    def places(self, indices: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, rows in them) of samples of this set."""
+        positions = self._part.numbers(indices.numpy())
+        shards = np.searchsorted(self.ends, positions, side="right")
+        return shards, positions - np.concatenate([[0], self.ends])[shards]
 
     def gather(self, indices: Tensor, flip: Tensor) -> Tensor:
         """(B, tokens, F) float32 of the samples at `indices` (B,) int64, flipped where `flip` (B,) bool."""
-        positions = indices.numpy() + self.start
-        shards = np.searchsorted(self.ends, positions, side="right")
-        rows = positions - np.concatenate([[0], self.ends])[shards]
+        shards, rows = self.places(indices)
         chosen = [
             (self.flipped if mirrored else self.plain)[shard][row]
             for shard, row, mirrored in zip(shards.tolist(), rows.tolist(), flip.tolist())
         ]
         return feature_tokens(torch.stack(chosen)).float().contiguous()
+
+    def flaw(self, indices: Tensor, flip: Tensor) -> str:
+        """The first of some samples that is not finite as it is stored, with file and row; "" where all are finite."""
+        bad = torch.isfinite(self.gather(indices, flip)).flatten(1).all(dim=1).logical_not().nonzero()
+        if not len(bad):
+            return ""
+        shards, rows = (int(part[int(bad[0])]) for part in self.places(indices))
+        view = "mirrored " if flip[int(bad[0])] else ""
+        return f"{self.paths[shards]}: the {view}features of sample {rows} hold NaN or infinity"
 
 
 class FeatureLoader:
@@ -72,6 +90,7 @@ class FeatureLoader:
 
     Step k takes positions k * B_global .. of an endless sequence of epochs, rank r the r-th equal slice, as
     LatentLoader does: resuming is start_step. The next batch is gathered while the current one is used.
+    Raises ValueError for a batch that the ranks cannot share equally, or for flips that a shard lacks.
     """
 
     def __init__(
@@ -88,17 +107,28 @@ class FeatureLoader:
     ):
         if global_batch_size % world_size:
             raise ValueError(f"global_batch_size {global_batch_size} must be a multiple of the {world_size} ranks")
+        if flip:
+            shards.require_flips()
         self.shards, self.global_batch_size, self.seed = shards, global_batch_size, seed
         self.rank, self.world_size, self.start_step = rank, world_size, start_step
-        self.flip = flip and shards.has_flips
+        self.flip = flip
         self.device = torch.device(device)
+
+    def samples(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(indices, whether flipped) of the samples at positions of the run, each (B,)."""
+        flip = flips(positions, self.seed) if self.flip else torch.zeros(len(positions), dtype=torch.bool)
+        return shuffled_indices(positions, len(self.shards), self.seed), flip
+
+    def flaw(self, step: int) -> str:
+        """What of a step's batch, all ranks' shares of it, is not finite as it is stored; "" where all is."""
+        start = step * self.global_batch_size
+        return self.shards.flaw(*self.samples(torch.arange(start, start + self.global_batch_size)))
 
     def batch(self, step: int) -> dict[str, Tensor]:
         size = self.global_batch_size // self.world_size
         first = step * self.global_batch_size + self.rank * size
         positions = torch.arange(first, first + size)
-        flip = flips(positions, self.seed) if self.flip else torch.zeros(size, dtype=torch.bool)
-        features = self.shards.gather(shuffled_indices(positions, len(self.shards), self.seed), flip)
+        features = self.shards.gather(*self.samples(positions))
         if self.device.type == "cuda":
             features, positions = features.pin_memory(), positions.pin_memory()
         return {"features": features, "sample_ids": positions}

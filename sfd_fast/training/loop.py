@@ -117,19 +117,28 @@ class Run:
             if bad:
                 self.skipped += 1
                 self.bad_in_row += 1
-                log.event(step, f"loss {values[0]:g} or gradient norm {values[-1]:g} is not finite: step skipped")
+                flaw = self.flaw(step)
+                log.event(
+                    step, f"loss {values[0]:g} or gradient norm {values[-1]:g} is not finite: step skipped{flaw}"
+                )
                 if self.bad_in_row >= self.job.train.max_bad_steps:
                     raise NonFiniteError(
                         f"{self.bad_in_row} steps in a row, up to step {step}, had a loss or gradient that was not "
                         "finite. Weights, moments and averages are as before them, and the last checkpoint is "
-                        "intact. Look for NaN in the data (`sfd inspect`), lower optimizer.lr, or set "
-                        "optimizer.max_grad_norm; train.max_bad_steps is the limit"
+                        "intact. Look for NaN in the data (`sfd inspect PATH --verify`), lower optimizer.lr, or set "
+                        f"optimizer.max_grad_norm; train.max_bad_steps is the limit{flaw}"
                     )
                 continue
             self.bad_in_row = 0
             median = self.norms.spike(values[-1])
             if median is not None:
                 log.event(step, f"gradient norm {values[-1]:.4g} is a spike: the median is {median:.4g}")
+
+
+    def flaw(self, step: int) -> str:
+        """What in the data is to blame for a bad step, as the end of a message; rank 0 looks at all ranks' samples."""
+        found = self.job.flaw(step - 1) if self.job.flaw is not None and self.engine.rank == 0 else ""
+        return f". The data are at fault: {found}" if found else ""
 
 
 class Clock:

@@ -5,6 +5,7 @@ Letters: B batch, N tokens, F channels of a feature, C latent channels.
 
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 
 from sfd_fast import streams
 from sfd_fast.config import SemVAETrainingConfig, TrainConfig, require
+from sfd_fast.data.split import SPREAD
 from sfd_fast.models.semvae import SemVAE, kl_divergence
 from sfd_fast.training.checkpoints import replace_folder
 from sfd_fast.training.diffusion import FREE_TRAIN_KEYS, VALIDATION_IDS
 from sfd_fast.training.engine import Batch, Engine
 from sfd_fast.training.features import FeatureLoader, FeatureShards
 from sfd_fast.training.job import Job
-from sfd_fast.training.loop import TrainResult, build_engine, prepare_directory, run_job
+from sfd_fast.training.loop import TrainResult, build_engine, run_job
+from sfd_fast.training.run_directory import prepare_directory
 from sfd_fast.transport import noise
 
 TERMS = ("mse", "cosine", "kl")
@@ -68,20 +71,13 @@ def load_features(config: SemVAETrainingConfig) -> tuple[FeatureShards, FeatureS
     """(training set, held-out set or None); ValueError where they do not fit the model."""
     data = config.data
     require(bool(data.path), "data.path is empty; give the folder of feature shards (`sfd features` makes them)")
-    shards = FeatureShards(data.path)
+    shards = FeatureShards(data.path, cache_folder=data.cache_folder)
     require(
         shards.channels == config.semvae.feature_channels,
         f"{data.path} has features of {shards.channels} channels, semvae.feature_channels is "
         f"{config.semvae.feature_channels}: set it to {shards.channels}",
     )
-    require(
-        data.validation_samples < len(shards),
-        f"data.validation_samples {data.validation_samples} leaves nothing of the {len(shards)} samples to train on",
-    )
-    if data.validation_samples == 0:
-        return shards, None
-    border = len(shards) - data.validation_samples
-    return shards.slice(0, border), shards.slice(border, len(shards))
+    return shards.divide(data.validation_samples)
 
 
 def semvae_job(config: SemVAETrainingConfig) -> Job:
@@ -91,19 +87,12 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
         torch.manual_seed(config.train.seed)
         model = SemVAE(config.semvae)
 
+    data = partial(
+        FeatureLoader, shards, config.train.global_batch_size, config.train.seed, flip=config.data.flip
+    )
+
     def batches(start_step: int, engine: Engine) -> Iterator[Batch]:
-        return iter(
-            FeatureLoader(
-                shards,
-                config.train.global_batch_size,
-                config.train.seed,
-                engine.rank,
-                engine.world_size,
-                start_step,
-                flip=config.data.flip,
-                device=engine.device,
-            )
-        )
+        return iter(data(engine.rank, engine.world_size, start_step, device=engine.device))
 
     def export(folder: Path, state: dict[str, Tensor], step: int) -> None:
         averaged = SemVAE(config.semvae)
@@ -121,8 +110,9 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
         batches=batches,
         export=export,
         evaluate=None if held_out is None else lambda engine: validation_loss(engine, config, held_out),
-        identity={"num_samples": len(shards)},
-        free_keys=FREE_TRAIN_KEYS | {"data.path", "deepspeed.*"},
+        flaw=data().flaw,
+        identity={"num_samples": len(shards)} | ({} if held_out is None else {"held_out": SPREAD}),
+        free_keys=FREE_TRAIN_KEYS | {"data.path", "data.cache_folder", "deepspeed.*"},
         num_samples=len(shards),
     )
 
@@ -130,7 +120,7 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
 def check_used(config: SemVAETrainingConfig) -> None:
     """Raises ValueError for settings of the diffusion transformer that SemVAE's training would pass over."""
     defaults = {field.name: field.default for field in fields(TrainConfig)}
-    for name in ("checkpoint_activations", "residual", "attention", "init_from", "init_classes"):
+    for name in ("checkpoint_activations", "residual", "attention", "init_from", "init_classes", "eval_every"):
         value = getattr(config.train, name)
         require(
             value == defaults[name],
@@ -170,8 +160,8 @@ def run_train_semvae(
         return fit_pca(config)
     job = semvae_job(config)
     if config.train.dry_run:
-        from sfd_fast.training.dry_run import describe
+        from sfd_fast.training.dry_run import show
 
-        print(describe(job))
+        show(job)
         return TrainResult(Path(config.train.out), 0, None)
     return run_job(job, build_engine(job, device), resume=resume, progress=progress)
