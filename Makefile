@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install -q -c constraints.txt
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 
-.PHONY: setup demo test lint bench report gpu-check clean
+.PHONY: setup demo test lint bench soak report gpu-check clean
 
 setup: $(INSTALLED)
 
@@ -16,12 +16,14 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard 
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
-# What only tests and benchmarks need. The second line's packages are optional: where they do not install, their tests
-# are skipped with the reason. The third is only read, to compare our calls with those libraries' real signatures.
+# What only tests and benchmarks need. Lines that begin with a dash hold optional packages: where they do not
+# install, their tests are skipped with the reason. The last is only read, to compare our calls with the real signatures.
 $(TESTABLE): $(INSTALLED)
 	$(PIP) --upgrade "pip>=25.1"
 	$(PIP) --group dev
-	-DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed nvidia-dali-cuda120 datasets
+	-DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	-$(PIP) nvidia-dali-cuda120
+	-$(PIP) datasets
 	-$(PIP) --no-deps --target $(VENV)/attention-signatures xformers flash-attn-4
 	touch $@
 
@@ -36,6 +38,10 @@ lint: $(TESTABLE)
 
 bench: $(TESTABLE)
 	$(BIN)/python benchmarks/kernels.py
+
+# The long proofs of training: kills, two ranks against one, XXL at its real size (20 minutes, 21 GiB of free memory).
+soak: $(TESTABLE)
+	$(BIN)/python benchmarks/soak.py
 
 # Compiles every Triton launch of XL, XXL and B without a GPU (about five minutes); a test compares the result committed.
 report: $(TESTABLE)

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: golden tensors, skips with reasons, and the golden count in the closing lines."""
 
+import importlib.util
 import os
 
 import pytest
@@ -10,10 +11,22 @@ NO_GOLDEN = f"no golden tensors: {GOLDEN} is absent (they are kept beside the pr
 REQUIRED = os.environ.pop("SFD_REQUIRE_GOLDEN", "") == "1"
 """set by .ci/run; taken out of the environment, as some tests run pytest on a part of the tests themselves"""
 ran = {"golden": 0, "golden skipped": 0}
+EXTRAS = ("triton", "deepspeed", "nvidia.dali", "datasets")
+MISSING_EXTRAS: list[str] = []
+"""packages that .ci/run asked for (SFD_REQUIRE_EXTRAS=1) and that are not installed: their tests would be skipped"""
 
 
 def pytest_configure(config):
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if os.environ.pop("SFD_REQUIRE_EXTRAS", "") == "1":
+        MISSING_EXTRAS.extend(name for name in EXTRAS if not is_installed(name))
+
+
+def is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package above it
+        return False
 
 
 def pytest_collection_modifyitems(config, items):
@@ -38,7 +51,7 @@ def golden_is_missing() -> bool:
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if golden_is_missing() and exitstatus == 0:
+    if (golden_is_missing() or MISSING_EXTRAS) and exitstatus == 0:
         session.exitstatus = 1
 
 
@@ -46,3 +59,5 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"golden tests: {ran['golden']} RAN, {ran['golden skipped']} SKIPPED")
     if golden_is_missing():
         terminalreporter.write_line(f"FAILED: golden tests must run here ({NO_GOLDEN}); ALLOW_NO_GOLDEN=1 allows it")
+    for name in MISSING_EXTRAS:
+        terminalreporter.write_line(f"FAILED: {name} is not installed and its tests did not run; ALLOW_NO_EXTRAS=1 allows it")
