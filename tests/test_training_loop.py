@@ -12,13 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import MODEL, tiny_config, with_data, write_data
 
+from sfd_fast import streams
 from sfd_fast.config import OptimizerConfig
+from sfd_fast.data.shards import write_shard
 from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.training import checkpoints as checkpoints_module
-from sfd_fast.training.diffusion import diffusion_job
+from sfd_fast.training.diffusion import VALIDATION_IDS, diffusion_job, held_out_batch, split_held_out
 from sfd_fast.training.export import export_checkpoint, is_checkpoint
 from sfd_fast.training.logging import GradNormWatch
 from sfd_fast.training.loop import NonFiniteError, build_engine, run_train
+from sfd_fast.transport import noise
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +350,51 @@ def test_other_data_cannot_resume(tmp_path, data):
     LatentStatistics(torch.zeros(2), torch.full((2,), 2.0), torch.zeros(2), torch.ones(2)).save(other)
     with pytest.raises(ValueError, match="was trained on other data: statistics was"):
         train(with_data(replace(config, train=replace(config.train, max_steps=8)), path=str(other)))
+
+
+def edit_state(out, step, change):
+    path = out / "checkpoints" / f"{step:08d}" / "state.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+
+
+def test_a_checkpoint_from_before_a_setting_was_introduced_continues_with_its_default(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", max_steps=4)
+    train(config)
+    edit_state(tmp_path / "run", 4, lambda state: state["config"]["data"].pop("targets"))
+    assert train(replace(config, train=replace(config.train, max_steps=5))).step == 5
+    edit_state(tmp_path / "run", 5, lambda state: state["config"]["model"].pop("depth"))
+    with pytest.raises(ValueError, match="model.depth was 28 and is 2"):
+        train(replace(config, train=replace(config.train, max_steps=6)))
+
+
+def test_a_run_that_held_out_other_samples_is_not_continued(tmp_path, data):
+    """Earlier versions held out the last samples: what they validate on would be trained on now."""
+    config = tiny_config(data, tmp_path / "run", max_steps=4)
+    train(config)
+    edit_state(tmp_path / "run", 4, lambda state: state["identity"].pop("held_out"))
+    with pytest.raises(ValueError, match="held_out was None and is spread over the set .versions before held out"):
+        train(replace(config, train=replace(config.train, max_steps=5)))
+
+
+def test_held_out_moments_are_sampled_at_fixed_noise(tmp_path):
+    """As training samples them; means alone would be easier data."""
+    generator = torch.Generator().manual_seed(0)
+    texture, logvar, semantic = (torch.randn(10, 2, 4, 4, generator=generator) for _ in range(3))
+    rows = {"latents_mean": texture, "latents_logvar": logvar, "latents_sv": semantic, "labels": torch.arange(10) % 5}
+    write_shard(tmp_path / "data" / "a.safetensors", rows)
+    statistics = LatentStatistics(torch.ones(2), torch.full((2,), 2.0), torch.zeros(2), torch.ones(2))
+    statistics.save(tmp_path / "data")
+    config = with_data(tiny_config(tmp_path / "data", tmp_path / "run"), flip=False, validation_samples=2)
+    config = replace(config, transport=replace(config.transport, repa_weight=0.0))
+    shards, held_out = split_held_out(config)
+    engine = build_engine(diffusion_job(config), "cpu")
+    batch = held_out_batch(engine, config, held_out, statistics, torch.tensor([1, 0]), None)
+    numbers, ids = held_out.numbers(torch.tensor([1, 0])), torch.tensor([1, 0]) + VALIDATION_IDS
+    eps = noise(ids, (2, 4, 4), config.train.seed, streams.TEXTURE_POSTERIOR)
+    sampled = (texture[numbers] + torch.exp(logvar[numbers] / 2) * eps - 1) / 2
+    torch.testing.assert_close(batch["latents"], torch.cat([sampled, semantic[numbers]], dim=1))
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path, data):

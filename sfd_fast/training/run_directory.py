@@ -35,8 +35,12 @@ def prepare_directory(
 
 
 def check_resumable(job: Job, state: dict) -> None:
-    """Raises ValueError where a checkpoint belongs to another configuration or other data."""
-    old, new = flatten(state["config"]), flatten(json.loads(json.dumps(to_dict(job.config))))
+    """Raises ValueError where a checkpoint belongs to another configuration or other data.
+
+    A key that the checkpoint does not know yet had the effect of its default.
+    """
+    default, new = (flatten(json.loads(json.dumps(to_dict(c)))) for c in (type(job.config)(), job.config))
+    old = default | flatten(state["config"])
     keys = [k for k in sorted(old.keys() | new.keys()) if not is_free(k, job.free_keys)]
     different = [k for k in keys if old.get(k) != new.get(k)]
     if different:
