@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.config import SamplerConfig
-from sfd_fast.guidance import Velocity
+from sfd_fast.guidance import Guided, Velocity
 from sfd_fast.sampler import Callback
 from sfd_fast.solvers import stage_borders
 from sfd_fast.transport import clocks, join_latents, split_latents, stage_mask
@@ -104,18 +104,21 @@ def sample_dopri5(
     """Integrate over tau in [0, 1 + delta_t] with adaptive steps, stage by stage; see sfd_fast.sampler.sample.
 
     The error norm of a sample is the RMS over all its values of error / (atol + rtol max(|x|, |x_next|)). Deciding
-    whether all samples are done reads one number back to the host at every step. callback(stages done, tau, x) after
-    each stage.
+    whether all samples are done reads one number back to the host at every step. In a stage none of whose moving
+    streams is guided the weak velocity is left out. callback(stages done, tau, x) after each stage.
     Raises ValueError where the velocity is not finite or the tolerances cannot be met.
     """
     x = x0
     borders = stage_borders(delta_t)
     for number, (start, end) in enumerate(zip(borders, borders[1:]), 1):
         mask = stage_mask(start, end, delta_t)
+        field = velocity
+        if isinstance(velocity, Guided):
+            field = velocity.needed(torch.tensor(end, dtype=x0.dtype), mask)
 
-        def drift(y: Tensor, tau: Tensor, mask: tuple[bool, bool] = mask) -> Tensor:
+        def drift(y: Tensor, tau: Tensor, mask: tuple[bool, bool] = mask, field: Velocity = field) -> Tensor:
             times = (t.to(y.dtype) for t in clocks(tau, delta_t))
-            parts = split_latents(velocity(y, *times).to(y.dtype), num_texture_channels)
+            parts = split_latents(field(y, *times).to(y.dtype), num_texture_channels)
             return join_latents(*(part if moves else torch.zeros_like(part) for part, moves in zip(parts, mask)))
 
         x = _integrate(drift, x, start, end, config.atol, config.rtol)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.config import GuidanceConfig
-from sfd_fast.transport import join_latents, split_latents
+from sfd_fast.transport import clocks, join_latents, split_latents
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """v(x (B, C, H, W), t_tex (B,), t_sem (B,)) -> (B, C, H, W), labels bound."""
@@ -37,7 +37,8 @@ class Guided:
     """A guided velocity function that keeps its two parts, so that a sampler can fuse guidance with its update.
 
     Called as a velocity function it evaluates both parts and mixes them with the weights of each sample's own times: no
-    host read-back. Samplers on a fixed grid know the weights beforehand and leave out evaluations of weight 1.
+    host read-back. Samplers know the weights of a fixed grid, or of a stage, beforehand and leave out evaluations of
+    weight 1.
     """
 
     main: Velocity
@@ -53,6 +54,15 @@ class Guided:
             split_latents(velocity, self.num_texture_channels), split_latents(weak, self.num_texture_channels), weights
         )
         return join_latents(*(self._mix(v, g, w.view(-1, 1, 1, 1).to(v.dtype)) for v, g, w in streams))
+
+    def needed(self, tau: Tensor, moves: tuple[bool | Tensor, bool | Tensor]) -> Velocity:
+        """This function, or the main velocity alone where no stream that moves (texture, semantic) is guided at tau.
+
+        Weights never fall with time, so what suffices at the end of a stage suffices in all of it. tau: one number, on
+        the host: the answer steers the host.
+        """
+        weights = stream_weights(*clocks(tau, self.delta_t), self.config, self.delta_t)
+        return self if any(moved and weight != 1 for moved, weight in zip(moves, weights)) else self.main
 
     @staticmethod
     def _mix(velocity: Tensor, weak: Tensor, weight: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ depend on a sample's place or company in the batch, results of two sizes differ 
 Letters: B micro-batch, C channels, H height, W width.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,8 +27,9 @@ from sfd_fast.config import (
     to_dict,
 )
 from sfd_fast.data.statistics import LatentStatistics
-from sfd_fast.graphs import StepRunners
+from sfd_fast.graphs import Recent, StepRunners
 from sfd_fast.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg, check_scales
+from sfd_fast.memory import keep_freed_memory
 from sfd_fast.models.texture import to_uint8
 from sfd_fast.pipeline_files import check_finite, check_parts, load_parts, local_folder, save_parts
 from sfd_fast.sampler import Callback, guidance_table, sample
@@ -36,6 +38,9 @@ from sfd_fast.transport import noise, split_latents
 
 DEFAULT_MICRO_BATCH = 32
 BACKENDS = ("eager", "compile", "cuda_graph")
+MAX_PLANS = 64  # kept settings of earlier calls
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -107,11 +112,13 @@ class SFDPipeline:
         backend: Literal["eager", "compile", "cuda_graph"] = "eager",
         device: torch.device | str | None = None,
         training: SFDConfig | None = None,
+        keep_memory: bool = True,
     ) -> None:
         """model, guide: LightningDiT; codec: TextureCodec or IdentityCodec; delta_t: of the model's training.
 
         sampler, guidance: defaults of every call. precision bf16 holds the networks' weights in bf16; the state stays
         fp32. device: default cuda where there is one. training: config of the model's training, saved along with it.
+        keep_memory: on a CPU, freed memory stays in the process from now on (memory.py), which spares page faults.
         Raises ValueError where the parts do not fit together or weights are not finite.
         """
         require(micro_batch_size >= 1, f"micro_batch_size {micro_batch_size} must be at least 1")
@@ -124,6 +131,8 @@ class SFDPipeline:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        if keep_memory and self.device.type == "cpu":
+            keep_freed_memory()
         self.precision, self.micro_batch_size = precision, micro_batch_size
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         self.model = model.eval().requires_grad_(False).to(self.device, dtype)
@@ -131,7 +140,8 @@ class SFDPipeline:
         self.codec = codec.eval().requires_grad_(False).to(self.device)
         self.statistics = statistics.to(self.device)
         self.runners = StepRunners(backend, self.device)
-        self._plans: dict = {}
+        self._plans = Recent(MAX_PLANS)
+        self._said_eager = False
         self.delta_t, self.training = delta_t, training
         self.sampler = sampler or SamplerConfig()
         self.guidance = guidance or GuidanceConfig()
@@ -169,6 +179,7 @@ class SFDPipeline:
         sample_ids: Sequence[int] | Tensor | None = None,
         solver: str | None = None,
         timestep_shift: float | None = None,
+        sampler: SamplerConfig | None = None,
         guidance: GuidanceConfig | None = None,
         output_type: Literal["pil", "np"] = "pil",
         progress: bool = False,
@@ -176,14 +187,16 @@ class SFDPipeline:
         """One image per label.
 
         sample_ids (default 0, 1, ...) choose each image's noise, with the seed: the same (seed, sample id, label) is
-        the same image to the bit, in whatever order and company. guidance_scale sets the weight of the pipeline's
-        guidance (AutoGuidance where it has a guide, else CFG); guidance replaces all of its settings.
+        the same image to the bit, in whatever order and company. sampler replaces all of the pipeline's solver settings
+        (grid and tolerances among them), before num_steps, solver and timestep_shift change single ones.
+        guidance_scale sets the weight of the pipeline's guidance (AutoGuidance where it has a guide, else CFG);
+        guidance replaces all of its settings.
         Returns images as PIL, or with output_type "np" as one (N, H, W, 3) uint8 array.
         Raises ValueError for labels that are no classes of the model, and settings that do not exist or contradict.
         """
         require(output_type in ("pil", "np"), f"output_type '{output_type}' is unknown; choose pil or np")
         labels, sample_ids = self.checked_inputs(labels, sample_ids, seed)
-        settings = self.resolve(num_steps, guidance_scale, solver, timestep_shift, guidance)
+        settings = self.resolve(num_steps, guidance_scale, solver, timestep_shift, guidance, sampler)
         parts = []
         bar = _progress(len(labels), progress)
         for part in self.generate(labels, sample_ids, seed, *settings):
@@ -231,10 +244,11 @@ class SFDPipeline:
         solver: str | None = None,
         timestep_shift: float | None = None,
         guidance: GuidanceConfig | None = None,
+        sampler: SamplerConfig | None = None,
     ) -> tuple[SamplerConfig, GuidanceConfig]:
         """The pipeline's sampler and guidance settings with a call's put in; ValueError where they contradict."""
         changes = {"num_steps": num_steps, "solver": solver, "timestep_shift": timestep_shift}
-        sampler = replace(self.sampler, **{k: v for k, v in changes.items() if v is not None})
+        sampler = replace(sampler or self.sampler, **{k: v for k, v in changes.items() if v is not None})
         check_solver(sampler, self.delta_t)
         guidance = guidance or self.guidance
         if guidance_scale is not None:
@@ -251,14 +265,22 @@ class SFDPipeline:
         return sampler, guidance
 
     def velocity(self, labels: Tensor, guidance: GuidanceConfig) -> Velocity:
-        """The guided velocity function for labels (B,) on the pipeline's device."""
-        main = bind_labels(self.model, labels)
+        """The guided velocity function for labels (B,) on the pipeline's device; compiled under backend compile."""
+        model, guide = self._timed(self.model), self._timed(self.guide)
+        main = bind_labels(model, labels)
         common = {"num_texture_channels": self.config.texture_channels, "delta_t": self.delta_t}
         if guidance.mode == "autoguidance" and guidance.active:
-            return autoguidance(main, bind_labels(self.guide, labels), guidance, **common)
+            return autoguidance(main, bind_labels(guide, labels), guidance, **common)
         if guidance.mode == "cfg":
-            return cfg(main, bind_null(self.model, labels, self.config.num_classes), guidance, **common)
+            return cfg(main, bind_null(model, labels, self.config.num_classes), guidance, **common)
         return main
+
+    def _timed(self, model: nn.Module | None) -> Callable | None:
+        """model(x, t_tex, t_sem, labels) for solvers that choose their times: all but the condition compiled."""
+        if model is None or self.runners.backend != "compile":
+            return model
+        network = self.runners.network(model)
+        return lambda x, t_tex, t_sem, labels: network(x, model.condition(t_tex, t_sem, labels))
 
     def initial_noise(self, sample_ids: Tensor, seed: int) -> Tensor:
         """x at tau = 0: (B, C, H, W) float32."""
@@ -283,10 +305,13 @@ class SFDPipeline:
     ) -> Tensor:
         """Composite latents of one full micro-batch: labels, sample_ids (B,).
 
+        The network's part of a fixed-step trajectory is allocation-free under backend cuda_graph (see graphs.py);
+        noise and labels of each micro-batch come from PyTorch's allocator.
         Returns (B, C, H, W) float32, overwritten by the next call.
         """
         labels, x0 = self._on_device(labels), self.initial_noise(sample_ids, seed)
         if sampler.solver == "dopri5":
+            self._say_eager()
             return sample(
                 self.velocity(labels, guidance),
                 x0,
@@ -309,12 +334,21 @@ class SFDPipeline:
         self, sampler: SamplerConfig, guidance: GuidanceConfig
     ) -> tuple[Plan, Tensor, list[bool], list[float]]:
         """Plan, guidance weights, where the weak network is needed, and time grid of these settings; kept."""
-        key = (sampler, guidance)
-        if key not in self._plans:
+
+        def make() -> tuple[Plan, Tensor, list[bool], list[float]]:
             plan = make_plan(sampler, self.delta_t)
-            table = guidance_table(plan, guidance, self.delta_t)
-            self._plans[key] = (plan, *table, time_grid(sampler, self.delta_t).tolist())
-        return self._plans[key]
+            return plan, *guidance_table(plan, guidance, self.delta_t), time_grid(sampler, self.delta_t).tolist()
+
+        return self._plans.get((sampler, guidance), make)
+
+    def _say_eager(self) -> None:
+        if self.runners.backend == "cuda_graph" and not self._said_eager:
+            self._said_eager = True
+            log.warning(
+                "solver dopri5 chooses its steps on the host, so backend cuda_graph does not apply and its networks "
+                "run eagerly: use backend compile, or a solver with fixed steps (%s)",
+                SamplerConfig().solver,
+            )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -370,6 +404,8 @@ class SFDPipeline:
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         solver: str | None = None,
+        timestep_shift: float | None = None,
+        sampler: SamplerConfig | None = None,
         guidance: GuidanceConfig | None = None,
     ) -> list[Frame]:
         """Moments of one micro-batch's way from noise to images, for a picture of the three stages.
@@ -378,7 +414,7 @@ class SFDPipeline:
         labels: at most one micro-batch.  Raises ValueError for more.
         """
         labels, ids = self.checked_inputs(labels, sample_ids, seed)
-        settings = self.resolve(num_steps, guidance_scale, solver, None, guidance)
+        settings = self.resolve(num_steps, guidance_scale, solver, timestep_shift, guidance, sampler)
         return self.frames(labels, ids, seed, *settings, num_frames=num_frames)
 
     def frames(

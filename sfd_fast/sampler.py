@@ -77,8 +77,9 @@ def _sample_released_dopri5(
     from torchdiffeq import odeint
 
     def drift(tau: Tensor, x: Tensor) -> Tensor:
-        velocities = velocity(x, *(t.to(x.dtype) for t in clocks(tau.expand(len(x)), delta_t)))
         mask = evaluation_mask(tau, delta_t)
+        field = velocity.needed(tau.cpu(), mask) if isinstance(velocity, Guided) else velocity
+        velocities = field(x, *(t.to(x.dtype) for t in clocks(tau.expand(len(x)), delta_t)))
         return join_latents(
             *(part * moves for part, moves in zip(split_latents(velocities, num_texture_channels), mask))
         )

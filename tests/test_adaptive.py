@@ -4,7 +4,8 @@ import pytest
 import torch
 from fields import curved, start_state, tight_states
 
-from sfd_fast.config import SamplerConfig
+from sfd_fast import guidance
+from sfd_fast.config import GuidanceConfig, SamplerConfig
 from sfd_fast.sampler import sample
 from sfd_fast.solvers import stage_borders
 from sfd_fast.transport import clocks, stage_mask
@@ -91,3 +92,43 @@ def test_dopri5_that_cannot_meet_its_tolerances_is_an_error(monkeypatch):
             config=SamplerConfig(solver="dopri5", atol=1e-12, rtol=1e-12),
             num_texture_channels=1,
         )
+
+
+def guided_evaluations(grid, **settings):
+    """Times (t_tex, t_sem) of dopri5's evaluations of the main and of the weak velocity; leaving some out changes no
+    bit."""
+    times = {"main": [], "weak": []}
+
+    def recorded(name, field):
+        def velocity(x, t_tex, t_sem):
+            times[name].append((t_tex.min().item(), t_sem.min().item()))
+            return field(x, t_tex, t_sem)
+
+        return velocity
+
+    weak = lambda x, t_tex, t_sem: 0.5 * curved(x, t_tex, t_sem) + 0.1  # noqa: E731
+    config = GuidanceConfig(mode="autoguidance", **settings)
+    common = {"num_texture_channels": 1, "delta_t": 0.3}
+    solver = {"config": SamplerConfig(solver="dopri5", grid=grid)}
+    x0 = start_state(batch=1, dtype=torch.float32)
+    velocity = guidance.autoguidance(recorded("main", curved), recorded("weak", weak), config, **common)
+    out = sample(velocity, x0, **solver, **common)
+    both = guidance.autoguidance(curved, weak, config, **common)
+    assert torch.equal(out, sample(lambda x, t_tex, t_sem: both(x, t_tex, t_sem), x0, **solver, **common))
+    return times["main"], times["weak"]
+
+
+@pytest.mark.parametrize("grid", ["exact", "released"])
+def test_dopri5_leaves_the_weak_velocity_out_where_only_an_unguided_stream_moves(grid):
+    main, weak = guided_evaluations(grid, texture_scale=1.5, semantic_scale=1.0)
+    assert min(t_sem for _, t_sem in main) == 0
+    assert min(t_sem for _, t_sem in weak) >= 0.2999999  # not in stage I
+    main, weak = guided_evaluations(grid, texture_scale=1.0, semantic_scale=1.5)
+    assert max(t_tex for t_tex, _ in main) > 0.99
+    assert max(t_tex for t_tex, _ in weak) <= 0.7000001  # not in stage III
+
+
+def test_dopri5_keeps_the_weak_velocity_in_the_whole_stage_inside_which_the_interval_starts():
+    main, weak = guided_evaluations("exact", scale=1.5, interval_start=0.5)
+    assert min(t_sem for _, t_sem in main) == 0
+    assert min(t_sem for _, t_sem in weak) == pytest.approx(0.3)

@@ -180,6 +180,66 @@ def test_bf16_network_keeps_an_fp32_state():
     torch.testing.assert_close(latents, exact, rtol=0.05, atol=0.1)
 
 
+@pytest.mark.parametrize(
+    "guidance", [GuidanceConfig(mode="autoguidance", scale=1.5), GuidanceConfig(mode="cfg", scale=2.0)]
+)
+@pytest.mark.parametrize("sampler", [SamplerConfig(num_steps=5), SamplerConfig(solver="dopri5", rtol=0.05)])
+def test_compiled_images_equal_eager_ones(pipeline, sampler, guidance):
+    settings = {"sampler": sampler, "guidance": guidance, "output_type": "np"}
+    compiled = build(backend="compile")(LABELS[:4], **settings).images.astype(np.int64)
+    assert np.abs(compiled - pipeline(LABELS[:4], **settings).images).max() <= 1
+
+
+def test_dopri5_runs_the_compiled_network_under_backend_compile(monkeypatch):
+    compiled = []
+
+    def compile_counted(function, **options):
+        def called(*args):
+            compiled.append(len(args[0]))
+            return function(*args)
+
+        return called
+
+    monkeypatch.setattr(torch, "compile", compile_counted)
+    build(backend="compile")([1], sampler=SamplerConfig(solver="dopri5", rtol=0.1), guidance_scale=1.0)
+    assert len(compiled) > 6
+    assert set(compiled) == {4}
+
+
+def test_dopri5_says_once_that_it_runs_without_cuda_graphs(caplog):
+    pipe = build(sampler=SamplerConfig(solver="dopri5", rtol=0.1))
+    pipe([1])
+    assert not caplog.records
+    pipe.runners.backend = "cuda_graph"  # which no CPU pipeline takes
+    pipe([1])
+    pipe([2])
+    (record,) = caplog.records
+    assert "solver dopri5 chooses its steps on the host, so backend cuda_graph does not apply" in record.getMessage()
+    assert "use backend compile" in record.getMessage()
+
+
+def test_a_call_takes_every_solver_setting(pipeline):
+    given = SamplerConfig(solver="dopri5", grid="released", atol=1e-5, rtol=1e-2)
+    assert pipeline.resolve(sampler=given)[0] == given
+    assert pipeline.resolve(num_steps=7, sampler=given)[0] == replace(given, num_steps=7)
+    with pytest.raises(ValueError, match="num_steps 2 is too small"):
+        pipeline([1], sampler=SamplerConfig(num_steps=2))
+    grids = [SamplerConfig(solver="euler", num_steps=5, grid=grid) for grid in ("exact", "released")]
+    images = [pipeline(LABELS[:2], sampler=sampler, output_type="np").images for sampler in grids]
+    assert not np.array_equal(*images)
+    frames = pipeline.trajectory(LABELS[:2], num_frames=3, sampler=grids[1])
+    assert np.array_equal(frames[-1].images, images[1])
+
+
+def test_settings_of_many_calls_are_not_kept_for_ever():
+    pipe = build(micro_batch_size=1)
+    pipe._plans.size = 4
+    for num_steps in range(3, 11):
+        pipe([1], num_steps=num_steps)
+    assert len(pipe._plans.kept) == 4
+    assert len(pipe.runners.runners.kept) == 1  # heun's tables have room for all of them
+
+
 @pytest.mark.parametrize("label", [10, -1, 1000])
 def test_label_out_of_range_is_an_error(pipeline, label):
     with pytest.raises(ValueError, match=rf"label {label} is out of range: this model has the classes 0 to 9"):

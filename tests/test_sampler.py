@@ -176,3 +176,24 @@ def test_guided_sampling_equals_sampling_the_mixed_velocity():
             fused = sample(velocity, start_state(), **common)
             mixed = sample(lambda x, a, b, velocity=velocity: velocity(x, a, b), start_state(), **common)
             torch.testing.assert_close(fused, mixed, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", FIXED)
+def test_a_nan_guide_does_not_touch_the_stream_that_is_not_guided(solver):
+    """Texture has weight 1: whatever the guide says of it, it moves as without a guide, to the bit."""
+
+    def weak(x, t_tex, t_sem):
+        out = torch.zeros_like(x)
+        out[:, :1] = float("nan")
+        return out
+
+    alone = lambda x, t_tex, t_sem: torch.cos(3 * x) + t_sem.view(-1, 1, 1, 1)  # noqa: E731  streams act on themselves
+    config = GuidanceConfig(mode="autoguidance", texture_scale=1.0, semantic_scale=1.8)
+    common = {"delta_t": 0.3, "num_texture_channels": 1}
+    velocity = guidance.autoguidance(alone, weak, config, **common)
+    x0, settings = start_state(dtype=torch.float32), SamplerConfig(solver=solver, num_steps=7)
+    guided = sample(velocity, x0, config=settings, **common)
+    plain = sample(alone, x0, config=settings, **common)
+    assert torch.equal(guided[:, :1], plain[:, :1])
+    assert guided[:, 1:].isfinite().all()
+    assert not torch.equal(guided[:, 1:], plain[:, 1:])

@@ -259,15 +259,17 @@ class LightningDiT(nn.Module):
 
     def condition(self, t_tex: Tensor, t_sem: Tensor, labels: Tensor) -> Tensor:
         """SiLU([e_sem(t_sem) | e_tex(t_tex)] + e_label), (B, D); the first half alone with one clock."""
+        return condition_silu(*self.embed_times(t_tex, t_sem), self.y_embedder(labels))
+
+    def embed_times(self, t_tex: Tensor, t_sem: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(e_sem, e_tex), each (B, D / 2), of clocks (B,); with one clock (e(t_tex) (B, D), None)."""
         dtype = self.pos_embed.dtype
         clocks = torch.stack((t_tex, t_sem) if self.config.two_clocks else (t_tex,))
         clocks = clocks.to(torch.promote_types(clocks.dtype, torch.float32))
         features = timestep_features(clocks, TIMESTEP_FEATURES).to(dtype)  # (1 or 2, B, 256)
         if self.config.two_clocks:
-            e_sem, e_tex = self.t_embedder_sem(features[1]), self.t_embedder_tex(features[0])
-        else:
-            e_sem, e_tex = self.t_embedder(features[0]), None
-        return condition_silu(e_sem, e_tex, self.y_embedder(labels))
+            return self.t_embedder_sem(features[1]), self.t_embedder_tex(features[0])
+        return self.t_embedder(features[0]), None
 
     def _recomputes(self, index: int) -> bool:
         share = self.checkpoint_activations
