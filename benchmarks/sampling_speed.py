@@ -1,0 +1,144 @@
+"""Images/s of the default sampler against an eager loop in the released manner, B/1 in fp32 with a B/1 guide.
+
+Every candidate runs in a process of its own, as users run it: all cores, and the memory allocator as that program
+leaves it (SFDPipeline keeps freed memory on a CPU, an eager loop does not). The processes take turns in a random order;
+the others wait. A turn is one trajectory of EVALUATIONS guided evaluations; decoding is left out, as it is the same.
+The cap: the matrix products and attention of the same evaluations alone, with freed memory kept.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from released_manner import guided_euler, matrix_products
+from timing import Timing, machine, spin
+from torch import Tensor
+
+from sfd_fast.config import GuidanceConfig, SamplerConfig, TextureConfig
+from sfd_fast.data.statistics import LatentStatistics
+from sfd_fast.memory import keep_freed_memory
+from sfd_fast.models.dit import LightningDiT
+from sfd_fast.models.texture import TextureCodec
+from sfd_fast.pipeline import SFDPipeline
+from sfd_fast.presets import PRESETS
+
+EVALUATIONS = 4  # at least one for each stage; the ratio does not depend on their number
+ROUNDS = 7
+DELTA_T, SCALE = 0.3, 1.5
+RELEASED = "released manner, eager"
+BARRED = "ours, eager (the default)"
+CANDIDATES = (
+    RELEASED, "released manner, eager, freed memory kept", BARRED, "ours, compile", "matrix products and attention",
+)  # fmt: skip
+
+
+def random_network(name: str) -> LightningDiT:
+    model = LightningDiT(PRESETS[name]).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if not parameter.any():  # zero-initialised layers: denormal or zero products would flatter no one
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def candidate(name: str, batch: int) -> Callable[[], Tensor | None]:
+    """One trajectory of a micro-batch; the same networks, noise and labels for every name."""
+    torch.manual_seed(0)
+    main, guide = random_network("B"), random_network("B")
+    labels, config = torch.arange(batch), main.config
+    noise = torch.randn(batch, config.channels, config.grid_size, config.grid_size)
+    if name.startswith("ours"):
+        pipeline = SFDPipeline(
+            main, guide=guide, statistics=LatentStatistics.identity(config.texture_channels, config.semantic_channels),
+            codec=TextureCodec(TextureConfig(channels=32, num_res_blocks=1)), delta_t=DELTA_T, micro_batch_size=batch, device="cpu",
+            backend="compile" if name.endswith("compile") else "eager",
+        )  # fmt: skip
+        settings = SamplerConfig(num_steps=EVALUATIONS)
+        guidance = GuidanceConfig(mode="autoguidance", scale=SCALE)
+        return lambda: pipeline.sample_latents(labels, labels, 0, settings, guidance)
+    if name.endswith("kept") or name.startswith("matrix"):
+        keep_freed_memory()
+    if name.startswith("matrix"):
+        return lambda: [matrix_products(m, batch) for _ in range(EVALUATIONS) for m in (main, guide)] and None
+    grid = torch.linspace(0, 1 + DELTA_T, EVALUATIONS + 1)
+    return lambda: guided_euler(main, guide, noise, labels, grid=grid, delta_t=DELTA_T, scale=SCALE)
+
+
+def work(name: str, batch: int) -> None:
+    """A candidate's process: after warming up, one trajectory for every line that comes in, its seconds out."""
+    run = candidate(name, batch)
+    run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, flush=True)
+
+
+def speed_rows(batch: int = 8, rounds: int = ROUNDS, threads: int | None = None) -> list[dict]:
+    """Rows of images/s, the barred ratio with its spread over the rounds, and the cap."""
+    threads = threads or torch.get_num_threads()
+    command = [sys.executable, __file__, "--batch", str(batch), "--threads", str(threads), "--candidate"]
+    workers = {}
+    for name in CANDIDATES:
+        workers[name] = subprocess.Popen(
+            [*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        if workers[name].stdout.readline().strip() != "ready":
+            raise RuntimeError(f"the process of '{name}' did not start")
+    seconds: dict[str, list[float]] = {name: [] for name in CANDIDATES}
+    canary, chance = [], random.Random(0)
+    for _ in range(rounds):
+        canary.append(spin())
+        for name in chance.sample(CANDIDATES, len(CANDIDATES)):
+            workers[name].stdin.write("go\n")
+            seconds[name].append(float(workers[name].stdout.readline()))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    where = machine("cpu") | {"threads": threads}
+
+    def row(name: str, values: list[float], unit: str, bar: float | None = None) -> dict:
+        found = Timing.of(values)
+        holds = None if bar is None else found.median >= bar
+        return {"name": name, "value": found.median, "low": found.low, "high": found.high, "unit": unit, "bar": bar,
+                "holds": holds, **where}  # fmt: skip
+
+    def ratio(name: str) -> list[float]:
+        return [a / b for a, b in zip(seconds[RELEASED], seconds[name])]
+
+    rows = [
+        row(f"B/1 with guide, micro-batch {batch}: {name}", [batch / s for s in seconds[name]],
+            f"images/s at {EVALUATIONS} evaluations")
+        for name in CANDIDATES[:-1]
+    ]  # fmt: skip
+    rows.append(row("B/1 with guide, fp32: the default over the released manner", ratio(BARRED), "ratio", 1.5))
+    for name in CANDIDATES[1:]:
+        if name != BARRED:
+            rows.append(row(f"  over the released manner: {name}", ratio(name), "ratio"))
+    rows.append(row("  canary (fixed loop, steadiness of the machine)", canary, "ms"))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--threads", type=int, help="default: torch's own choice, one per core")
+    parser.add_argument("--candidate", choices=CANDIDATES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    if options.candidate:
+        work(options.candidate, options.batch)
+        return
+    for row in speed_rows(options.batch, options.rounds, options.threads):
+        print(f"{row['name']:<78}{row['value']:>9.3f} ({row['low']:.3f} to {row['high']:.3f}) {row['unit']}")
+
+
+if __name__ == "__main__":
+    main()
