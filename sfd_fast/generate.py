@@ -6,6 +6,7 @@ there are then, and ends with the same files.
 """
 
 import json
+import numbers
 import os
 import time
 import zlib
@@ -14,30 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from sfd_fast import pictures, streams
+from sfd_fast import pictures
 from sfd_fast.config import GuidanceConfig, Precision, SamplerConfig, require, to_dict
-from sfd_fast.image_files import (
-    AsyncWriter,
-    create_once,
-    remove_temporary_files,
-    write_image,
-    write_npz,
-    write_part,
-    write_whole,
-)
+from sfd_fast.data.statistics import LatentStatistics
+from sfd_fast.image_files import AsyncWriter, create_once
 from sfd_fast.pipeline import SFDPipeline
+from sfd_fast.sample_files import POLL_S, Progress, Pulse, SampleFiles, wait_for_all
 
 RUN = "run.json"
 """what the images of a folder are made from"""
-NPZ = "samples.npz"
-STALL_S = 900
-"""rank 0 gives up on the other ranks after so many seconds without a new file"""
-POLL_S = 0.2
+CLAIM_S = 10.0
+"""run.json is read again for so long where another process may still be writing it"""
 GRID, STAGES = "grid.png", "stages.png"
 STRIP_IMAGES, STRIP_FRAMES = 4, 10
 
@@ -81,9 +72,12 @@ class SampleConfig:
     precision: Precision = "fp32"
     backend: Literal["eager", "compile", "cuda_graph"] = "eager"
     device: str = ""
-    """empty: CUDA device LOCAL_RANK where there is one, else the CPU"""
+    """cpu, cuda (device LOCAL_RANK) or cuda:N; empty: cuda where there is one, else the CPU"""
     num_writers: int = 4
     """threads that encode and write images"""
+    stall_s: float = 900.0
+    """rank 0 gives up on another process that shows no sign of life for so many seconds, or ten times as long writes
+    nothing"""
     grid: int = 64
     """images in the picture grid out/grid.png; 0: none"""
     show_stages: bool = False
@@ -94,6 +88,14 @@ class SampleConfig:
         object.__setattr__(self, "labels", parse_labels(self.labels))
         require(self.num >= 0, f"num {self.num} must not be negative")
         require(self.num_writers >= 1, f"num_writers {self.num_writers} must be at least 1")
+        require(self.stall_s > 0, f"stall_s {self.stall_s} must be greater than 0")
+        scales = {name: getattr(self, name) for name in ("guidance_scale", "texture_scale", "semantic_scale")}
+        for name, scale in scales.items():
+            require(
+                self.guidance_mode != "none" or scale in (None, 1.0),
+                f"{name} {scale} contradicts guidance_mode none: leave one of them out, or give --guidance_mode cfg or "
+                "autoguidance",
+            )
         require(self.grid >= 0, f"grid {self.grid} must not be negative")
         require(self.micro_batch_size >= 0, f"micro_batch_size {self.micro_batch_size} must not be negative")
         require(self.format in ("png", "webp", "npz"), f"format '{self.format}' is unknown; choose png, webp or npz")
@@ -138,48 +140,84 @@ def run_sample(config: SampleConfig) -> SampleResult:
     require(bool(config.model), "model is empty; give a pipeline folder, for example --model runs/demo/model")
     out = Path(config.out)
     try:
-        folder(config, out).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{out} cannot be written ({error}): choose another folder with --out") from error
-    pipeline = load_pipeline(config, local_rank)
+    with Pulse(out, rank, config.stall_s):
+        return sample_share(config, rank, world_size, load_pipeline(config, local_rank))
+
+
+def sample_share(config: SampleConfig, rank: int, world_size: int, pipeline: SFDPipeline) -> SampleResult:
+    out = Path(config.out)
     labels = given_or_balanced(config, pipeline)
     labels, sample_ids = pipeline.checked_inputs(labels, None, config.seed)
     settings = chosen_settings(config, pipeline)
+    if rank == 0:
+        say_unused_guide(pipeline, settings[1])
     claim(out, record_of(config, pipeline, labels, settings))
 
-    size, start = pipeline.micro_batch_size, time.monotonic()
-    starts = list(range(0, len(labels), size))
-    mine = [s for s in starts[rank::world_size] if not finished(config, out, s, size, len(labels))]
-    if rank == 0 and len(mine) < len(starts[rank::world_size]):
-        print(f"going on: {len(starts[rank::world_size]) - len(mine)} of {len(starts)} micro-batches are there already")
-    chosen = torch.cat([torch.arange(s, min(s + size, len(labels))) for s in mine] or [torch.empty(0).long()])
-    bar = _progress(len(chosen), config.progress and rank == 0)
+    files = SampleFiles(out, config.format, len(labels), pipeline.micro_batch_size)
+    if not files.npz.exists():
+        files.folder.mkdir(exist_ok=True)
+    start = time.monotonic()
+    progress = Progress(files, shown=config.progress and rank == 0)
+    if rank == 0 and progress.units_before:
+        print(f"{progress.units_before} of {len(files.starts)} micro-batches are there already")
+    mine = [first for first in files.starts[rank::world_size] if not files.finished(first)]
+    chosen = torch.cat([torch.tensor(files.numbers(first)) for first in mine] or [torch.empty(0).long()])
     images = pipeline.generate(labels[chosen], sample_ids[chosen], config.seed, *settings)
-    with AsyncWriter(config.num_writers, max_waiting=4 * max(size, config.num_writers)) as writer:
+    with AsyncWriter(config.num_writers, max_waiting=4 * max(files.size, config.num_writers)) as writer:
         for first, part in zip(mine, images, strict=True):
-            write_unit(config, out, writer, first, part)
-            bar.update(len(part))
-    bar.close()
-    seconds = time.monotonic() - start
-    npz = None
-    if rank == 0:
-        wait_for_all(config, out, starts, size, len(labels))
-        drawn = [out / GRID] if config.grid else []
-        if not (out / NPZ).exists():
-            draw_grid(config, out, starts, size, len(labels))
-        npz = gather(config, out, labels, starts, size)
-        if config.show_stages:
-            draw_stages(out, pipeline, labels, config.seed, settings)
-            drawn.append(out / STAGES)
-        if len(chosen):
-            rate = len(chosen) / seconds
-            print(f"{len(chosen)} images in {seconds:.1f} s ({rate:.2f} images/s on this process)")
-        print("look at " + ", ".join(str(path) for path in [npz or folder(config, out), *drawn]))
-    return SampleResult(out, len(chosen), seconds, npz)
+            files.write(writer, first, part)
+            if rank == 0:
+                progress.update()
+    npz = finish(config, files, progress, pipeline, labels, settings, start) if rank == 0 else None
+    return SampleResult(out, len(chosen), time.monotonic() - start, npz)
+
+
+def finish(
+    config: SampleConfig,
+    files: SampleFiles,
+    progress: Progress,
+    pipeline: SFDPipeline,
+    labels: torch.Tensor,
+    settings: tuple[SamplerConfig, GuidanceConfig],
+    start: float,
+) -> Path | None:
+    """What rank 0 does when its own images are there: waits for the others', draws, gathers, reports."""
+    progress.update(now=True)
+    wait_for_all(files, progress, config.stall_s)
+    progress.bar.close()
+    made, seconds = progress.done - progress.before, time.monotonic() - start
+    drawn = [files.out / GRID] if config.grid else []
+    if not files.npz.exists():
+        draw_grid(config, files)
+    npz = files.gather(labels, config.shuffle_seed)
+    if config.show_stages:
+        draw_stages(files.out, pipeline, labels, config.seed, settings)
+        drawn.append(files.out / STAGES)
+    if made:
+        print(f"{made} images in {seconds:.1f} s ({made / seconds:.2f} images/s on all processes)")
+    print("look at " + ", ".join(str(path) for path in [npz or files.folder, *drawn]))
+    return npz
+
+
+def choose_device(given: str, local_rank: int) -> str:
+    """The device of this process. Raises ValueError for one that is not there."""
+    kind, _, index = (given or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
+    if kind != "cuda":
+        return given or kind
+    require(torch.cuda.is_available(), f"--device {given} needs a CUDA device, and torch sees none: give --device cpu")
+    number, count = int(index) if index.isdecimal() else local_rank, torch.cuda.device_count()
+    require(
+        number < count,
+        f"CUDA device {number} is not there: this machine has {count}; start at most {count} process(es) on it",
+    )
+    return f"cuda:{number}"
 
 
 def load_pipeline(config: SampleConfig, local_rank: int) -> SFDPipeline:
-    device = config.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device, local_rank)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     options = {"precision": config.precision, "backend": config.backend, "device": device}
@@ -188,13 +226,23 @@ def load_pipeline(config: SampleConfig, local_rank: int) -> SFDPipeline:
     return SFDPipeline.from_pretrained(config.model, guide=config.guide or None, codec=config.codec or None, **options)
 
 
+def say_unused_guide(pipeline: SFDPipeline, guidance: GuidanceConfig) -> None:
+    """One line where a guide network is loaded that these settings never run."""
+    if pipeline.guide is None or (guidance.mode == "autoguidance" and guidance.active):
+        return
+    why = "guidance is off" if not guidance.active else f"guidance mode is {guidance.mode}"
+    print(f"the guide is not used, as {why}: --guidance_mode autoguidance --guidance_scale 1.5 would use it")
+
+
 def parse_labels(labels: str | Sequence[int]) -> tuple[int, ...]:
-    """(1, 2), [1, 2] of a YAML file, or "1,2" of the command line."""
+    """(1, 2), [1, 2] of a YAML file, or "1,2" of the command line. Raises ValueError for what is no whole number."""
     words = labels.strip("[]() ").replace(",", " ").split() if isinstance(labels, str) else labels
     try:
+        if not all(isinstance(word, str | numbers.Integral) for word in words):
+            raise ValueError("a class is a whole number")
         return tuple(int(word) for word in words)
     except ValueError:
-        raise ValueError(f"labels '{labels}' must be numbers of classes, separated by commas") from None
+        raise ValueError(f"labels '{labels}' must be whole numbers of classes, separated by commas") from None
 
 
 def chosen_settings(config: SampleConfig, pipeline: SFDPipeline) -> tuple[SamplerConfig, GuidanceConfig]:
@@ -233,6 +281,14 @@ def weights_checksum(*modules: nn.Module | None) -> str:
     return f"{checksum:08x}"
 
 
+def statistics_checksum(statistics: LatentStatistics) -> str:
+    """CRC-32 over what denormalises the latents."""
+    checksum = zlib.crc32(repr(float(statistics.multiplier)).encode())
+    for name in ("texture_mean", "texture_std", "semantic_mean", "semantic_std"):
+        checksum = zlib.crc32(getattr(statistics, name).detach().cpu().float().numpy().tobytes(), checksum)
+    return f"{checksum:08x}"
+
+
 def record_of(
     config: SampleConfig, pipeline: SFDPipeline, labels: torch.Tensor, settings: tuple[SamplerConfig, GuidanceConfig]
 ) -> dict:
@@ -242,6 +298,7 @@ def record_of(
         "model": config.model,
         "weights": weights_checksum(pipeline.model, pipeline.guide if guidance.mode == "autoguidance" else None),
         "codec": weights_checksum(pipeline.codec),
+        "statistics": statistics_checksum(pipeline.statistics),
         "num": len(labels),
         "labels": f"{zlib.crc32(labels.numpy()):08x}",
         "seed": config.seed,
@@ -249,6 +306,8 @@ def record_of(
         "shuffle_seed": config.shuffle_seed,
         "micro_batch_size": pipeline.micro_batch_size,
         "precision": pipeline.precision,
+        "backend": pipeline.runners.backend,
+        "device": pipeline.device.type,
         "delta_t": pipeline.delta_t,
         "sampler": to_dict(sampler),
         "guidance": to_dict(guidance),
@@ -260,7 +319,7 @@ def claim(out: Path, record: dict) -> None:
     path = out / RUN
     if create_once(path, (json.dumps(record, indent=1) + "\n").encode()):
         return
-    there = json.loads(path.read_text())
+    there = read_claim(path)
     different = [key for key in record if key != "model" and there.get(key) != record[key]]
     if different:
         key = different[0]
@@ -270,80 +329,27 @@ def claim(out: Path, record: dict) -> None:
         )
 
 
-def folder(config: SampleConfig, out: Path) -> Path:
-    """Where single images, or the parts of the npz, are."""
-    return out / ("parts" if config.format == "npz" else "images")
+def read_claim(path: Path) -> dict:
+    """The settings in run.json, which another process may be writing at this moment. Raises ValueError if it stays
+    torn."""
+    until = time.monotonic() + CLAIM_S
+    while True:
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"{path} is damaged ({error}): delete it to go on with the images that are there, or choose "
+                    "another folder with --out"
+                ) from error
+        time.sleep(POLL_S)
 
 
-def image_path(config: SampleConfig, out: Path, number: int) -> Path:
-    return folder(config, out) / f"{number:06d}.{config.format}"
-
-
-def part_path(config: SampleConfig, out: Path, first: int) -> Path:
-    return folder(config, out) / f"{first:08d}.npy"
-
-
-def finished(config: SampleConfig, out: Path, first: int, size: int, total: int) -> bool:
-    """Whether the micro-batch that begins with image `first` is on disk."""
-    if config.format == "npz":
-        return (out / NPZ).exists() or part_path(config, out, first).exists()
-    return all(image_path(config, out, i).exists() for i in range(first, min(first + size, total)))
-
-
-def write_unit(config: SampleConfig, out: Path, writer: AsyncWriter, first: int, images: np.ndarray) -> None:
-    if config.format == "npz":
-        writer.submit(lambda: write_part(part_path(config, out, first), images))
-        return
-    for number, image in enumerate(images, first):
-        path = image_path(config, out, number)
-        writer.submit(lambda path=path, image=image: write_image(path, image))
-
-
-def wait_for_all(config: SampleConfig, out: Path, starts: list[int], size: int, total: int) -> None:
-    """Returns when every process's images are on disk; OSError where nothing new appears for STALL_S seconds."""
-    missing, since = starts, time.monotonic()
-    while missing:
-        left = [s for s in missing if not finished(config, out, s, size, total)]
-        if len(left) < len(missing):
-            since = time.monotonic()
-        elif time.monotonic() - since > STALL_S:
-            raise OSError(
-                f"{len(left)} of {len(starts)} micro-batches are missing in {out} and nothing was written for "
-                f"{STALL_S} s: another process has stopped; run the same command again to go on"
-            )
-        missing = left
-        if missing:
-            time.sleep(POLL_S)
-
-
-def gather(config: SampleConfig, out: Path, labels: torch.Tensor, starts: list[int], size: int) -> Path | None:
-    """Out of the parts the evaluator's npz, shuffled; beside pictures their labels as labels.npy."""
-    remove_temporary_files(folder(config, out))
-    if config.format != "npz":
-        write_whole(out / "labels.npy", lambda file: np.save(file, labels.numpy()))
-        return None
-    path = out / NPZ
-    if not path.exists():
-        order = streams.permutation(len(labels), seed=config.shuffle_seed, stream=streams.OUTPUT_ORDER).numpy()
-        others = {"arr_1": labels.numpy()[order], "sample_ids": order}
-        write_npz(path, [part_path(config, out, s) for s in starts], order, size, others)
-    for first in starts:
-        part_path(config, out, first).unlink(missing_ok=True)
-    folder(config, out).rmdir()
-    return path
-
-
-def draw_grid(config: SampleConfig, out: Path, starts: list[int], size: int, total: int) -> None:
+def draw_grid(config: SampleConfig, files: SampleFiles) -> None:
     """grid.png of the first images."""
-    count = min(config.grid, total)
-    if count == 0 or (out / GRID).exists():
-        return
-    if config.format == "npz":
-        parts = [np.load(part_path(config, out, s)) for s in starts[: -(-count // size)]]
-        images = list(np.concatenate(parts)[:count])
-    else:
-        images = [np.asarray(Image.open(image_path(config, out, i)).convert("RGB")) for i in range(count)]
-    pictures.save(out / GRID, pictures.tile(images, max(1, round(count**0.5))))
+    count = min(config.grid, files.num)
+    if count and not (files.out / GRID).exists():
+        pictures.save(files.out / GRID, pictures.tile(files.first_images(count), max(1, round(count**0.5))))
 
 
 def draw_stages(
@@ -360,9 +366,3 @@ def draw_stages(
         labels[:count].tolist(),
         pipeline.delta_t,
     )
-
-
-def _progress(total: int, shown: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="image", smoothing=0.1, disable=not shown)

@@ -24,27 +24,44 @@ ENCODERS: dict[str, dict] = {
 
 
 def write_whole(path: Path, content: bytes | Callable[[io.BufferedWriter], None]) -> None:
-    """Writes a file under a temporary name and renames it: whoever sees `path` sees all of it."""
+    """Writes a file under a temporary name and renames it: whoever sees `path` sees all of it.
+
+    Raises OSError naming the file; what was written until then is removed, `path` is as it was.
+    """
     temporary = path.with_name(TEMPORARY + path.name)
-    with open(temporary, "wb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        else:
-            content(file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from error
 
 
 def create_once(path: Path, content: bytes) -> bool:
-    """Creates a file that nobody has created yet, whole; False where it exists already."""
+    """Creates a file that nobody has created yet; False where it exists already.
+
+    Whole at once by a hard link; where the file system has none, whoever reads it may see the beginning only.
+    """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{threading.get_ident()}-{path.name}")
     temporary.write_bytes(content)
     try:
         os.link(temporary, path)
-        return True
     except FileExistsError:
         return False
+    except OSError:  # exFAT, some network and container file systems: EPERM, ENOTSUP, ENOSYS
+        try:
+            with open(path, "xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
     finally:
         temporary.unlink()
+    return True
 
 
 class AsyncWriter:
@@ -71,8 +88,7 @@ class AsyncWriter:
     def _raise(self) -> None:
         if self._failed is not None:
             raise OSError(
-                f"an image could not be written ({self._failed}); what is complete is kept: make room and run the same "
-                "command again to go on"
+                f"{self._failed}; what is complete is kept: make room and run the same command again to go on"
             ) from self._failed
 
     def __enter__(self) -> "AsyncWriter":

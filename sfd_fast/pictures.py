@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sfd_fast.directory import write_atomically
+
 
 def enlarge(image: np.ndarray, size: int) -> np.ndarray:
     """Small images scaled up by whole pixels to about `size`, larger ones left alone."""
@@ -29,7 +31,8 @@ def tile(images: Sequence[np.ndarray], num_columns: int, *, size: int = 48, gap:
 
 
 def save(path: str | Path, picture: np.ndarray) -> None:
-    Image.fromarray(picture).save(path)
+    """Writes a picture (H, W, 3) uint8, whole or not at all; the kind of file by the suffix."""
+    write_atomically(Path(path), Image.fromarray(picture).save)
 
 
 def figure(width: float, height: float, **options):
@@ -67,7 +70,7 @@ def sample_grid(
         axis.tick_params(length=0)
         axis.set_frame_on(False)
     axes[0].set_ylabel("label")
-    drawn.savefig(path, dpi=110)
+    write_atomically(Path(path), lambda temporary: drawn.savefig(temporary, dpi=110))
 
 
 def padded(images: np.ndarray, count: int) -> list[np.ndarray]:
@@ -103,7 +106,7 @@ def loss_curves(path: str | Path, runs: Mapping[str, list[dict]], plain: Mapping
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss")
-    drawn.savefig(path, dpi=110)
+    write_atomically(Path(path), lambda temporary: drawn.savefig(temporary, dpi=110))
 
 
 def semantic_colours(semantic: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -154,7 +157,7 @@ def stage_strip(
                     axis.set_ylabel(f"{labels[i]}\nsemantic" if k == 0 else "texture", fontsize=8)
         t_tex, t_sem = max(tau - delta_t, 0.0), min(tau, 1.0)
         axes[0, j].set_title(f"{stage_name(tau, delta_t)}\nt_sem {t_sem:.2f}\nt_tex {t_tex:.2f}", fontsize=7)
-    drawn.savefig(path, dpi=110)
+    write_atomically(Path(path), lambda temporary: drawn.savefig(temporary, dpi=110))
 
 
 def stage_name(tau: float, delta_t: float) -> str:

@@ -24,7 +24,7 @@ from sfd_fast.presets import PRESETS, preset
         (lambda: ModelConfig(class_dropout=1.0), "class_dropout 1.0 must be in \\[0, 1\\)"),
         (lambda: TransportConfig(delta_t=1.2), "delta_t 1.2 must be in \\[0, 1\\]"),
         (lambda: TransportConfig(velocity_loss=False, cosine_loss=False), "at least one of them must train"),
-        (lambda: GuidanceConfig(scale=2.0), "guidance mode is 'none'; set mode to 'cfg' or 'autoguidance'"),
+        (lambda: GuidanceConfig(scale=2.0), "set guidance.mode \\(`sfd sample`: --guidance_mode\\) to 'cfg' or 'auto"),
         (lambda: OptimizerConfig(lr=0), "OptimizerConfig.lr = 0 must be greater than 0"),
         (lambda: TrainConfig(global_batch_size=10, micro_batch_size=4), "must be a multiple of micro_batch_size 4"),
         (lambda: SFDConfig(transport=TransportConfig(delta_t=0.0)), "delta_t = 0 has one clock"),

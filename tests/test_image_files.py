@@ -29,11 +29,23 @@ def test_a_failure_of_a_thread_is_raised_when_the_writer_is_left():
     def fail():
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="could not be written .*No space left"), image_files.AsyncWriter(1, 2) as writer:
+    with pytest.raises(OSError, match="No space left.*what is complete is"), image_files.AsyncWriter(1, 2) as writer:
         writer.submit(fail)
 
 
 def test_a_file_is_created_by_one_only(tmp_path):
+    path = tmp_path / "run.json"
+    assert image_files.create_once(path, b"first")
+    assert not image_files.create_once(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_created_by_one_only_where_the_disk_has_no_hard_links(tmp_path, monkeypatch):
+    def refused(source, target):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(image_files.os, "link", refused)
     path = tmp_path / "run.json"
     assert image_files.create_once(path, b"first")
     assert not image_files.create_once(path, b"second")
@@ -49,9 +61,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half")
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(OSError, match=r"x.npy could not be written \(full\)"):
         image_files.write_whole(path, fail)
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]  # what was written gives its room back
+    (tmp_path / ".writing-x.npy").write_bytes(b"half")  # as a kill leaves it
     image_files.remove_temporary_files(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 

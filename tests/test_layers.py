@@ -12,14 +12,17 @@ FILES = sorted(ROOT.glob("sfd_fast/**/*.py")) + sorted(ROOT.glob("kernels/sfd_ke
 
 # a module may import from its own layer and from layers above it in this table
 LAYERS = [
-    ["config", "presets", "streams", "pictures", "directory", "released"],
+    ["config", "presets", "streams", "pictures", "directory", "released", "memory"],
     ["models", "transport"],
     ["data", "checkpoint", "released_config", "released_semvae", "guidance"],
     ["solvers", "sampler", "adaptive"],
     ["graphs"],
-    ["evaluation", "pipeline_files", "pipeline", "image_files", "training", "generate", "convert", "digits", "doctor"],
+    [
+        "evaluation", "pipeline_files", "pipeline", "image_files", "sample_files", "training", "generate", "convert",
+        "digits", "doctor",
+    ],
     ["demo", "cli", "__main__"],
-]
+]  # fmt: skip
 ONE_FILE = {
     "deepspeed": {"sfd_fast/training/deepspeed.py"},
     "nvidia": {"sfd_fast/data/dali.py"},
