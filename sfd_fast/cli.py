@@ -15,7 +15,9 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from sfd_fast import __version__
+from sfd_fast.config import require
 from sfd_fast.presets import ENCODE_DEFAULTS, FEATURES_DEFAULTS, MODEL_DEFAULTS
+from sfd_fast.recipes import RECIPES, recipe
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Command:
     """what --preset chooses from: defaults of options by the preset's name; empty: no --preset"""
     positional: str = ""
     """the option that a word without a flag gives"""
+    recipes: bool = False
+    """offer --recipe; --preset fills in its hyper-parameters too"""
+    short: dict[str, str] = dataclasses.field(default_factory=dict)
+    """short names of options: {short: full}"""
 
 
 COMMANDS: dict[str, Command] = {
@@ -54,7 +60,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         "sfd_fast.config:SFDConfig", "sfd_fast.training.loop:run_train", "train the diffusion transformer",
-        presets=MODEL_DEFAULTS,
+        presets=MODEL_DEFAULTS, recipes=True,
+        short={
+            "dry_run": "train.dry_run", "init_from": "train.init_from", "deepspeed_config": "deepspeed.config_file",
+        },
     ),
     "plan": Command(
         "sfd_fast.training.plan:PlanConfig", "sfd_fast.training.plan:run_plan",
@@ -133,13 +142,13 @@ def usage() -> str:
     )
 
 
-def chosen_preset(argv: list[str]) -> str | None:
-    """The preset named on the command line, or else in the last configuration file that has one."""
+def chosen(option: str, argv: list[str]) -> str | None:
+    """What the command line names as --preset or --recipe, or else the last configuration file that names one."""
     name = None
     for i, word in enumerate(argv):
         key, _, value = word.partition("=")
         value = value or (argv[i + 1] if i + 1 < len(argv) else "")
-        if key == "--preset":
+        if key == f"--{option}":
             return value
         if key == "--config" and os.path.isfile(value):
             with open(value) as file:
@@ -148,41 +157,49 @@ def chosen_preset(argv: list[str]) -> str | None:
                 except yaml.YAMLError as error:
                     raise ValueError(f"{value} is no valid YAML: {' '.join(str(error).split())}") from None
             if isinstance(content, dict):
-                name = content.get("preset", name)
+                name = content.get(option, name)
     return name
 
 
 def build_parser(name: str, argv: list[str]) -> Parser:
-    """The parser of one command; a preset becomes the defaults, below files and flags."""
+    """The parser of one command; a preset and its recipe become the defaults, below files and flags."""
     command = COMMANDS[name]
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     kind = load(command.config)
-    parser = Parser(prog=f"sfd {name}", description=command.summary)
+    short = ", ".join(f"--{word.replace('_', '-')} (--{full})" for word, full in command.short.items())
+    parser = Parser(prog=f"sfd {name}", description=command.summary + (f". Short flags: {short}" if short else ""))
     parser.add_argument("--config", action="config", help="YAML file; repeatable, later files and flags win")
     parser.add_class_arguments(kind)
     if command.presets:
         names = ", ".join(command.presets)
         parser.add_argument("--preset", type=str, default=None, help=f"defaults below files and flags: {names}")
-        chosen = chosen_preset(argv)
-        if chosen is not None and chosen not in command.presets:
-            raise ValueError(f"unknown preset '{chosen}'; presets: {names}")
-        if chosen is not None:
-            parser.set_defaults(command.presets[chosen])
+        preset = chosen("preset", argv)
+        if preset is not None:
+            require(preset in command.presets, f"unknown preset '{preset}'; presets: {names}")
+            parser.set_defaults(command.presets[preset])
+    if command.recipes:
+        rows = ", ".join(f"{owner} {row}" for owner, row in RECIPES)
+        parser.add_argument("--recipe", type=str, default=None, help=f"hyper-parameters of the preset: {rows}")
+        row = chosen("recipe", argv)
+        require(row is None or preset is not None, f"--recipe {row} needs --preset: a recipe is a row of a preset")
+        if preset is not None:
+            parser.set_defaults(recipe(preset, row).settings())
     return parser
 
 
 def parse(name: str, argv: list[str]) -> Any:
     """The configuration object of command `name` from its command line."""
-    switches = bool_keys(load(COMMANDS[name].config))
-    argv = [normalized(word) for word in argv]
-    if COMMANDS[name].positional:
-        argv = with_positional(argv, COMMANDS[name].positional, switches)
+    command = COMMANDS[name]
+    switches = bool_keys(load(command.config))
+    argv = [in_full(normalized(word), command.short) for word in argv]
+    if command.positional:
+        argv = with_positional(argv, command.positional, switches)
     argv = with_values(argv, switches)
     parser = build_parser(name, argv)
     values = parser.parse_args(argv)
-    values.pop("config", None)
-    values.pop("preset", None)
-    return load(COMMANDS[name].config)(**vars(parser.instantiate(values)))
+    for key in ("config", "preset", "recipe"):
+        values.pop(key, None)
+    return load(command.config)(**vars(parser.instantiate(values)))
 
 
 def normalized(word: str) -> str:
@@ -191,6 +208,12 @@ def normalized(word: str) -> str:
         return word
     key, equals, value = word[2:].partition("=")
     return "--" + key.replace("-", "_") + equals + value
+
+
+def in_full(word: str, short: dict[str, str]) -> str:
+    """--dry_run is --train.dry_run, where the command has such a short name."""
+    key, equals, value = word.removeprefix("--").partition("=")
+    return f"--{short[key]}{equals}{value}" if word.startswith("--") and key in short else word
 
 
 def bool_keys(kind: type, prefix: str = "") -> set[str]:

@@ -258,8 +258,8 @@ class SFDPipeline:
             guidance = replace(guidance, mode=mode, scale=guidance_scale, texture_scale=None, semantic_scale=None)
         require(
             guidance.mode != "autoguidance" or not guidance.active or self.guide is not None,
-            "guidance mode 'autoguidance' needs a guide model, which this pipeline has not: load one with guide=..., "
-            "or use mode 'cfg'",
+            "guidance mode 'autoguidance' needs a guide model, which this pipeline has not: load one with guide=... "
+            "(`sfd sample --guide`), or use mode 'cfg' or 'none' (--guidance_mode)",
         )
         check_scales(guidance, self.delta_t)
         return sampler, guidance

@@ -1,10 +1,15 @@
 """The command line: every field a flag, files below flags, presets below files, mistakes in one line."""
 
+from dataclasses import replace
+
 import pytest
+import yaml
 
 from sfd_fast import cli
 from sfd_fast.config import SFDConfig
-from sfd_fast.presets import XL, B
+from sfd_fast.demo import DemoConfig, diffusion_config, guide_config
+from sfd_fast.presets import PRESETS, XL, B
+from sfd_fast.recipes import RECIPES, recipe_names
 
 
 def refused(capsys, *argv: str) -> str:
@@ -152,3 +157,86 @@ def test_the_released_data_settings_are_one_flag_below_files_and_flags(tmp_path,
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         assert "imagenet256" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "row"), RECIPES)
+def test_every_recipe_makes_a_configuration(name, row):
+    config = cli.parse("train", ["--preset", name, "--recipe", row])
+    made = RECIPES[name, row]
+    assert config.model == PRESETS[name]
+    assert (config.optimizer.lr, config.optimizer.beta2) == (made.lr, made.beta2)
+    assert (config.transport.repa_weight, config.transport.repa_mode) == (made.repa_weight, made.repa_mode)
+    assert config.train.max_steps == made.max_steps
+    assert config.guidance.active == bool(made.guide) == (made.guidance_scale != 1)
+    if made.guide:
+        assert tuple(made.guide.split()) in RECIPES
+    assert made.source
+
+
+def test_every_preset_has_a_recipe():
+    assert all(recipe_names(name) for name in PRESETS)
+
+
+def test_the_released_rows_hold_the_published_numbers():
+    """METHOD 4 and 5: 400k and 4M steps, w 1.6 and 1.5; the retraining recipe's lr, beta2, lambda and REPA loss."""
+    usual = cli.parse("train", ["--preset", "XL"])
+    assert (usual.optimizer.lr, usual.optimizer.beta2, usual.train.max_steps) == (1e-4, 0.999, 400_000)
+    assert (usual.guidance.mode, usual.guidance.scale) == ("autoguidance", 1.6)
+    long = cli.parse("train", ["--preset", "XXL", "--recipe", "800ep"])
+    assert (long.train.max_steps, long.guidance.scale) == (4_000_000, 1.5)
+    assert (long.train.engine, long.deepspeed.zero_stage) == ("deepspeed", 1)
+    again = cli.parse("train", ["--preset", "XL", "--recipe", "retraining"])
+    assert (again.optimizer.lr, again.optimizer.beta2, again.train.max_steps) == (2e-4, 0.95, 400_000)
+    assert (again.transport.repa_weight, again.transport.repa_mode) == (0.5, "cos_mse")
+
+
+def test_the_demo_rows_are_the_demo(tmp_path):
+    main = diffusion_config(DemoConfig(), tmp_path)
+    for name, theirs in (("DIGITS", main), ("DIGITS_GUIDE", guide_config(DemoConfig(), main))):
+        ours = cli.parse("train", ["--preset", name])
+        assert (ours.model, ours.optimizer, ours.transport) == (theirs.model, theirs.optimizer, theirs.transport)
+        same = ("max_steps", "global_batch_size", "precision")
+        assert all(getattr(ours.train, key) == getattr(theirs.train, key) for key in same)
+
+
+def test_files_and_flags_win_over_a_recipe(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("preset: XL\nrecipe: retraining\noptimizer:\n  lr: 3e-4\n")
+    config = cli.parse("train", ["--config", str(file), "--transport.repa_weight", "0.7"])
+    assert (config.optimizer.lr, config.optimizer.beta2, config.transport.repa_weight) == (3e-4, 0.95, 0.7)
+
+
+def test_print_config_shows_the_recipe_and_reads_back(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--preset", "XL", "--recipe", "retraining", "--print-config"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    shown = yaml.safe_load(text)
+    assert (shown["optimizer"]["lr"], shown["transport"]["repa_mode"]) == (2e-4, "cos_mse")
+    (tmp_path / "shown.yaml").write_text(text)
+    again = cli.parse("train", ["--config", str(tmp_path / "shown.yaml")])
+    assert again == cli.parse("train", ["--preset", "XL", "--recipe", "retraining"])
+
+
+def test_a_recipe_that_is_not_there_lists_those_that_are(capsys):
+    wrong = refused(capsys, "train", "--preset", "XL", "--recipe", "90ep")
+    assert "preset XL has no recipe '90ep'; its recipes: 80ep, 800ep, retraining" in wrong
+    assert "--recipe 80ep needs --preset" in refused(capsys, "train", "--recipe", "80ep")
+
+
+def test_short_flags_serve_as_the_full_ones(tmp_path):
+    """The three that the training commands are usually given; a switch among them needs no value."""
+    file = tmp_path / "ds.json"
+    short = ["--dry-run", "--deepspeed-config", str(file), "--init-from=weights.pt"]
+    config = cli.parse("train", short)
+    assert (config.train.dry_run, config.train.init_from) == (True, "weights.pt")
+    assert config.deepspeed.config_file == str(file)
+    assert config == replace(cli.parse("train", []), train=config.train, deepspeed=config.deepspeed)
+
+
+def test_short_flags_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for flag in ("--dry-run (--train.dry_run)", "--deepspeed-config (--deepspeed.config_file)", "--init-from"):
+        assert flag in text
