@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import fsspec
 import pytest
 import torch
 from image_trees import write_tree
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_encoders import save_autoencoder, save_dinov2
 
 from sfd_fast.checkpoint import load_semvae, save_model
-from sfd_fast.config import DataConfig, ModelConfig, SemVAEConfig, SFDConfig, TrainConfig
+from sfd_fast.config import DataConfig, ModelConfig, SemVAEConfig, SFDConfig, TrainConfig, TransportConfig
 from sfd_fast.data.latents import LatentLoader, LatentShards
 from sfd_fast.data.prepare import EncodeConfig, run_encode
 from sfd_fast.data.shards import write_shard
@@ -247,6 +248,26 @@ def test_a_run_continues_with_the_targets_it_began_with_alone(made, tmp_path):
     other = {"path": str(tmp_path / "cache"), "semvae": str(save_semvae(tmp_path / "other", seed=1))}
     with pytest.raises(ValueError, match="trained on other data: target_weights was"):
         train(replace(longer, data=replace(longer.data, **other)))
+
+
+def test_online_targets_of_a_remote_cache_find_its_index(made, tmp_path):
+    root, parts = made
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(str(root / "cache"), "/bucket/online", recursive=True)
+    try:
+        remote = LatentShards("memory://bucket/online", cache_folder=tmp_path)
+    finally:
+        filesystem.rm("/bucket/online", recursive=True)
+    a, b = (batches(shards, "online", parts, 1)[0] for shards in (remote, LatentShards(root / "cache")))
+    assert torch.equal(a["features"], b["features"])
+
+
+def test_targets_that_are_not_used_are_said(made, tmp_path):
+    root, parts = made
+    config = training_config(root, parts, tmp_path, "semvae")
+    job = diffusion_job(replace(config, transport=TransportConfig(repa_weight=0.0)))
+    assert job.notes == ("transport.repa_weight is 0: data.targets is not used",)
+    assert diffusion_job(config).notes == ()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from sfd_fast.transport import sample_tau, training_loss
 VALIDATION_IDS = 2**40
 """first sample id of held-out data: no position of a run comes near it, so its noise and times are its own and fixed"""
 CLOCK_BINS = 10
+UNUSED_TARGETS = "transport.repa_weight is 0: data.targets is not used"
 FREE_TRAIN_KEYS = frozenset(
     f"train.{key}"
     for key in (
@@ -87,8 +88,8 @@ def check_data(config: SFDConfig, shards: LatentShards, targets: Targets | None)
         tokens, width = (grid[1] * grid[2], grid[0]) if targets is None else targets.shape
         require(
             (tokens, width) == (model.num_tokens, model.repa_channels),
-            f"VFM features of {config.data.path} ({config.data.targets}) are {tokens} tokens of width {width}; the REPA "
-            f"head predicts model.repa_channels = {model.repa_channels} on {model.num_tokens} tokens",
+            f"VFM features of {config.data.path} ({config.data.targets}) are {tokens} tokens of width {width}; the "
+            f"REPA head predicts model.repa_channels = {model.repa_channels} on {model.num_tokens} tokens",
         )
     labels = shards.max_label
     require(
@@ -258,6 +259,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
     quality = partial(Quality, config=config, statistics=statistics, decode=decode)
     drawn = config.train.sample_every > 0 or config.train.eval_every > 0
     unguided = drawn and config.guidance.mode == "autoguidance" and config.guidance.active
+    unused = config.data.targets != "stored" and config.transport.repa_weight == 0
     identity = {"num_samples": len(shards), "statistics": fingerprint(statistics)}
     if config.data.validation_samples and not config.data.validation_path:
         identity["held_out"] = SPREAD
@@ -277,7 +279,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         flaw=data().flaw,
         samples=lambda engine: sample_picture(engine, config, statistics, decode),
         quality=quality if config.train.eval_every else None,
-        notes=(UNGUIDED,) if unguided else (),
+        notes=tuple(note for note, said in ((UNGUIDED, unguided), (UNUSED_TARGETS, unused)) if said),
         bins=bins,
         num_bins=CLOCK_BINS,
         record={"statistics": statistics_as_json(statistics)},
