@@ -39,9 +39,9 @@ def test_a_task_of_a_slurm_step_is_a_rank(environment):
 
 
 def test_a_meeting_point_that_the_user_chose_stays(environment):
-    environment.update(STEP, MASTER_ADDR="ib7", MASTER_PORT="7")
+    environment.update(STEP, MASTER_ADDR="ib7")
     Place.from_environment()
-    assert environment["MASTER_ADDR"] == "ib7" and environment["MASTER_PORT"] == "7"
+    assert environment["MASTER_ADDR"] == "ib7" and environment["MASTER_PORT"] == "15043"
 
 
 def test_the_body_of_a_batch_script_is_alone(environment):

@@ -46,7 +46,8 @@ class Place:
         if "RANK" not in environment:
             if place.world_size > 1:
                 if not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
-                    environment |= slurm_meeting_point(environment)
+                    for name, value in slurm_meeting_point(environment).items():
+                        environment.setdefault(name, value)
             else:
                 # a port of its own: two runs on one machine do not meet
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
