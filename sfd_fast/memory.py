@@ -1,7 +1,7 @@
 """Freed memory stays in the process. Without that every large CPU tensor costs page faults at each operation.
 
-glibc takes large blocks from the kernel one by one and gives them back when they are freed, so an eager network on a
-CPU spends its time having the same pages zeroed again and again. CUDA's caching allocator does the same for GPUs.
+glibc takes blocks of 32 MiB and more from the kernel one by one and gives them back when they are freed, so a network
+on a CPU has the same pages zeroed at every layer. Keeping them is what CUDA's caching allocator does for GPUs.
 """
 
 import ctypes
