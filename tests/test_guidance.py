@@ -117,3 +117,13 @@ def test_separate_scales_with_one_clock_are_an_error():
     config = GuidanceConfig(mode="autoguidance", texture_scale=1.3, semantic_scale=1.8)
     with pytest.raises(ValueError, match=r"texture 1\.3, semantic 1\.8.*delta_t is 0"):
         guidance.autoguidance(constant(1.0), constant(0.0), config, num_texture_channels=1, delta_t=0.0)
+
+
+def test_the_main_velocity_suffices_where_no_moving_stream_is_guided():
+    config = GuidanceConfig(mode="autoguidance", texture_scale=1.0, semantic_scale=2.0, interval_start=0.2)
+    main = constant(1.0)
+    mixed = guidance.autoguidance(main, constant(0.0), config, num_texture_channels=1, delta_t=0.3)
+    assert mixed.needed(torch.tensor(0.25), (False, True)) is mixed
+    assert mixed.needed(torch.tensor(0.15), (False, True)) is main  # before the interval
+    assert mixed.needed(torch.tensor(0.5), (True, True)) is mixed
+    assert mixed.needed(torch.tensor(1.2), (True, False)) is main  # texture alone, of weight 1
