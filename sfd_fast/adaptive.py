@@ -87,9 +87,10 @@ def _integrate(drift: Velocity, y: Tensor, start: float, end: float, atol: float
         step = torch.where(active, h * factor, step)
         if not (tau + step > tau).all():
             break
+    reason = f"{MAX_STEPS} steps were not enough" if (tau + step > tau).all() else "the step has shrunk to nothing"
     raise ValueError(
-        f"dopri5 cannot reach tau {end} within its tolerances (atol {atol}, rtol {rtol}): the step has shrunk to "
-        f"{step.min().item():.1e}; raise sampler.rtol and sampler.atol, or use a solver with fixed steps"
+        f"dopri5 cannot reach tau {end} within its tolerances (atol {atol}, rtol {rtol}): {reason} (smallest step now "
+        f"{step.min().item():.1e}); raise sampler.rtol and sampler.atol, or use a solver with fixed steps"
     )
 
 

@@ -84,7 +84,7 @@ def test_dopri5_that_cannot_meet_its_tolerances_is_an_error(monkeypatch):
     monkeypatch.setattr("sfd_fast.adaptive.MAX_STEPS", 200)
     # A velocity whose sign flips a billion times: its steps stay tiny.
     rough = lambda x, t_tex, t_sem: torch.sign(torch.sin(1e9 * t_tex)).view(-1, 1, 1, 1) * 1e4 + x  # noqa: E731
-    with pytest.raises(ValueError, match="cannot reach tau"):
+    with pytest.raises(ValueError, match=r"cannot reach tau 1.0 .*: 200 steps were not enough \(smallest step now 1"):
         sample(
             rough,
             start_state(),
@@ -92,6 +92,16 @@ def test_dopri5_that_cannot_meet_its_tolerances_is_an_error(monkeypatch):
             config=SamplerConfig(solver="dopri5", atol=1e-12, rtol=1e-12),
             num_texture_channels=1,
         )
+
+
+def test_dopri5_across_a_jump_says_that_its_step_has_shrunk():
+    """No step that crosses it meets the tolerance, so steps halve until tau no longer moves."""
+    jump = lambda x, t_tex, t_sem: torch.where(t_tex > 0.5, 1e18, 0.0).view(-1, 1, 1, 1).expand_as(x)  # noqa: E731
+    with pytest.raises(ValueError, match=r"the step has shrunk to nothing \(smallest step now .*e-1\d\)"):
+        sample(
+            jump, start_state(), delta_t=0.0, num_texture_channels=1,
+            config=SamplerConfig(solver="dopri5", atol=1e-12, rtol=1e-12),
+        )  # fmt: skip
 
 
 def guided_evaluations(grid, **settings):

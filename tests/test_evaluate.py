@@ -13,7 +13,16 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from sfd_fast.evaluation import EvaluateConfig, Evaluator, EvaluatorConfig, Features, build_extractor, run_evaluate
+from sfd_fast.evaluation import (
+    EvaluateConfig,
+    Evaluator,
+    EvaluatorConfig,
+    Features,
+    build_extractor,
+    evaluate,
+    gather,
+    run_evaluate,
+)
 from sfd_fast.evaluation.images import open_images, read_ahead
 from sfd_fast.evaluation.statistics import load_statistics
 from sfd_fast.evaluation.weights import WEIGHTS_NAME
@@ -43,15 +52,19 @@ def write_folder(path, images):
 
 @pytest.fixture
 def config(tmp_path):
+    return digits_config(tmp_path)
+
+
+def digits_config(folder):
     """80 samples against 90 reference images, by their pixels."""
     return EvaluateConfig(
-        samples=write_npz(tmp_path / "samples.npz", digits(80, 1)),
-        reference=write_npz(tmp_path / "reference.npz", digits(90, 2)),
+        samples=write_npz(folder / "samples.npz", digits(80, 1)),
+        reference=write_npz(folder / "reference.npz", digits(90, 2)),
         features="digits",
         batch_size=32,
         kid_num_subsets=4,
         kid_subset_size=60,
-        output=str(tmp_path / "out" / "metrics.json"),
+        output=str(folder / "out" / "metrics.json"),
         device="cpu",
         progress=False,
     )
@@ -103,20 +116,20 @@ def test_metrics_of_pixels_equal_the_definitions(config):
 def test_inception_metrics_equal_the_definitions_on_random_weights(tmp_path, inception_state, inception_weights):
     """All five figures of the evaluator, from image files through the network to the numbers, against fp64 NumPy."""
     real, fake = pictures(5, 9), pictures(6, 10)
-    report = run_evaluate(
-        EvaluateConfig(
-            samples=write_npz(tmp_path / "fake.npz", fake),
-            reference=write_npz(tmp_path / "real.npz", real),
-            weights=inception_weights,
-            metrics=("fid", "sfid", "inception_score", "precision", "recall"),
-            batch_size=4,
-            split_size=4,
-            num_neighbors=1,
-            output=str(tmp_path / "metrics.json"),
-            device="cpu",
-            progress=False,
-        )
+    config = EvaluateConfig(
+        samples=write_npz(tmp_path / "fake.npz", fake),
+        reference=write_npz(tmp_path / "real.npz", real),
+        weights=inception_weights,
+        metrics=("fid", "sfid", "inception_score", "precision", "recall"),
+        distance_precision="float32",
+        batch_size=4,
+        split_size=4,
+        num_neighbors=1,
+        output=str(tmp_path / "metrics.json"),
+        device="cpu",
+        progress=False,
     )
+    report = run_evaluate(config)
     real_pool, real_spatial, _ = naive.inception_features(inception_state, real)
     fake_pool, fake_spatial, fake_logits = naive.inception_features(inception_state, fake)
     precision, recall = naive.precision_recall(real_pool, fake_pool, k=1)
@@ -134,6 +147,23 @@ def test_inception_metrics_equal_the_definitions_on_random_weights(tmp_path, inc
     assert 0 < metrics["recall"] < 1
     assert any("not the published ones" in warning for warning in report["warnings"])
     assert any("6 sample images give a singular covariance of 2048" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize(("kind", "rounded"), [("inception", True), ("digits", False)])
+def test_distances_are_rounded_as_the_evaluator_does_for_its_features_only(config, kind, rounded):
+    """64 values near 5: the norms of 1,600 have steps of 1 in float16, the squared distances are about 128."""
+    evaluator = Evaluator(config)
+    evaluator.config = replace(config, features=kind)
+    rng = np.random.default_rng(0)
+    real, fake = (5 + rng.standard_normal((count, 64)).astype(np.float32) for count in (90, 80))
+    evaluator.reference_rows = torch.from_numpy(real)
+    evaluator.wanted = ["precision", "recall"]
+    evaluator.samples.pool.update(torch.from_numpy(fake))
+    evaluator.samples.rows = [torch.from_numpy(fake)]
+    metrics = evaluator.compute()
+    exact, half = (naive.precision_recall(real, fake, k=3, half=half) for half in (False, True))
+    assert exact != half
+    assert (metrics["precision"], metrics["recall"]) == pytest.approx(half if rounded else exact)
 
 
 def test_report_and_table_say_what_was_compared(config, capsys):
@@ -204,23 +234,76 @@ def test_an_evaluator_serves_one_checkpoint_after_another(config):
     assert metrics == pytest.approx(expected, rel=1e-6)
 
 
-def _evaluate_on_rank(rank, folder, config):
+class Unportable(Exception):
+    """Cannot be unpickled: its arguments are not kept."""
+
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+def _on_rank(rank, folder, config):
+    """One of two processes: an evaluation, then what fails on rank 0."""
+
+    def fail(error):
+        raise error
+
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        metrics = run_evaluate(config)["metrics"]
-        (folder / f"rank{rank}.json").write_text(json.dumps(metrics))
+        result = {"metrics": run_evaluate(config)["metrics"], "failures": []}
+        for error in (ValueError("bad"), OSError(28, "No space left on device"), Unportable("odd", 2)):
+            try:
+                gather.on_rank_zero(lambda error=error: fail(error))
+            except Exception as caught:
+                result["failures"].append([type(caught).__name__, str(caught)])
+        result["after"] = gather.on_rank_zero(lambda: 7)
+        (folder / f"rank{rank}.json").write_text(json.dumps(result))
     finally:
         dist.destroy_process_group()
 
 
-def test_two_processes_give_the_figures_of_one(config, tmp_path):
-    config = replace(config, num_reference=70)  # all of the first process's share, a part of the second's
-    torch.multiprocessing.spawn(_evaluate_on_rank, (tmp_path, config), nprocs=2)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(configuration, results of rank 0 and rank 1)."""
+    folder = tmp_path_factory.mktemp("two")
+    config = replace(digits_config(folder), num_reference=70)  # all of the first's share, a part of the second's
+    torch.multiprocessing.spawn(_on_rank, (folder, config), nprocs=2)
+    return config, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_give_the_figures_of_one(two):
+    config, results = two
     expected = run_evaluate(config)["metrics"]
     first = naive.precision_recall(pixels(digits(90, 2))[:70], pixels(digits(80, 1)), k=3)
     assert (expected["precision"], expected["recall"]) == pytest.approx(first)
-    for rank in range(2):
-        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == pytest.approx(expected, rel=1e-6)
+    for result in results:
+        assert result["metrics"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_whatever_fails_on_rank_0_fails_on_all(two):
+    _, (first, second) = two
+    full = ["OSError", "[Errno 28] No space left on device"]
+    assert first["failures"] == [["ValueError", "bad"], full, ["Unportable", "odd"]]
+    assert second["failures"] == [["ValueError", "bad"], full, ["RuntimeError", "Unportable on rank 0: odd"]]
+    assert first["after"] == second["after"] == 7
+
+
+@pytest.mark.parametrize("output", ["folder", "file/metrics.json"])
+def test_an_output_that_cannot_be_written_is_an_error_at_once(config, tmp_path, output, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate, "open_images", None)
+    with pytest.raises(OSError, match=f"--output .*{output} cannot be written .*choose another file"):
+        run_evaluate(replace(config, output=str(tmp_path / output)))
+
+
+def test_figures_are_printed_before_they_are_written(config, monkeypatch, capsys):
+    def full(path, write):
+        raise OSError(f"{path} could not be written (No space left on device)")
+
+    monkeypatch.setattr(evaluate, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_evaluate(config)
+    assert re.search(r"fd_digits +\d+\.\d{5}", capsys.readouterr().out)
 
 
 @pytest.mark.gpu
@@ -390,7 +473,7 @@ def test_updates_take_only_uint8_channels_last(config, images):
         ({"features": "clip"}, "features 'clip' are unknown: inception, dinov2, digits"),
         ({"metrics": ("fid", "lpips")}, "metrics lpips are unknown: fid, sfid"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
-        ({"distance_precision": "bfloat16"}, "distance_precision 'bfloat16' is unknown: float32 or float16"),
+        ({"distance_precision": "bfloat16"}, "distance_precision 'bfloat16' is unknown: auto, float16 or float32"),
     ],
 )
 def test_options_are_checked_at_once(config, change, message):

@@ -1,15 +1,17 @@
 """`sfd evaluate`: generated images against a reference, as metrics.json and a table."""
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from sfd_fast.data.ranks import Ranks
+from sfd_fast.directory import write_atomically
 
 from .evaluator import Evaluator, EvaluatorConfig
-from .gather import ranks
+from .gather import on_rank_zero, ranks
 from .images import open_images
 
 MEANINGS = {
@@ -42,9 +44,11 @@ def run_evaluate(config: EvaluateConfig) -> dict:
     written.
 
     Under torchrun, or in a process group, every rank extracts a share of the images and rank 0 writes. Raises
-    ValueError for anything wrong with the images, the reference or the weights.
+    ValueError for anything wrong with the images, the reference or the weights, OSError for an output that cannot be
+    written, before anything is computed.
     """
     launched = Ranks.from_environment()
+    on_rank_zero(lambda: check_writable(Path(config.output)))
     if torch.cuda.is_available() and launched.size > 1:
         torch.cuda.set_device(launched.local_rank % torch.cuda.device_count())
     samples = open_images(config.samples, num_workers=config.num_workers)
@@ -72,12 +76,23 @@ def run_evaluate(config: EvaluateConfig) -> dict:
         "device": str(evaluator.device),
     }
     if ranks()[0] == 0:
-        target = Path(config.output)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(report, indent=2) + "\n")
-        print(format_report(report))
-        print(f"written to {target}")
+        print(format_report(report), flush=True)  # first: what took an hour is not lost to a full disk
+        content = json.dumps(report, indent=2) + "\n"
+        write_atomically(Path(config.output), lambda temporary: temporary.write_text(content))
+        print(f"written to {config.output}")
     return report
+
+
+def check_writable(output: Path) -> None:
+    """Raises OSError where the report could not be written at the end."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"--output {output} cannot be written ({error}): choose another file") from error
 
 
 def format_report(report: dict) -> str:

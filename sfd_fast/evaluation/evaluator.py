@@ -50,8 +50,9 @@ class EvaluatorConfig:
     """k of precision and recall"""
     num_reference: int = 10_000
     """reference images for precision, recall and KID; OpenAI's batches hold 10,000. Samples are used all"""
-    distance_precision: Literal["float32", "float16"] = "float32"
-    """of precision and recall; float16: as the evaluator's TensorFlow graph rounds"""
+    distance_precision: Literal["auto", "float16", "float32"] = "auto"
+    """of precision and recall; float16: as the evaluator's TensorFlow graph rounds, whose figures are the published
+    ones; auto: that for inception, float32 for the others"""
     kid_num_subsets: int = 100
     kid_subset_size: int = 1000
     seed: int = 0
@@ -69,8 +70,8 @@ class EvaluatorConfig:
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown:
             raise ValueError(f"metrics {', '.join(unknown)} are unknown: {', '.join(METRICS)}")
-        if self.distance_precision not in ("float32", "float16"):
-            raise ValueError(f"distance_precision {self.distance_precision!r} is unknown: float32 or float16")
+        if self.distance_precision not in ("auto", "float16", "float32"):
+            raise ValueError(f"distance_precision {self.distance_precision!r} is unknown: auto, float16 or float32")
         counts = (
             "batch_size",
             "num_workers",
@@ -256,7 +257,10 @@ class Evaluator:
             both = [name for name in ("precision", "recall") if name in self.wanted]
             possible = [enough(name, config.num_neighbors + 1) for name in both]
             if both and all(possible):
-                settings = {"num_neighbors": config.num_neighbors, "precision": config.distance_precision}
+                rounding = config.distance_precision
+                if rounding == "auto":
+                    rounding = "float16" if kind == "inception" else "float32"
+                settings = {"num_neighbors": config.num_neighbors, "precision": rounding}
                 precision, recall = precision_recall(reference_rows, rows, **settings)
                 for name in both:
                     record(name, precision if name == "precision" else recall)

@@ -3,6 +3,8 @@
 Shapes: N rows of this rank, F features.
 """
 
+import pickle
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -71,17 +73,28 @@ def merge_statistics(statistics: RunningStatistics) -> RunningStatistics | None:
 
 
 def on_rank_zero(function):
-    """function() on rank 0, its result on all ranks; a ValueError too, so that no rank waits for one that gave up."""
+    """function() on rank 0, its result on all ranks; an exception too, so that no rank waits for one that gave up."""
     rank, world_size = ranks()
     if world_size == 1:
         return function()
-    outcome: list[object] = [None]
+    sent: list[object] = [None, None]
+    failure = None
     if rank == 0:
         try:
-            outcome = [function()]
-        except ValueError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], ValueError):
-        raise outcome[0]
-    return outcome[0]
+            sent = [function(), None]
+        except Exception as error:
+            failure, sent = error, [None, portable(error)]
+    dist.broadcast_object_list(sent, src=0)
+    if sent[1] is not None:
+        raise failure or sent[1]
+    return sent[0]
+
+
+def portable(error: Exception) -> Exception:
+    """The exception as other processes can unpickle it: its own kind where that is possible."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:  # whatever its kind's own code raises
+        pass
+    return RuntimeError(f"{type(error).__name__} on rank 0: {error}")
