@@ -8,11 +8,11 @@ Images are real photographs (scikit-learn, matplotlib). The cache of several GiB
 """
 
 import argparse
-import gc
 import io
 import json
 import multiprocessing
 import os
+import shutil
 import statistics as stats
 import sys
 import tempfile
@@ -25,213 +25,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data_loader import measure_loader
+from data_rows import row
 from PIL import Image
-from safetensors import safe_open
-from timing import machine, spin, steady_memory
+from timing import machine
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, TransportConfig
 from sfd_fast.data.images import load
 from sfd_fast.data.latents import LatentLoader, LatentShards
 from sfd_fast.data.order import shuffled_indices
 from sfd_fast.data.prepare import EncodeConfig, run_encode
-from sfd_fast.data.shards import read_header, write_shard
-from sfd_fast.data.statistics import LatentStatistics
+from sfd_fast.data.shards import write_shard
 from sfd_fast.data.targets import open_targets, with_targets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from image_trees import encoded, photographs, write_tree  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "data.json"
-BATCH = 256
-ROUNDS = 9
-SHARD = 1024
-RELEASED_SHAPES = {"latents": (32, 16, 16), "latents_sv": (16, 16, 16)}
 SEEDS = (0, 1, 2)
-
-
-def row(name: str, values: list[float] | float, unit: str, *, bar: float | None = None, at_most: bool = False) -> dict:
-    """One measurement: median with quartiles, and whether it keeps its bar."""
-    values = sorted(values if isinstance(values, list) else [values])
-    low, value, high = (values[round(q * (len(values) - 1))] for q in (0.25, 0.5, 0.75))
-    holds = None if bar is None else bool(value <= bar if at_most else value >= bar)
-    return {"name": name, "value": value, "low": low, "high": high, "unit": unit, "bar": bar, "at_most": at_most,
-            "holds": holds}  # fmt: skip
-
-
-# --- the loader --------------------------------------------------------------------------------------------------
-
-
-def write_cache(folder: Path, gib: float) -> None:
-    """A released-layout cache (float32, both flips) of at least `gib` GiB."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name + flip: torch.randn(SHARD, *shape, generator=generator)
-        for name, shape in RELEASED_SHAPES.items()
-        for flip in ("", "_flip")
-    }
-    size = sum(value.nbytes for value in tensors.values())
-    for k in range(int(gib * 2**30 // size) + 1):
-        labels = torch.randint(0, 1000, (SHARD,), generator=generator)
-        write_shard(folder / f"shard{k:04d}.safetensors", tensors | {"labels": labels})
-    LatentStatistics.identity(32, 16).save(folder)
-
-
-class FilePerSample(Dataset):
-    """The released way of reading: a shard is opened with safetensors for every sample, its rows sliced out."""
-
-    def __init__(self, paths: list[str]):
-        self.rows = [(path, i) for path in paths for i in range(read_header(path).entries["labels"].shape[0])]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        path, at = self.rows[i]
-        flip = "_flip" if torch.rand(()) < 0.5 else ""
-        with safe_open(path, framework="pt", device="cpu") as file:
-            texture = file.get_slice(f"latents{flip}")[at : at + 1].squeeze(0)
-            semantic = file.get_slice(f"latents_sv{flip}")[at : at + 1].squeeze(0)
-            label = file.get_slice("labels")[at : at + 1].squeeze(0)
-        return texture, semantic, label
-
-
-def per_sample_rate(dataset: FilePerSample, num_batches: int) -> float:
-    """Images/s of opening a file per sample, collated and joined, in one process."""
-    generator = torch.Generator().manual_seed(int(time.time_ns() % 2**31))
-    order = torch.randperm(len(dataset), generator=generator)[: BATCH * num_batches].tolist()
-    start = time.perf_counter()
-    for first in range(0, len(order), BATCH):
-        samples = [dataset[i] for i in order[first : first + BATCH]]
-        torch.cat([torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples])], dim=1)
-        torch.stack([s[2] for s in samples])
-    return len(order) / (time.perf_counter() - start)
-
-
-def data_loader_rate(dataset: FilePerSample, num_batches: int, workers: int) -> float:
-    """The same in torch's DataLoader with worker processes, after they have started."""
-    loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, multiprocessing_context="fork")
-    batches = iter(loader)
-    for _ in range(workers):
-        next(batches)
-    start = time.perf_counter()
-    for _ in islice(batches, num_batches):
-        pass
-    rate = BATCH * num_batches / (time.perf_counter() - start)
-    del batches
-    return rate
-
-
-def loader_rate(shards: LatentShards, workers: int, num_batches: int, *, raw: bool, start_step: int = 0) -> float:
-    """Images/s of LatentLoader: raw in host memory as a GPU copies them, or normalised on the CPU as well."""
-    loader = LatentLoader(shards, BATCH, 0, num_workers=workers, start_step=start_step)
-    batches = loader.raw() if raw else iter(loader)
-    for _ in islice(batches, workers + 2):
-        pass
-    start = time.perf_counter()
-    for _ in islice(batches, num_batches):
-        pass
-    rate = BATCH * num_batches / (time.perf_counter() - start)
-    batches.close()
-    return rate
-
-
-def read_bytes_per_s(paths: list[str], num_bytes: int) -> float:
-    """Bytes/s of reading files in their order, from the first byte on, into one buffer of a batch's size."""
-    buffer = memoryview(bytearray(BATCH * 48 * 1024))
-    done, start = 0, time.perf_counter()
-    for path in paths:
-        with open(path, "rb", buffering=0) as file:
-            while done < num_bytes and (count := file.readinto(buffer)):
-                done += count
-    return done / (time.perf_counter() - start)
-
-
-def forget(paths: list[str]) -> None:
-    """Drops the files from the page cache."""
-    for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def measure_loader(folder: Path, gib: float) -> list[dict]:
-    """Loader rows; the competitors take turns in every round, and ratios are taken within a round."""
-    steady_memory()
-    cache = folder / "cache"
-    write_cache(cache, gib)
-    paths = sorted(str(path) for path in cache.glob("*.safetensors"))
-    size = sum(Path(path).stat().st_size for path in paths)
-    cold = measure_cold(paths)
-    read_bytes_per_s(paths, size)
-    shards, dataset = LatentShards(cache), FilePerSample(paths)
-    sample_bytes = shards.channels * 256 * 4
-    names = [f"{kind}, {w} workers" for kind in ("raw", "normalised") for w in (0, 1, 2)]
-    found: dict[str, list[float]] = {name: [] for name in (*names, "per sample", "sequential", "canary")}
-    # the first passes touch every page of the maps once; an epoch reads half of the file, one flip of each image
-    epoch = len(shards) // BATCH
-    first_pass = loader_rate(shards, 2, epoch, raw=True)
-    for turn in range(1, 4):
-        loader_rate(shards, 2, epoch, raw=True, start_step=turn * epoch)
-    for turn in range(ROUNDS):
-        found["canary"].append(spin())
-        found["sequential"].append(read_bytes_per_s(paths, size))
-        found["per sample"].append(per_sample_rate(dataset, 6))
-        for kind in ("raw", "normalised"):
-            for workers in (0, 1, 2):
-                rate = loader_rate(shards, workers, epoch, raw=kind == "raw", start_step=turn * epoch)
-                found[f"{kind}, {workers} workers"].append(rate)
-    with_workers = [data_loader_rate(dataset, 10, 2) for _ in range(3)]
-    rows = [
-        row("cache", size / 2**30, "GiB", bar=4.0),
-        row("canary (fixed loop, steadiness of the machine)", found["canary"], "ms"),
-        row("one file opened per sample, safetensors, 1 process", found["per sample"], "images/s"),
-        row("the same, torch DataLoader with 2 worker processes", with_workers, "images/s"),
-        row("sequential read of the files, page cache", [v / 1e9 for v in found["sequential"]], "GB/s"),
-        row("loader, first pass over the maps, raw, 2 workers", first_pass, "images/s"),
-    ]
-    rows += [row(f"loader, {name}", found[name], "images/s") for name in names]
-    for kind, bar_a, bar_b in (("raw", 20.0, 0.6), ("normalised", None, None)):
-        best = max((name for name in names if name.startswith(kind)), key=lambda name: stats.median(found[name]))
-        a = [x / y for x, y in zip(found[best], found["per sample"])]
-        b = [x * sample_bytes / y for x, y in zip(found[best], found["sequential"])]
-        rows.append(row(f"loader ({best}) over one file per sample", a, "x", bar=bar_a))
-        rows.append(row(f"loader ({best}) over a sequential read", b, "x", bar=bar_b))
-    rows += cold
-    rows.append(row("memory held per sample (order, tables)", held_bytes(cache), "bytes", bar=16.0, at_most=True))
-    return rows
-
-
-def measure_cold(paths: list[str]) -> list[dict]:
-    """Reading from the disk: some of the files, not mapped yet, are dropped from the page cache before each reader."""
-    part = paths[: max(4, len(paths) // 8)]
-    forget(part)
-    sequential = read_bytes_per_s(part, sum(Path(path).stat().st_size for path in part))
-    forget(part)
-    loader = loader_rate(LatentShards(part), 2, len(part) * SHARD // BATCH, raw=True)
-    gc.collect()  # mapped pages stay in the cache
-    forget(part)
-    sample = per_sample_rate(FilePerSample(part), 6)
-    return [
-        row("cold disk: sequential read", sequential / 1e9, "GB/s"),
-        row("cold disk: loader, shuffled, 2 workers", loader, "images/s"),
-        row("cold disk: one file opened per sample", sample, "images/s"),
-    ]
-
-
-def held_bytes(cache: Path) -> float:
-    """Python and NumPy memory of an open loader after three batches, less one batch's slots, per sample."""
-    import tracemalloc
-
-    tracemalloc.start()
-    shards = LatentShards(cache)
-    batches = LatentLoader(shards, BATCH, 0, num_workers=0).raw()
-    for _ in islice(batches, 3):
-        pass
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    return held / len(shards)
 
 
 # --- caches made from real photographs -------------------------------------------------------------------------------
@@ -409,7 +221,10 @@ def jpegs(count: int) -> list[bytes]:
 
 
 def measure_decoding(folder: Path) -> list[dict]:
-    """Images/s from JPEG bytes in memory to a 256 x 256 crop: PIL in a process pool, PIL in threads, DALI."""
+    """Images/s from JPEG bytes in memory to a 256 x 256 crop: PIL in a process pool, PIL in threads, DALI.
+
+    Then of a whole `sfd encode`. Raises OSError where DALI failed in a batch: PIL's images are not DALI's.
+    """
     from sfd_fast.data.images import read_batches
 
     data, cores = jpegs(256), os.cpu_count() or 1
@@ -435,6 +250,8 @@ def measure_decoding(folder: Path) -> list[dict]:
     def dali() -> None:
         for batch in batches:
             decoder([data[i] for i in batch], [sizes[i] for i in batch], [True] * len(batch))
+        if decoder.failures:
+            raise OSError("DALI failed in a batch: its rate would be PIL's (the reason is in the log)")
 
     with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("forkserver")) as pool:
         list(pool.map(decode_one, data[:32], chunksize=8))
@@ -457,6 +274,47 @@ def measure_decoding(folder: Path) -> list[dict]:
             row("DALI over PIL in processes", [a / b for a, b in zip(found["dali"], found["processes"])], "x"),
             row("DALI against the exact crop, PSNR", measure(data[:48], 256), "dB"),
         ]
+    return rows + measure_encoding(folder / "encoding", data[:64], ["pil", "dali"] if decoder else ["pil"])
+
+
+def measure_encoding(folder: Path, data: list[bytes], decoders: list[str]) -> list[dict]:
+    """Images/s of `sfd encode` from a screened folder to the manifest, with small encoders that are loaded already.
+
+    256 x 256, 32 + 16 channels, no flips: an autoencoder of 32 channels, two layers of a DINOv2 of width 48.
+    """
+    from sfd_fast.checkpoint import load_semvae
+    from sfd_fast.data.encoders import LatentEncoder
+    from sfd_fast.data.index import INDEX_FOLDER, open_index
+    from sfd_fast.data.prepare import run
+    from sfd_fast.data.ranks import Ranks
+    from sfd_fast.models.diffusers_codec import load_codec
+    from sfd_fast.models.vfm import load_vfm
+
+    (folder / "tree" / "all").mkdir(parents=True)
+    for i, item in enumerate(data):
+        (folder / "tree" / "all" / f"{i:04d}.jpg").write_bytes(item)
+    semvae = SemVAEConfig(architecture="linear", feature_channels=48, latent_channels=16)
+    parts = save_parts(folder, width=48, latent_channels=32, levels=5, semvae=semvae)
+    encoder = LatentEncoder(
+        load_vfm(parts["vfm"]), load_semvae(parts["semvae"]).eval(), load_codec(parts["texture_codec"]),
+        image_size=256, dtype=torch.bfloat16, flip=False, posterior="sample", features=False, seed=0,
+    )  # fmt: skip
+    open_index(folder / "tree", folder / "index", report=lambda _: None)
+    found: dict[str, list[float]] = {name: [] for name in decoders}
+    for turn in range(4):
+        for name in decoders:
+            out = folder / f"{name}{turn}"
+            shutil.copytree(folder / "index", out / INDEX_FOLDER)
+            config = EncodeConfig(images=str(folder / "tree"), out=str(out), flip=False, decoder=name, **parts)
+            start = time.perf_counter()
+            run(config, encoder, "latents", Ranks(), torch.device("cpu"), lambda _: None)
+            found[name] += [len(data) / (time.perf_counter() - start)] * (turn > 0)
+            if json.loads((out / "manifest.json").read_text()).get("dali_failures"):
+                raise OSError("DALI failed in a batch: its rate would be PIL's (the reason is in the log)")
+    rows = [row(f"sfd encode, small encoders, {name}", found[name], "images/s") for name in decoders]
+    if "dali" in found:
+        ratios = [a / b for a, b in zip(found["dali"], found["pil"])]
+        rows.append(row("sfd encode, small encoders, DALI over PIL", ratios, "x"))
     return rows
 
 
