@@ -204,13 +204,19 @@ def scalars(row: Mapping) -> dict[str, float]:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Memory of this process in GiB: on CUDA the most that torch held since the last call, else what resides now."""
+    """Memory of this process in GiB: on CUDA the most that torch held since the last call, else what resides now.
+
+    NaN on a system without /proc.
+    """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 2**30
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except FileNotFoundError:
+        return math.nan
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def storable(value: object) -> object:

@@ -87,10 +87,10 @@ def resume_point(job: Job, engine: Engine, checkpoints: Checkpoints) -> tuple[Pa
 
     latest, state = together(engine, f"resume the run in {job.train.out}", find)
     step = state["step"] if state else 0
-    first, last = -engine.max_over_ranks(-step), engine.max_over_ranks(step)
+    first, last = -int(engine.max_over_ranks(-step)), int(engine.max_over_ranks(step))
     if first != last:
         raise OSError(
-            f"ranks see different checkpoints in {job.train.out}: of steps {first:.0f} to {last:.0f}, this rank "
+            f"ranks see different checkpoints in {job.train.out}: of steps {first} to {last}, this rank "
             f"({engine.rank}) {step}; train.out must be a folder that all nodes share"
         )
     return latest, state

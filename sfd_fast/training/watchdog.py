@@ -28,6 +28,8 @@ class Watchdog:
 
     def stop(self) -> None:
         self.stopped.set()
+        if self.thread is not None:
+            self.thread.join()
 
     def watch(self) -> None:
         while not self.stopped.wait(min(1.0, self.timeout_s / 10)):
