@@ -26,7 +26,7 @@ from sfd_fast.models import dit
 from sfd_fast.training import deepspeed as engine_module
 from sfd_fast.training.diffusion import diffusion_job, initial_model
 from sfd_fast.training.engine import TorchEngine
-from sfd_fast.training.loop import Stop, build_engine, run_train
+from sfd_fast.training.loop import Stop, build_engine, micro_batches, run_train
 from sfd_fast.training.sharded import snapshot_pieces
 from sfd_fast.transport import training_loss
 
@@ -92,6 +92,7 @@ def stages(folder):
     out = {}
     for stage in range(4):
         settings = {"max_steps": 30, "validate_every": 15, "micro_batch_size": 2}
+        settings |= {"sample_every": 30, "num_sample_images": 5} if stage >= 2 else {}
         overrides = NOT_PERSISTENT if stage == 3 else None
         out[stage] = figures(train(config(folder, f"stages-{stage}", stage, overrides, **settings)))
     return out
@@ -99,16 +100,20 @@ def stages(folder):
 
 @case
 def resume(folder):
-    """Stopped at steps 3 and 6 and resumed, beside unbroken runs, for each stage and precision."""
+    """Stopped at steps 3 and 6 and resumed, beside unbroken runs, for each stage and precision: their rows."""
+    out = {}
     for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "parity"), (3, "fp32"), (3, "bf16")):
         name = f"resume-{stage}-{precision}"
         overrides = NOT_PERSISTENT if stage == 3 else None
-        train(config(folder, f"{name}-unbroken", stage, overrides, precision=precision))
-        broken = config(folder, f"{name}-broken", stage, overrides, precision=precision)
+        # with 4 the stops lie between two rows, whose sums over ranks travel with the checkpoint
+        settings = {"precision": precision, "log_every": 4 if precision == "parity" else 1}
+        unbroken = train(config(folder, f"{name}-unbroken", stage, overrides, **settings))
+        broken = config(folder, f"{name}-broken", stage, overrides, **settings)
         assert stopped_at(3, broken).exit_code == 75
         assert stopped_at(2, broken).exit_code == 75
-        train(broken)
-    return True
+        results = unbroken, train(broken)
+        out[f"{stage}-{precision}"] = [[r for r in run.metrics if r["kind"] == "train"] for run in results]
+    return out
 
 
 @case
@@ -304,12 +309,22 @@ def judged(folder):
 
 @case
 def pre_emption(folder):
-    """SIGTERM to one rank: all save the same step and end with 75."""
-    made = config(folder, "pre-emption", 2, max_steps=400)
-    if RANK == 1:
-        threading.Thread(target=lambda: after_steps(made, lambda: os.kill(os.getpid(), signal.SIGTERM))).start()
-    result = train(made)
-    return {"exit_code": result.exit_code, "step": result.step}
+    """A signal to one rank, or the file STOP: all save the same step and end with 75."""
+    out = {}
+    Stop.look_every_s = 0.0
+    for cause in ("SIGTERM", "SIGUSR1", "STOP"):
+        made = config(folder, f"pre-emption-{cause}", 2, max_steps=400)
+        ask = {
+            "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+            "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+            "STOP": Path(made.train.out, "STOP").touch,
+        }[cause]
+        if RANK == 1:
+            threading.Thread(target=lambda made=made, ask=ask: after_steps(made, ask)).start()
+        result = train(made)
+        said = [row["message"] for row in result.metrics if row["kind"] == "event"]
+        out[cause] = {"exit_code": result.exit_code, "step": result.step, "said": said}
+    return out
 
 
 @case
@@ -361,22 +376,30 @@ def host_reads(folder):
             return function(*args, **(kwargs or {}))
 
     out = {}
-    for stage, kind in ((1, "parity"), (2, "bf16"), (3, "bf16")):
-        job = diffusion_job(config(folder, f"reads-{stage}-{kind}", stage, precision=kind))
+    for stage, kind, size in (
+        (1, "parity", 4), (1, "parity", 2), (2, "bf16", 4), (2, "bf16", 2), (3, "bf16", 4), (3, "bf16", 2),
+    ):  # fmt: skip
+        name = f"ZeRO {stage}, {kind}, {4 // size} micro-batches"
+        settings = {"precision": kind, "micro_batch_size": size}
+        job = diffusion_job(config(folder, f"reads-{stage}-{kind}-{size}", stage, **settings))
         engine = build_engine(job, "cpu")
-        batches = job.batches(0, engine)
-        engine.train_step([next(batches)], 1e-3)
+        batches = (micro_batches(batch, size) for batch in job.batches(0, engine))
+        for _ in range(2):  # ZeRO 3 compares the order of modules among ranks in the first passes
+            engine.train_step(next(batches), 1e-3)
         batch = next(batches)
         with Reads() as reads:
-            engine.train_step([batch], 1e-3)
-        out[f"{stage}-{kind}"] = reads.found
+            engine.train_step(batch, 1e-3)
+        out[name] = reads.found
         engine.close()
     return out
 
 
 @case
 def options(folder):
-    """Offload, activation checkpointing and torch.compile beside the plain run of the same stage."""
+    """Offload and activation checkpointing beside the plain run of the same stage.
+
+    torch.compile under ZeRO 1 and 2 takes minutes to compile: benchmarks/soak.py compares its losses.
+    """
     out = {}
     for name, stage, engine_options, train_options in (
         ("plain-2", 2, {}, {}),
@@ -391,10 +414,26 @@ def options(folder):
     return out
 
 
+def with_averages(made):
+    """A second, shorter average and a warm-up of both."""
+    return replace(made, optimizer=replace(made.optimizer, extra_ema_decays=(0.5,), ema_warmup=True))
+
+
+def handed_over(folder, source, target, step):
+    """A run directory `target` that begins with a checkpoint of `source`."""
+    if RANK == 0:
+        place = folder / target / "checkpoints"
+        place.mkdir(parents=True)
+        (place / f"{step:08d}").symlink_to(folder / source / "checkpoints" / f"{step:08d}")
+        (place / "latest").write_text(f"{step:08d}")
+    if dist.is_initialized():
+        dist.barrier()
+
+
 @case
 def from_one(folder):
-    """Two ranks take over what one saved: every field of every piece, against the file of that rank."""
-    made = config(folder, "one", 1, max_steps=8)
+    """Two ranks take over what one saved: every field of every piece against that rank's file; then they go on."""
+    made = with_averages(config(folder, "one", 1, max_steps=8))
     saved = load_file(folder / "one" / "checkpoints" / "00000004" / "state-00000.safetensors")
     worst, covered = {}, {}
     for stage in (1, 2, 3):
@@ -408,27 +447,44 @@ def from_one(folder):
                     worst[field] = max(worst.get(field, 0.0), float((value - wanted).abs().max()))
                     covered[field] = covered.get(field, 0) + value.numel()
         engine.close()
-    return {"worst": worst, "covered": covered}
+    handed_over(folder, "one", "one-by-two", 4)
+    went_on = train(with_averages(config(folder, "one-by-two", 2, max_steps=8)))
+    return {"worst": worst, "covered": covered} | figures(went_on)
 
 
 @case
 def two(folder):
     """A run of two ranks under ZeRO 3, stopped after 4 of 8 steps, for one rank to go on with."""
-    stopped_at(3, config(folder, "two", 3, NOT_PERSISTENT, max_steps=8))
-    train(config(folder, "two-unbroken", 3, NOT_PERSISTENT, max_steps=8))
-    return True
+    stopped_at(3, with_averages(config(folder, "two", 3, NOT_PERSISTENT, max_steps=8)))
+    return figures(train(with_averages(config(folder, "two-unbroken", 3, NOT_PERSISTENT, max_steps=8))))
 
 
 @case
 def one(folder):
     """A run of one rank, checkpoints at 4 and 8."""
-    return figures(train(config(folder, "one", 1, max_steps=8, checkpoint_every=4)))
+    return figures(train(with_averages(config(folder, "one", 1, max_steps=8, checkpoint_every=4))))
+
+
+@case
+def fp16(folder):
+    """From a loss scale far too high: more overflows in a row than bad steps are allowed, with and without sums."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda self: True  # torch computes it in software; DeepSpeed asks for hardware
+    out = {}
+    for stage, size in ((1, 0), (2, 4)):
+        scale = {"fp16": {"initial_scale_power": 24, "hysteresis": 1}}
+        settings = {"max_steps": 16, "max_bad_steps": 3, "micro_batch_size": size, "precision": "fp16"}
+        result = train(config(folder, f"fp16-{stage}", stage, scale, **settings))
+        rows = [row for row in result.metrics if row["kind"] == "train"]
+        out[stage] = figures(result) | {"skipped": rows[-1]["skipped"]}
+    return out
 
 
 @case
 def from_two(folder):
     """One rank takes over what two saved, compares every element with their files, and finishes the run."""
-    made = config(folder, "two", 1, max_steps=8)
+    made = with_averages(config(folder, "two", 1, max_steps=8))
     latest = folder / "two" / "checkpoints" / (folder / "two" / "checkpoints" / "latest").read_text()
     parts = [load_file(path) for path in sorted(latest.glob("state-*.safetensors"))]
     job = diffusion_job(made)
@@ -452,12 +508,15 @@ def contradictions(folder):
     def message(made):
         try:
             train(made)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return str(error)
         return ""
 
     plain = config(folder, "contradictions", 1)
-    other = replace(config(folder, "one", 1, max_steps=16), model=replace(MODEL, depth=3))
+    other = replace(with_averages(config(folder, "one", 1, max_steps=16)), model=replace(MODEL, depth=3))
+    elsewhere = config(folder, "one" if RANK == 0 else "nowhere", 1, max_steps=16)
+    (folder / "in-the-way").touch()
+    kept = (folder / "one" / "deepspeed.json").read_text()
     return {
         "world size": message(config(folder, "contradictions", 1, global_batch_size=9)),
         "micro batch": message(config(folder, "contradictions", 1, global_batch_size=12, micro_batch_size=4)),
@@ -465,6 +524,10 @@ def contradictions(folder):
         "optimizer": message(replace(plain, optimizer=OptimizerConfig(name="torch_fused"))),
         "file": message(config(folder, "contradictions", 1, {"gradient_clipping": 1.0})),
         "preset": message(other),
+        "different disks": message(with_averages(elsewhere)),
+        "unwritable": message(config(folder, "in-the-way/run", 1)),
+        "json as before": str((folder / "one" / "deepspeed.json").read_text() == kept),
+        "watchdogs": str(sum(thread.name == "watchdog" for thread in threading.enumerate())),
     }
 
 
@@ -490,6 +553,7 @@ def hangs(folder):
         class Stuck(loader):
             def __iter__(self):
                 yield from itertools.islice(super().__iter__(), 3)
+                (folder / "hangs-from").write_text(str(time.time()))
                 time.sleep(600)
 
         diffusion.LatentLoader = Stuck
