@@ -193,10 +193,14 @@ def measure_layout(paths: list[str], layout: str, *, bars: bool) -> list[dict]:
     return [*rows, *cold, row(f"{layout}: memory held per sample", held, "bytes", bar=16.0, at_most=True)]
 
 
-def cold_parts(paths: list[str]) -> list[list[str]]:
-    """Files for each of three readers, no file for two: what one has read may stay in the memory of a host outside."""
-    count = max(1, min(len(paths) // 3, 8))
-    return [paths[i * count : (i + 1) * count] for i in range(3)]
+def cold_rounds(paths: list[str]) -> list[list[list[str]]]:
+    """Up to three rounds of files for each of three readers, no file twice: what one has read may stay in the memory of
+    a host outside.
+    """
+    rounds = max(1, min(len(paths) // 3, 3))
+    count = max(1, min(len(paths) // (3 * rounds), 5))
+    parts = [paths[i * count : (i + 1) * count] for i in range(3 * rounds)]
+    return [parts[3 * i : 3 * i + 3] for i in range(rounds)]
 
 
 def measure_cold(paths: list[str], layout: str) -> list[dict]:
@@ -204,27 +208,32 @@ def measure_cold(paths: list[str], layout: str) -> list[dict]:
 
     On a virtual machine the host may still hold what was written lately: then these are no rates of a disk.
     """
+    readers: dict[str, Callable[[list[str]], float]] = {
+        "sequential read": lambda part: read_bytes_per_s(part, size_of(part)),
+        "loader, shuffled, 2 workers": lambda part: (
+            SAMPLE_BYTES * loader_rate(LatentShards(part), 2, len(part) * SHARD // BATCH, raw=True)
+        ),
+        "one file opened per sample": lambda part: SAMPLE_BYTES * per_sample_rate(FilePerSample(part), 3),
+    }
+    found: dict[str, list[float]] = {name: [] for name in readers}
     forget(paths)
-    for_read, for_loader, for_samples = cold_parts(paths)
-    sequential = read_bytes_per_s(for_read, size_of(for_read))
-    loader = loader_rate(LatentShards(for_loader), 2, len(for_loader) * SHARD // BATCH, raw=True)
-    gc.collect()  # mapped pages stay in the cache
-    sample = per_sample_rate(FilePerSample(for_samples), 6)
-    return [
-        row(f"{layout}: cold, sequential read", sequential / 1e9, "GB/s"),
-        row(f"{layout}: cold, loader, shuffled, 2 workers", loader * SAMPLE_BYTES / 1e9, "GB/s"),
-        row(f"{layout}: cold, one file opened per sample", sample * SAMPLE_BYTES / 1e9, "GB/s"),
-    ]
+    for turn, parts in enumerate(cold_rounds(paths)):
+        for place, part in enumerate(parts):  # each reader comes first in one round
+            name = list(readers)[(turn + place) % 3]
+            found[name].append(readers[name](part) / 1e9)
+            gc.collect()  # mapped pages stay in the cache
+    return [row(f"{layout}: cold, {name}", values, "GB/s") for name, values in found.items()]
 
 
 def held_bytes(paths: list[str]) -> float:
     """Memory of an open loader after three batches, less its slots for batches, per sample.
 
-    Python's and NumPy's as tracemalloc counts it, and torch's as what its storages have grown by; mapped files are not
+    Python's and NumPy's as tracemalloc counts it, and torch's as its new storages; mapped files are not
     memory.
     """
     gc.collect()
-    before = torch_bytes()
+    # what is there stays until the end, so that its addresses are not used again
+    before = torch_storages()
     tracemalloc.start()
     shards = LatentShards(paths)
     batches = LatentLoader(shards, BATCH, 0, num_workers=0).raw()
@@ -232,13 +241,13 @@ def held_bytes(paths: list[str]) -> float:
         pass
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    held += torch_bytes() - before
+    held += sum(storage.nbytes() for address, storage in torch_storages().items() if address not in before)
     slots = 2 * sum(value.nbytes for value in shards.slot(BATCH, features=False).values())
     return (held - slots) / len(shards)
 
 
-def torch_bytes() -> int:
-    """Bytes of all torch storages that torch allocated: those over NumPy's memory and over mapped files left out."""
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+def torch_storages() -> dict[int, torch.UntypedStorage]:
+    """The storages in memory that torch allocated, by address: those over NumPy's memory and mapped files left out."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.resizable()}.values())
+    return {storage.data_ptr(): storage for storage in storages if storage.resizable()}

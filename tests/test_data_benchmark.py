@@ -7,26 +7,28 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from data_loader import cold_parts, held_bytes, measure_loader, torch_bytes, write_cache  # noqa: E402
+from data_loader import cold_rounds, held_bytes, measure_loader, torch_storages, write_cache  # noqa: E402
 
 from sfd_fast.data.latents import LatentShards  # noqa: E402
 from sfd_fast.data.shards import map_tensors, read_header, write_shard  # noqa: E402
 
 
-@pytest.mark.parametrize("count", [3, 10, 45])
+@pytest.mark.parametrize("count", [3, 4, 10, 45])
 def test_readers_of_a_cold_disk_share_no_file(count):
-    parts = cold_parts([f"{i}" for i in range(count)])
+    rounds = cold_rounds([f"{i}" for i in range(count)])
+    parts = [part for parts in rounds for part in parts]
     assert len({path for part in parts for path in part}) == sum(map(len, parts)) > 0
-    assert len({len(part) for part in parts}) == 1
+    assert len({len(part) for part in parts}) == 1 and len(parts) == 3 * len(rounds)
 
 
-def test_torch_bytes_count_each_storage_once_and_no_mapped_file(tmp_path):
-    before = torch_bytes()
+def test_storages_of_torch_are_counted_once_and_mapped_files_not_at_all(tmp_path):
+    before = torch_storages()
     kept = torch.zeros(1000)
     views = [kept[1:], kept.view(10, 100)]
     write_shard(tmp_path / "a.safetensors", {"labels": torch.arange(5000)})
     mapped = map_tensors(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors"))
-    assert torch_bytes() - before == 4000
+    new = {address: storage.nbytes() for address, storage in torch_storages().items() if address not in before}
+    assert new == {kept.data_ptr(): 4000}
     del views, mapped
 
 
