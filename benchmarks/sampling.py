@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from metrics_rows import metrics_rows
 from released_manner import guided_euler, matrix_products
 from sampling_accuracy import accuracy_rows, row
 from timing import interleave, machine, steady_memory
@@ -81,16 +82,9 @@ def speed() -> list[dict]:
     return rows
 
 
-def metrics() -> list[dict]:
-    """FID and its relatives against independent implementations."""
-    from metrics_rows import metrics_rows  # here: the other parts do without what it imports
-
-    return metrics_rows()
-
-
 PARTS = {
     "accuracy": lambda options: accuracy_rows(options.model, options.golden, RESULTS / "sampling.png"),
-    "metrics": lambda options: metrics(),
+    "metrics": lambda options: metrics_rows(),
     "speed": lambda options: speed(),
 }
 
@@ -108,7 +102,7 @@ def main() -> None:
         made = [{"part": part} | machine("cpu") | r for r in PARTS[part](options)]
         rows = [r for r in rows if r["part"] != part] + made
     rows.sort(key=lambda r: list(PARTS).index(r["part"]))
-    text = json.dumps(rows, indent=1) + "\n"
+    text = json.dumps(rows, indent=1, default=lambda number: number.item()) + "\n"  # NumPy's numbers
     for path in (kept, options.json):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fields import curved, start_state, tight_states
@@ -81,7 +82,17 @@ def test_rows_are_written_to_the_results_and_to_the_given_file(bench, tmp_path, 
     ]
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "sampling.json").write_text(json.dumps(old))
-    arguments = ["--parts", "accuracy", "--model", str(tmp_path / "none"), "--golden", str(tmp_path / "none")]
+    metric = {"name": "m", "value": np.float64(0.5), "unit": "1", "bar": np.float32(1), "holds": np.float64(0.5) <= 1}
+    monkeypatch.setattr(sampling, "metrics_rows", lambda: [metric])
+    arguments = [
+        "--parts",
+        "accuracy",
+        "metrics",
+        "--model",
+        str(tmp_path / "none"),
+        "--golden",
+        str(tmp_path / "none"),
+    ]
     monkeypatch.setattr(sys, "argv", ["sampling.py", *arguments, "--json", str(tmp_path / "given.json")])
     sampling.main()
     written = json.loads((tmp_path / "results" / "sampling.json").read_text())
@@ -89,4 +100,5 @@ def test_rows_are_written_to_the_results_and_to_the_given_file(bench, tmp_path, 
     assert [r["part"] for r in written] == ["accuracy"] * 4 + ["metrics", "speed"]
     for r in written:
         assert {"name", "value", "unit", "bar", "holds"} <= r.keys()
+    assert written[4]["holds"] is True and written[4]["bar"] == 1
     assert "DOES NOT HOLD (not measured" in capsys.readouterr().out
