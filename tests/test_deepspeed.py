@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny_run import pixels, tiny_config, write_data, write_reference
 
 from sfd_fast.config import TransportConfig
+from sfd_fast.training.deepspeed import own_device
 from sfd_fast.training.export import export_checkpoint
 from sfd_fast.training.loop import run_train
 from sfd_fast.training.plan import memory
@@ -393,6 +394,17 @@ def test_a_rank_that_hangs_ends_all_with_a_clear_error(tmp_path):
         assert 0 < end - start < 4 + 10
         assert f"rank {rank}: no step for 4 s" in error or "has lost another rank" in error
     assert "time.sleep" in ended[1][1] or "__iter__" in ended[1][1]
+
+
+@pytest.mark.parametrize(("devices", "number"), [(1, 0), (8, 3)])
+def test_a_rank_takes_its_own_device_or_the_only_one_it_sees(monkeypatch, devices, number):
+    """srun --gpus-per-task=1 shows each rank one device, whatever its place on the node."""
+    current = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert own_device("cuda", 3) == torch.device("cuda", number)
+    assert current == [number] and os.environ["LOCAL_RANK"] == str(number)
 
 
 def test_deepspeed_absent_is_an_error_with_the_install_command(tmp_path, monkeypatch):

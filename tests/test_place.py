@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from sfd_fast.training.place import Place, first_host, slurm_meeting_point
+from sfd_fast.config import TrainConfig
+from sfd_fast.training.place import Place, check_ranks, first_host, slurm_meeting_point
 
 STEP = {
     "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41",
@@ -42,6 +43,12 @@ def test_a_meeting_point_that_the_user_chose_stays(environment):
     environment.update(STEP, MASTER_ADDR="ib7")
     Place.from_environment()
     assert environment["MASTER_ADDR"] == "ib7" and environment["MASTER_PORT"] == "15043"
+
+
+def test_tasks_of_srun_do_not_train_one_by_one_into_one_folder():
+    check_ranks(TrainConfig(engine="deepspeed"), Place.read(STEP))
+    with pytest.raises(ValueError, match="one process, but 8 ranks were launched; set train.engine to 'deepspeed'"):
+        check_ranks(TrainConfig(engine="torch"), Place.read(STEP))
 
 
 def test_the_body_of_a_batch_script_is_alone(environment):
