@@ -228,8 +228,8 @@ def measure_cold(paths: list[str], layout: str) -> list[dict]:
 def held_bytes(paths: list[str]) -> float:
     """Memory of an open loader after three batches, less its slots for batches, per sample.
 
-    Python's and NumPy's as tracemalloc counts it, and torch's as its new storages; mapped files are not
-    memory.
+    Python's and NumPy's as tracemalloc counts it, and torch's as its new storages (NumPy memory that torch sees too
+    counts twice); mapped files are not memory.
     """
     gc.collect()
     # what is there stays until the end, so that its addresses are not used again
@@ -247,7 +247,13 @@ def held_bytes(paths: list[str]) -> float:
 
 
 def torch_storages() -> dict[int, torch.UntypedStorage]:
-    """The storages in memory that torch allocated, by address: those over NumPy's memory and mapped files left out."""
+    """The storages of all tensors on the CPU by address, those left out that look into mapped shards."""
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
+    mapped = [tuple(int(end, 16) for end in words[0].split("-")) for words in maps]
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
-    return {storage.data_ptr(): storage for storage in storages if storage.resizable()}
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return {
+        s.data_ptr(): s
+        for s in storages
+        if not any(s.data_ptr() < stop and start < s.data_ptr() + s.nbytes() for start, stop in mapped)
+    }

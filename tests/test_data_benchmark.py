@@ -24,7 +24,7 @@ def test_readers_of_a_cold_disk_share_no_file(count):
 def test_storages_of_torch_are_counted_once_and_mapped_files_not_at_all(tmp_path):
     before = torch_storages()
     kept = torch.zeros(1000)
-    views = [kept[1:], kept.view(10, 100)]
+    views = [kept[1:], kept.view(10, 100), kept.numpy()]
     write_shard(tmp_path / "a.safetensors", {"labels": torch.arange(5000)})
     mapped = map_tensors(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors"))
     new = {address: storage.nbytes() for address, storage in torch_storages().items() if address not in before}
