@@ -12,7 +12,7 @@ FILES = sorted(ROOT.glob("sfd_fast/**/*.py")) + sorted(ROOT.glob("kernels/sfd_ke
 
 # a module may import from its own layer and from layers above it in this table
 LAYERS = [
-    ["config", "presets", "streams", "pictures", "directory", "released", "memory"],
+    ["config", "presets", "recipes", "streams", "pictures", "directory", "released", "memory"],
     ["models", "transport"],
     ["data", "checkpoint", "released_config", "released_semvae", "guidance"],
     ["solvers", "sampler", "adaptive"],
