@@ -104,8 +104,8 @@ class GradNormWatch:
 class RunLog:
     """Rows of a run: appended to metrics.jsonl, drawn in TensorBoard, said on the terminal. Only rank 0 writes.
 
-    Rows are dictionaries with "kind" (train, validation, event) and "step". On resume, rows after the checkpoint's step
-    are removed, so that every step stands there once.
+    Rows are dictionaries with "kind" (train, validation, evaluation, event) and "step". On resume, rows after the
+    checkpoint's step are removed, so that every step stands there once.
     """
 
     def __init__(
