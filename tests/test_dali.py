@@ -60,7 +60,7 @@ def index(tmp_path_factory):
 
 @needs_dali
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_image_once_on_any_number_of_ranks_and_close_to_pil(index, world_size):
+def test_every_image_once_on_any_number_of_ranks_and_close_to_pil(index, world_size, caplog):
     seen = []
     for rank in range(world_size):
         loader = ImageLoader(index, 32, 4, rank=rank, world_size=world_size, decoder="dali", num_threads=1)
@@ -70,6 +70,7 @@ def test_every_image_once_on_any_number_of_ranks_and_close_to_pil(index, world_s
             error = (batch["images"].double() - exact.double()).square().flatten(1).mean(1)
             assert (10 * torch.log10(255**2 / error)).min() > MIN_PSNR[3]
     assert sorted(seen) == list(range(17))
+    assert not caplog.records, "DALI failed: PIL was compared with itself"
 
 
 @needs_dali
@@ -144,12 +145,13 @@ def test_failing_batches_are_told_to_the_caller(index, monkeypatch):
 
 
 @needs_dali
-def test_a_position_continues_exactly(index):
+def test_a_position_continues_exactly(index, caplog):
     options = {"seed": 2, "decoder": "dali", "num_threads": 1}
     whole = list(ImageLoader(index, 32, 4, **options))
     rest = list(ImageLoader(index, 32, 4, position=(0, 2), **options))
     assert len(rest) == len(whole) - 2
     assert all(torch.equal(a["images"], b["images"]) for a, b in zip(rest, whole[2:]))
+    assert not caplog.records, "DALI failed"
 
 
 def test_without_dali_the_error_says_how_to_install_it(index, monkeypatch):

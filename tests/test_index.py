@@ -212,3 +212,14 @@ def test_ignored_tar_files_are_said(tmp_path):
     lines = []
     assert len(open_index(tree, tmp_path / "out", report=lines.append)) == 2
     assert lines == [f"{tree} has class folders: its 1 *.tar files, such as backup.tar, are ignored"]
+
+
+def test_a_damaged_index_is_named_and_may_be_deleted(tmp_path):
+    tree = write_tree(tmp_path / "tree", {"china": 2})
+    fingerprint = open_index(tree, tmp_path / "out", report=silent).fingerprint()
+    path = tmp_path / "out" / INDEX_FILE
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"the index of the images is damaged .*delete {path}"):
+        open_index(tree, tmp_path / "out", report=silent)
+    path.unlink()
+    assert open_index(tree, tmp_path / "out", report=silent).fingerprint() == fingerprint

@@ -1,5 +1,8 @@
 """Batches of decoded images in any order, by PIL or DALI; a loader that divides epochs over ranks exactly.
 
+`sfd features` and `sfd encode` read decoded_batches. ImageLoader is for those who train on pixels, on a VFM or a codec
+for example, with their own loop: the commands of this package train on caches.
+
 Letters: B images, S edge of the crop, N images of the set.
 """
 

@@ -73,7 +73,14 @@ class ImageIndex:
 
     @classmethod
     def load(cls, path: str | Path) -> "ImageIndex":
-        header = read_header(path)
+        """Raises ValueError naming a damaged file."""
+        try:
+            header = read_header(path)
+        except ValueError as error:
+            raise ValueError(
+                f"the index of the images is damaged ({str(error).split(';')[0]}): delete {path}, and the next run "
+                "screens the images again"
+            ) from None
         columns = {name: value.numpy() for name, value in map_tensors(path, header).items()}
         return cls(columns, columns.pop("names"), header.metadata)
 

@@ -245,7 +245,7 @@ class LatentStatistics:
             path = Path(folder, name)
             if not path.is_file():
                 raise FileNotFoundError(
-                    f"{path} is missing: compute it with `sfd inspect {folder} --statistics true`, or copy it from "
+                    f"{path} is missing: compute it with `sfd inspect {folder} --statistics`, or copy it from "
                     "where the cache was made"
                 )
             try:
@@ -254,7 +254,7 @@ class LatentStatistics:
             except Exception as error:  # torch, pickle and zipfile raise many kinds
                 raise ValueError(
                     f"{path} is truncated, damaged or no file of statistics ({first_line(error)}): copy it again, or "
-                    f"compute it with `sfd inspect {folder} --statistics true`"
+                    f"compute it with `sfd inspect {folder} --statistics`"
                 ) from error
         texture, semantic = values if semantic else (*values, {"mean": torch.empty(0), "std": torch.empty(0)})
         return cls(texture["mean"], texture["std"], semantic["mean"], semantic["std"], multiplier)
