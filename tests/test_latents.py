@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sfd_fast.data.latents import LatentLoader, LatentShards, multiply_add
+from sfd_fast.data.latents import LatentLoader, LatentShards
+from sfd_fast.data.normalise import multiply_add
 from sfd_fast.data.shards import write_json, write_shard
 from sfd_fast.data.statistics import LatentStatistics
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from sfd_fast.data import layout
+from sfd_fast.data.normalise import add_posterior_noise, multiply_add
 from sfd_fast.data.order import flips, shuffled_indices
 from sfd_fast.data.remote import local_shards
 from sfd_fast.data.rows import Memory, Places, RowTable, RunTable
 from sfd_fast.data.shards import map_tensors, read_header
 from sfd_fast.data.split import Part, SampleSet
 from sfd_fast.data.statistics import ChannelMoments, LatentStatistics, join_channels
-from sfd_fast.streams import TEXTURE_POSTERIOR
-from sfd_fast.transport import noise, split_latents
+from sfd_fast.transport import split_latents
 
 Batch = dict[str, Tensor]
 PLAN_STEPS = 16
@@ -177,37 +177,14 @@ class LatentShards(SampleSet):
         slot, places = self.slot(len(indices), features=features), self.locate(indices, flip)
         self.fill(slot, places)
         for name in ("latents", "logvar", "features"):
-            finite = torch.isfinite(slot[name]).flatten(1).all(dim=1) if name in slot else torch.ones(1)
-            if not finite.all():
-                i = int(finite.logical_not().nonzero()[0])
-                view = "mirrored " if places.flip[i] else ""
-                return (
-                    f"{self.paths[places.shards[i]]}: the {view}{name} of sample {places.rows[i]} hold NaN or infinity"
-                )
+            if name not in slot:
+                continue
+            bad = torch.isfinite(slot[name]).flatten(1).all(dim=1).logical_not().nonzero()
+            if len(bad):
+                i = int(bad[0])
+                view, path = "mirrored " if places.flip[i] else "", self.paths[places.shards[i]]
+                return f"{path}: the {view}{name} of sample {places.rows[i]} hold NaN or infinity"
         return ""
-
-
-def multiply_add(latents: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """latents * scale + shift in one pass, in place where they are float32. (B, C, H, W), any float; returns float32.
-
-    scale, shift: (C, H, W) float32: CPU kernels are three times slower where these are broadcast over H and W.
-    """
-    if latents.device.type == "cpu":  # CUDA converts within the kernel, the CPU would in a copy of each operand
-        latents = latents.float()
-    return torch.addcmul(shift, latents, scale, out=latents if latents.dtype == torch.float32 else None)
-
-
-def add_posterior_noise(latents: Tensor, logvar: Tensor, sample_ids: Tensor, seed: int, scale: Tensor) -> Tensor:
-    """Adds exp(logvar / 2) * noise(seed, sample id) * scale to normalised means, in place: a sample of the posterior.
-
-    latents: (B, C, H, W), of which the first channels are those of logvar, (B, C_t, H, W); scale: (C, ...) of the
-    normalisation.
-    """
-    logvar = logvar.float()
-    eps = noise(sample_ids, logvar.shape[1:], seed, TEXTURE_POSTERIOR)
-    channels = logvar.shape[1]
-    latents[:, :channels].addcmul_(torch.exp(0.5 * logvar) * eps, scale[:channels])
-    return latents
 
 
 class LatentLoader:

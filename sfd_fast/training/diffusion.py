@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sfd_fast.config import SFDConfig, require
-from sfd_fast.data.latents import LatentLoader, LatentShards, add_posterior_noise
+from sfd_fast.data.latents import LatentLoader, LatentShards
+from sfd_fast.data.normalise import add_posterior_noise
 from sfd_fast.data.split import SPREAD
 from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.data.targets import Targets, open_targets, with_targets

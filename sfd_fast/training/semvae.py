@@ -87,9 +87,7 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
         torch.manual_seed(config.train.seed)
         model = SemVAE(config.semvae)
 
-    data = partial(
-        FeatureLoader, shards, config.train.global_batch_size, config.train.seed, flip=config.data.flip
-    )
+    data = partial(FeatureLoader, shards, config.train.global_batch_size, config.train.seed, flip=config.data.flip)
 
     def batches(start_step: int, engine: Engine) -> Iterator[Batch]:
         return iter(data(engine.rank, engine.world_size, start_step, device=engine.device))
