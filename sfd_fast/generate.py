@@ -7,7 +7,6 @@ there are then, and ends with the same files.
 
 import json
 import numbers
-import os
 import time
 import zlib
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.image_files import AsyncWriter, create_once
 from sfd_fast.pipeline import SFDPipeline
 from sfd_fast.sample_files import POLL_S, Progress, Pulse, SampleFiles, wait_for_all
+from sfd_fast.training.place import Place
 
 RUN = "run.json"
 """what the images of a folder are made from"""
@@ -116,13 +116,16 @@ class SampleResult:
 
 
 def ranks() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from RANK, WORLD_SIZE, LOCAL_RANK, which every launcher sets; (0, 1, 0) without.
+    """(rank, world size, local rank) as torchrun, deepspeed or srun set them; (0, 1, 0) without. Processes never meet.
 
     Raises ValueError where they contradict each other.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    require(0 <= rank < world_size, f"RANK {rank} must be in [0, WORLD_SIZE = {world_size}): check the launcher")
-    return rank, world_size, int(os.environ.get("LOCAL_RANK", 0))
+    place = Place.read()
+    require(
+        0 <= place.rank < place.world_size,
+        f"RANK {place.rank} must be in [0, WORLD_SIZE = {place.world_size}): check the launcher",
+    )
+    return place.rank, place.world_size, place.local_rank
 
 
 def balanced_labels(num: int, num_classes: int) -> torch.Tensor:

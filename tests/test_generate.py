@@ -454,6 +454,18 @@ def test_bad_settings_say_what_is_wrong(changes, message, model, tmp_path):
         run_sample(replace(settings(model, tmp_path), **changes))
 
 
+def test_tasks_of_a_slurm_step_share_the_work(model, expected, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    made = []
+    for task in (1, 0):
+        for name, value in (("SLURM_STEP_NUM_TASKS", 2), ("SLURM_PROCID", task), ("SLURM_LOCALID", task)):
+            monkeypatch.setenv(name, str(value))
+        made.append(run_sample(settings(model, tmp_path)).num_made)
+    assert made == [8, 10]
+    assert (tmp_path / "samples.npz").read_bytes() == expected
+
+
 def test_contradictory_rank_is_an_error(model, tmp_path, monkeypatch):
     as_rank(monkeypatch, 2, 2)
     with pytest.raises(ValueError, match=r"RANK 2 must be in \[0, WORLD_SIZE = 2\)"):
