@@ -1,14 +1,6 @@
 """Preparing a small tree of real photographs with tiny encoders that transformers and diffusers saved."""
 
 import json
-import multiprocessing
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,61 +10,18 @@ import torch
 from image_trees import crops, encoded, photographs, write_tree
 from marks import needs_dali
 from PIL import Image
-from safetensors.torch import load_file
-from tiny_encoders import save_autoencoder, save_dinov2
+from tiny_caches import GRID, SIZE, encode_config, features_config, stored
+from tiny_encoders import save_dinov2
 
 from sfd_fast import streams
-from sfd_fast.checkpoint import save_model
-from sfd_fast.config import SemVAEConfig
 from sfd_fast.data import screening
 from sfd_fast.data.images import square
 from sfd_fast.data.latents import LatentLoader, LatentShards
-from sfd_fast.data.prepare import EncodeConfig, FeaturesConfig, device_of, located, run_encode, run_features
+from sfd_fast.data.prepare import FeaturesConfig, device_of, located, run_encode, run_features
 from sfd_fast.data.ranks import Ranks
-from sfd_fast.models.semvae import SemVAE
 from sfd_fast.transport import noise
 
-SIZE, GRID = 32, 8
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """Paths of a tree of 13 photographs in 3 classes, and of tiny encoders."""
-    root = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    config = SemVAEConfig(
-        feature_channels=24, hidden_size=24, num_heads=2, encoder_depth=1, decoder_depth=1, latent_channels=3
-    )
-    save_model(root / "semvae", SemVAE(config))
-    return {
-        "images": str(write_tree(root / "tree")),
-        "vfm": str(save_dinov2(root / "vfm")),
-        "texture_codec": str(save_autoencoder(root / "codec")),
-        "semvae": str(root / "semvae"),
-    }
-
-
-def encode_config(parts, out, **more):
-    settings = {"image_size": SIZE, "shard_size": 2, "batch_size": 4, "storage": "fp32", "num_threads": 1}
-    return EncodeConfig(out=str(out), device="cpu", **(parts | settings | more))
-
-
-@pytest.fixture(scope="module")
-def encoded_cache(parts, tmp_path_factory):
-    """One uninterrupted encoding, and its folder."""
-    out = tmp_path_factory.mktemp("cache") / "out"
-    run_encode(encode_config(parts, out, features=True))
-    return out
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
-def stored(folder):
-    """All shards of a folder, concatenated."""
-    shards = [load_file(path) for path in sorted(Path(folder).glob("shard-*.safetensors"))]
-    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+pytest_plugins = ["cache_fixtures"]
 
 
 def test_each_image_is_encoded_once_in_order(parts, encoded_cache):
@@ -161,158 +110,6 @@ def test_the_cache_trains(encoded_cache):
     assert (batch["latents"].std(dim=(0, 2, 3)) - 1).abs().max() < 1e-4
 
 
-def in_child(run, config, environment):
-    os.environ.update(environment)
-    run(config)
-
-
-def launch(run, config, **environment):
-    """run(config) in a process of its own, forked: it has all imports already and computes on one thread."""
-    settings = {name: str(value) for name, value in environment.items()}
-    process = multiprocessing.get_context("fork").Process(target=in_child, args=(run, config, settings))
-    process.start()
-    return process
-
-
-def features_config(parts, out, **more):
-    return FeaturesConfig(
-        images=parts["images"], vfm=parts["vfm"], out=str(out), image_size=SIZE, grid_size=GRID, shard_size=2,
-        batch_size=4, num_threads=1, device="cpu", **more,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["encode", "features"])
-def test_a_killed_run_continues_to_the_same_folder(parts, encoded_cache, tmp_path, kind):
-    """Killed after its first shard, with temporary files of every kind left behind."""
-    out = tmp_path / "out"
-    if kind == "encode":
-        run, config, unbroken = run_encode, encode_config(parts, out, features=True), encoded_cache
-    else:
-        run, config, unbroken = run_features, features_config(parts, out), tmp_path / "unbroken"
-        run_features(replace(config, out=str(unbroken)))
-    process = launch(run, config)
-    deadline = time.monotonic() + 120
-    while not (out / "shard-00000.json").exists() and process.is_alive():
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not json.loads((out / "manifest.json").read_text())["complete"], "killed too late to tell"
-    for name in ("shard-00001.safetensors", "shard-00001.json", "manifest.json", "latents_stats.pt", "index/index.x"):
-        path = out / name
-        path.with_name(f".{path.name}.{process.pid}.tmp").write_bytes(b"half")
-    if kind == "encode":
-        with pytest.raises(ValueError, match="is an unfinished cache"):
-            LatentShards(out)
-    first = (out / "shard-00000.safetensors").stat().st_mtime_ns
-    run(config)
-    assert (out / "shard-00000.safetensors").stat().st_mtime_ns == first, "a finished shard was repeated"
-    assert contents(out) == contents(unbroken)
-
-
-def test_two_ranks_write_the_same_bytes_as_one(parts, encoded_cache, tmp_path):
-    config = encode_config(parts, tmp_path / "out", features=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
-    processes = [launch(run_encode, config, RANK=rank, **address) for rank in range(2)]
-    for process in processes:
-        process.join(timeout=180)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert contents(tmp_path / "out") == contents(encoded_cache)
-
-
-def copied(cache, tmp_path):
-    return Path(shutil.copytree(cache, tmp_path / "copy"))
-
-
-def times(folder):
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
-
-
-def test_a_finished_cache_is_left_alone(parts, encoded_cache, tmp_path):
-    out = copied(encoded_cache, tmp_path)
-    before = times(out)
-    run_encode(encode_config(parts, out, features=True, verify=True))
-    assert times(out) == before
-
-
-def test_a_finished_cache_loses_what_a_run_that_was_killed_at_the_end_left(parts, encoded_cache, tmp_path):
-    """Killed between the final manifest and the removal of the records."""
-    out = copied(encoded_cache, tmp_path)
-    row = json.loads((out / "manifest.json").read_text())["shards"]["shard-00001.safetensors"]
-    (out / "shard-00001.json").write_text(json.dumps(row))
-    for name in (".manifest.json.1.tmp", "index/.index.safetensors.1.tmp"):
-        (out / name).write_bytes(b"half")
-    before = (out / "shard-00001.safetensors").stat().st_mtime_ns
-    run_encode(encode_config(parts, out, features=True))
-    assert contents(out) == contents(encoded_cache)
-    assert (out / "shard-00001.safetensors").stat().st_mtime_ns == before
-
-
-def test_only_missing_and_damaged_shards_of_a_finished_cache_are_encoded_again(parts, encoded_cache, tmp_path, capsys):
-    out = copied(encoded_cache, tmp_path)
-    (out / "shard-00002.safetensors").unlink()
-    os.truncate(out / "shard-00005.safetensors", 5000)
-    (out / "latents_stats.pt").unlink()
-    before = times(out)
-    run_encode(encode_config(parts, out, features=True))
-    assert contents(out) == contents(encoded_cache)
-    changed = {name for name, when in times(out).items() if before.get(name) != when}
-    assert changed >= {"shard-00002.safetensors", "shard-00005.safetensors", "latents_stats.pt"}
-    assert not {"shard-00000.safetensors", "shard-00006.safetensors", "manifest.json"} & changed
-    text = capsys.readouterr().out
-    assert "2 of 7 shards are missing or damaged and are encoded, the first is shard-00002.safetensors" in text
-
-
-def test_verify_finds_and_mends_a_flipped_bit(parts, encoded_cache, tmp_path):
-    out = copied(encoded_cache, tmp_path)
-    path = out / "shard-00003.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-9] ^= 4
-    path.write_bytes(data)
-    config = encode_config(parts, out, features=True)
-    run_encode(config)
-    assert path.read_bytes() == bytes(data), "without verify only sizes are compared"
-    run_encode(replace(config, verify=True))
-    assert contents(out) == contents(encoded_cache)
-
-
-def test_a_repair_that_gives_other_bytes_is_refused_and_leaves_no_shard(parts, encoded_cache, tmp_path):
-    out = copied(encoded_cache, tmp_path)
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["shards"]["shard-00003.safetensors"]["sha256"] = "0" * 64
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    (out / "shard-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match="shard-00003.safetensors was encoded again to other bytes"):
-        run_encode(encode_config(parts, out, features=True))
-    assert not list(out.glob("shard-00003*"))
-
-
-def test_a_finished_shard_that_was_truncated_is_repeated_when_a_run_continues(parts, encoded_cache, tmp_path):
-    out = tmp_path / "out"
-    process = launch(run_encode, encode_config(parts, out, features=True))
-    while not (out / "shard-00000.json").exists():
-        assert process.is_alive()
-        time.sleep(0.0005)
-    process.kill()
-    process.join()
-    os.truncate(out / "shard-00000.safetensors", 5000)
-    run_encode(encode_config(parts, out, features=True))
-    assert contents(out) == contents(encoded_cache)
-
-
-def test_a_manifest_of_another_format_is_refused(parts, encoded_cache, tmp_path):
-    out = copied(encoded_cache, tmp_path)
-    manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps(manifest | {"format": 9}))
-    for work in (lambda: run_encode(encode_config(parts, out, features=True)), lambda: LatentShards(out)):
-        with pytest.raises(ValueError, match="manifest.json is of format 9, this version reads 1"):
-            work()
-
-
 def test_the_manifest_tells_where_images_and_encoders_were(parts, encoded_cache):
     sources = json.loads((encoded_cache / "manifest.json").read_text())["sources"]
     assert sources == {name: parts[name] for name in ("images", "vfm", "semvae", "texture_codec")}
@@ -354,21 +151,6 @@ def test_failures_of_dali_are_counted_in_manifest_and_summary(parts, tmp_path, c
     assert len(stored(out)["labels"]) == 6
 
 
-def test_two_processes_of_torchrun_write_the_same_bytes_as_one(parts, encoded_cache, tmp_path):
-    """The real launcher and the real command line; 13 images do not divide by 2, nor 7 shards."""
-    options = {"out": tmp_path / "out", "image_size": SIZE, "shard_size": 2, "batch_size": 4, "storage": "fp32",
-               "num_threads": 1, "device": "cpu", "features": "true"} | parts  # fmt: skip
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    result = subprocess.run(
-        [*launcher, "sfd_fast", "encode", *flags],
-        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "13 images in 7 shards" in result.stdout and "on 2 rank(s)" in result.stdout
-    assert contents(tmp_path / "out") == contents(encoded_cache)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"image_size": 64}, "image_size is 32 there, 64 now"), ({"flip": False}, "flip is True there, False now"),
@@ -406,11 +188,7 @@ def test_moments_are_stored_and_sampled_by_the_loader(parts, tmp_path):
 
 
 def test_features_alone_have_the_released_layout(parts, tmp_path):
-    config = FeaturesConfig(
-        images=parts["images"], vfm=parts["vfm"], out=str(tmp_path / "out"), image_size=SIZE, grid_size=GRID,
-        shard_size=6, batch_size=4, num_threads=1, device="cpu",
-    )  # fmt: skip
-    run_features(config)
+    run_features(features_config(parts, tmp_path / "out", shard_size=6))
     tensors = stored(tmp_path / "out")
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
         "feats_dino": ((13, 24, GRID, GRID), torch.float16),
