@@ -10,6 +10,8 @@ velocities kept.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +131,8 @@ class StepRunner:
 
     model: LightningDiT; weak: the guide, the model itself (for the null class), or None; plan: gives the shape of the
     tables (kept velocities, base state, capacity of evaluations); any plan that `fits` can be loaded.
-    backend: "eager", "compile" (networks by torch.compile) or "cuda_graph".
+    backend: "eager", "compile" (networks by torch.compile) or "cuda_graph". networks: makes the networks, or hands out
+    those of other runners; default: new ones.
 
     Loading a plan allocates. A trajectory then copies noise and labels into static tensors and runs PIECES: under
     "cuda_graph" these are replays alone, so it neither allocates nor reads anything back to the host; under the other
@@ -140,7 +143,15 @@ class StepRunner:
     """what runs, and is captured, on its own: the conditions of the grid; a step without and with the weak network"""
 
     def __init__(
-        self, model: nn.Module, weak: nn.Module | None, *, micro_batch_size: int, plan: Plan, backend: str, pool=None
+        self,
+        model: nn.Module,
+        weak: nn.Module | None,
+        *,
+        micro_batch_size: int,
+        plan: Plan,
+        backend: str,
+        pool=None,
+        networks: Callable[[nn.Module], Network] | None = None,
     ) -> None:
         self.backend, self.pool = backend, pool
         config = model.config
@@ -166,9 +177,9 @@ class StepRunner:
             write_slot=zeros(rows, dtype=torch.int64),
             commit=zeros(rows, dtype=torch.int64),
         )
-        compiled = backend == "compile"
-        self.network = conditioned(model, compiled)
-        self.weak_network = None if weak is None else conditioned(weak, compiled)
+        networks = networks or partial(conditioned, compiled=backend == "compile")
+        self.network = networks(model)
+        self.weak_network = None if weak is None else networks(weak)
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self.loaded: tuple[Plan, Tensor] | None = None
 
@@ -296,7 +307,7 @@ class StepRunners:
     """Step runners by guidance topology and shape of the tables, made when first needed; CUDA graphs share one pool.
 
     Their graphs never run at the same time and hand nothing over but static tensors, so one pool serves them all. At
-    most MAX_RUNNERS are kept: each holds its tables, and its graphs.
+    most MAX_RUNNERS are kept, since each holds its tables and graphs.
     """
 
     def __init__(self, backend: str, device: torch.device) -> None:
@@ -307,20 +318,24 @@ class StepRunners:
         self.backend = backend
         self.pool = torch.cuda.graph_pool_handle() if backend == "cuda_graph" else None
         self.runners = Recent(MAX_RUNNERS)
-        self.networks: dict[nn.Module, Network] = {}
+        self.networks = Recent(2 * MAX_RUNNERS)
 
-    def network(self, model: nn.Module) -> Network:
-        """The network for a solver that chooses its own times: compiled where the backend compiles."""
-        if model not in self.networks:
-            self.networks[model] = conditioned(model, self.backend == "compile")
-        return self.networks[model]
+    def network(self, model: nn.Module, micro_batch_size: int) -> Network:
+        """The network at that micro-batch size, compiled where the backend compiles: once for all solvers."""
+        return self.networks.get((id(model), micro_batch_size), lambda: conditioned(model, self.backend == "compile"))
 
     def get(self, model: nn.Module, weak: nn.Module | None, micro_batch_size: int, plan: Plan) -> StepRunner:
         """The runner for this pair of networks, micro-batch size and shape of tables."""
         return self.runners.get(
             (id(model), id(weak), micro_batch_size, table_shape(plan)),
             lambda: StepRunner(
-                model, weak, micro_batch_size=micro_batch_size, plan=plan, backend=self.backend, pool=self.pool
+                model,
+                weak,
+                micro_batch_size=micro_batch_size,
+                plan=plan,
+                backend=self.backend,
+                pool=self.pool,
+                networks=partial(self.network, micro_batch_size=micro_batch_size),
             ),
         )
 
@@ -331,4 +346,9 @@ def conditioned(model: nn.Module, compiled: bool) -> Network:
     def network(x: Tensor, condition: Tensor) -> Tensor:
         return model(x, None, None, None, condition=condition)
 
-    return torch.compile(network, dynamic=False, fullgraph=True) if compiled else network
+    if not compiled:
+        return network
+    # torch.compile gives up after eight compilations of one code object, for whatever model and shape: each network
+    # gets its own.
+    own = FunctionType(network.__code__.replace(), network.__globals__, network.__name__, None, network.__closure__)
+    return torch.compile(own, dynamic=False, fullgraph=True)

@@ -279,7 +279,7 @@ class SFDPipeline:
         """model(x, t_tex, t_sem, labels) for solvers that choose their times: all but the condition compiled."""
         if model is None or self.runners.backend != "compile":
             return model
-        network = self.runners.network(model)
+        network = self.runners.network(model, self.micro_batch_size)
         return lambda x, t_tex, t_sem, labels: network(x, model.condition(t_tex, t_sem, labels))
 
     def initial_noise(self, sample_ids: Tensor, seed: int) -> Tensor:

@@ -173,10 +173,31 @@ def test_bf16_networks_update_an_fp32_state():
 @pytest.mark.parametrize(
     "settings", [None, GUIDED, GuidanceConfig(mode="cfg", scale=2.0)], ids=["none", "guide", "null"]
 )
-@pytest.mark.parametrize("solver", ["euler", "abm3"])
-def test_compiled_networks_equal_eager_ones(solver, settings):
-    config = SamplerConfig(solver=solver, num_steps=5)
+def test_compiled_networks_equal_eager_ones(settings):
+    config = SamplerConfig(num_steps=5)
     torch.testing.assert_close(run(config, settings, backend="compile"), run(config, settings), rtol=1e-4, atol=1e-5)
+
+
+SOLVERS = [SamplerConfig(solver="euler", num_steps=4), SamplerConfig(num_steps=4)]
+
+
+def test_compiled_networks_of_many_sizes_do_not_use_up_the_compilers_limit(monkeypatch):
+    original, compiled = torch.compile, []
+
+    def compile_lightly(function, **options):
+        compiled.append(function)
+        return original(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_lightly)
+    runners = StepRunners("compile", torch.device("cpu"))
+    plans = [make_plan(config, DELTA) for config in SOLVERS]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for batch, plan in ((1, plans[0]), (1, plans[1]), (2, plans[1])):
+            runner = runners.get(MODEL, None, batch, plan)
+            weights, needs_weak = guidance_table(plan, None, DELTA)
+            runner.load(plan, weights, DELTA, exact=False)
+            runner.run(NOISE[:batch], LABELS[:batch], None, needs_weak, time_grid(SOLVERS[0], DELTA).tolist())
+    assert len(compiled) == 2  # both solvers share the network
 
 
 def test_cuda_graphs_without_a_cuda_device_are_an_error():
