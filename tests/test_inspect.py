@@ -2,6 +2,7 @@
 
 import json
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -219,3 +220,26 @@ def test_foreign_and_unfinished_shards_are_refused(tmp_path):
     write_json(tmp_path / "c" / "manifest.json", manifest | {"complete": False})
     with pytest.raises(ValueError, match="is an unfinished cache"):
         lines_of(path=tmp_path / "c")
+
+
+def test_a_remote_cache_is_inspected_through_its_local_copy(tmp_path):
+    filesystem = fsspec.filesystem("memory")
+    cache(tmp_path / "c", manifest=True)
+    filesystem.put(str(tmp_path / "c"), "/inspected/c", recursive=True)
+    try:
+        with pytest.raises(ValueError, match="is remote: name a local folder"):
+            lines_of(path="memory://inspected/c")
+        text = lines_of(path="memory://inspected/c", cache_folder=str(tmp_path / "local"), verify=True, picture="none")
+    finally:
+        filesystem.rm("/inspected", recursive=True)
+    assert "9 samples in 2 shards" in text and "every shard is whole" in text
+
+
+def test_shards_may_be_given_one_by_one(tmp_path):
+    cache(tmp_path / "c")
+    assert "3 samples in 1 shards" in lines_of(path=tmp_path / "c" / "s1.safetensors")
+
+
+def test_a_missing_path_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path / 'nowhere'} does not exist"):
+        lines_of(path=tmp_path / "nowhere")
