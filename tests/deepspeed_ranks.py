@@ -15,18 +15,21 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_run import MODEL, pixels, tiny_config, with_data
 
-from sfd_fast.config import DeepSpeedConfig, OptimizerConfig
+from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TransportConfig
 from sfd_fast.models import dit
 from sfd_fast.training import deepspeed as engine_module
 from sfd_fast.training.diffusion import diffusion_job, initial_model
 from sfd_fast.training.engine import TorchEngine
+from sfd_fast.training.footprint import LiveBytes
 from sfd_fast.training.loop import Stop, build_engine, micro_batches, run_train
+from sfd_fast.training.plan import memory
 from sfd_fast.training.sharded import snapshot_pieces
 from sfd_fast.transport import training_loss
 
@@ -116,16 +119,17 @@ def resume(folder):
     return out
 
 
-@case
-def shares(folder):
-    """Bytes of weights, gradients, moments and averages on this rank under ZeRO 3, in the middle of a step."""
-    made = config(folder, "shares", 3, NOT_PERSISTENT, max_steps=4)
+def held_bytes(folder, name):
+    """Bytes of weights, gradients, moments and averages on this rank under ZeRO 3, in the middle of a step.
+
+    Whole storages, each counted once, under the first part that it belongs to.
+    """
+    made = config(folder, name, 3, NOT_PERSISTENT, max_steps=4)
     made = replace(made, model=replace(MODEL, hidden_size=128, depth=3, num_heads=4))
     job = diffusion_job(made)
     engine = build_engine(job, "cpu")
     batches = job.batches(0, engine)
     engine.train_step([next(batches)], 1e-3)
-    total = sum(p.ds_numel for p in engine.named.values())
     seen = {}
     prepare = engine.optimizer.before_step
 
@@ -133,27 +137,73 @@ def shares(folder):
         prepare()
         zero = engine.zero
         flats = zero.fp32_partitioned_groups_flat
-        seen["parameters"] = sum(p.ds_tensor.numel() * 4 for p in engine.named.values())
-        stored = {p.ds_tensor.untyped_storage().data_ptr() for p in engine.named.values()}
-        apart = [f for f in flats if f.untyped_storage().data_ptr() not in stored]
-        seen["masters apart from weights"] = sum(f.numel() * 4 for f in apart)
-        seen["weights left whole"] = sum(p.data.numel() * 4 for p in engine.named.values())
-        seen["gradients"] = sum(f.grad.numel() * 4 for f in flats if f.grad is not None)
-        state = [v for f in flats for v in engine.optimizer.state[f].values() if v.dim()]
-        seen["moments and average"] = sum(v.numel() * v.element_size() for v in state)
+        parts = {
+            "parameters": [p.ds_tensor for p in engine.named.values()],
+            "masters apart from weights": flats,
+            "weights left whole": [p.data for p in engine.named.values()],
+            "gradients": [zero.grad_partitions_flat_buffer],
+            "gradients copied for the step": [flat.grad for flat in flats if flat.grad is not None],
+            "moments and average": [v for flat in flats for v in engine.optimizer.state[flat].values() if v.dim()],
+        }
+        known = set()
+        for part, tensors in parts.items():
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+            seen[part] = sum(size for place, size in storages.items() if place not in known)
+            known |= storages.keys()
 
     engine.optimizer.before_step = measure
     engine.train_step([next(batches)], 1e-3)
     engine.close()
-    one_rank = {"parameters": 4 * total, "gradients": 4 * total, "moments and average": 12 * total}
-    return {"rank": seen, "one_rank": one_rank}
+    return seen
+
+
+@case
+def shares(folder):
+    return held_bytes(folder, "shares")
+
+
+@case
+def shares_of_one(folder):
+    """The same engine on one rank, the denominator."""
+    return held_bytes(folder, "shares-of-one")
+
+
+class Footprint(NamedTuple):
+    """One way to run, whose memory is predicted and measured."""
+
+    zero_stage: int
+    precision: str
+    micro_batch: int
+    checkpoint_activations: float
+    accumulation: int = 1
+    offload: bool = False
+
+    def predicted(self):
+        """Bytes of a rank of two; what is offloaded counts too, as host memory is the only one here."""
+        made = memory(
+            FOOTPRINT_MODEL, TransportConfig(), world_size=2, zero_stage=self.zero_stage, micro_batch=self.micro_batch,
+            checkpoint_activations=self.checkpoint_activations, precision=self.precision,
+            accumulate=self.accumulation > 1, overlap=False, offload_optimizer=self.offload, sizes=FOOTPRINT_SIZES,
+        )  # fmt: skip
+        return made.peak + made.host
+
+    def __str__(self):
+        words = [f"ZeRO {self.zero_stage}, {self.precision}, micro-batch {self.micro_batch}"]
+        words += [f"{self.checkpoint_activations:.0%} recomputed"]
+        words += [f"{self.accumulation} accumulated"] * (self.accumulation > 1) + ["offload"] * self.offload
+        return ", ".join(words)
 
 
 FOOTPRINTS = [
-    (1, "fp32", 4, 0.0), (2, "parity", 2, 0.0), (2, "bf16", 4, 1.0), (3, "fp32", 4, 1.0), (3, "bf16", 2, 0.0),
+    Footprint(0, "fp32", 4, 0.0), Footprint(1, "fp32", 4, 0.0), Footprint(2, "parity", 2, 0.0),
+    Footprint(2, "bf16", 4, 1.0), Footprint(3, "fp32", 4, 1.0), Footprint(3, "bf16", 2, 0.0),
 ]  # fmt: skip
-"""(ZeRO stage, precision, micro-batch, share of recomputed blocks). ZeRO 0 is measured in one process: here it sends
-all gradients as one buffer, which a gloo thread may free unseen by the profiler"""
+MORE_FOOTPRINTS = [
+    Footprint(0, "parity", 2, 0.5), Footprint(1, "parity", 4, 0.5), Footprint(2, "fp32", 2, 0.0, accumulation=2),
+    Footprint(2, "bf16", 2, 0.5, accumulation=2), Footprint(3, "parity", 4, 0.5),
+    Footprint(2, "fp32", 2, 0.0, offload=True), Footprint(3, "fp32", 2, 0.0, offload=True),
+]  # fmt: skip
+"""for benchmarks/soak.py"""
 FOOTPRINT_MODEL = replace(
     MODEL, hidden_size=192, depth=4, num_heads=3, patch_size=1, grid_size=16, repa_channels=32, repa_hidden=64
 )
@@ -172,51 +222,79 @@ def random_batch(model, size):
     }  # fmt: skip
 
 
+class LiveTensors(LiveBytes):
+    """Bytes of the tensors that operators make while they run; never what gloo's threads hold for a moment."""
+
+    def repeated(self, function, args):
+        return function(*args)
+
+
+def tensors_in_memory():
+    """Every tensor that Python holds, and gradients, which it may not hold itself."""
+    held = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+    return held + [value.grad for value in held if value.is_leaf and value.grad is not None]
+
+
 def peak_bytes(start, step):
-    """Most bytes that torch's allocator had handed out during step(start()), counted from before start()."""
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        state = start()
-        begin = time.time_ns()
+    """Most bytes in tensors at once during step(start()), less those from before start()."""
+    gc.collect()
+    before = tensors_in_memory()  # kept to the end, so that none of these places in memory is used again
+    state = start()
+    gc.collect()
+    counter = LiveTensors()
+    counter.ignore(before)
+    places = {value.untyped_storage().data_ptr() for value in before}
+    for value in tensors_in_memory():
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in places:  # DeepSpeed keeps several storages over one place in memory
+            places.add(storage.data_ptr())
+            counter.count(storage)
+    del value, storage
+    counter.peak = counter.live
+    with counter:
         step(state)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        if event.start_ns() >= begin:
-            peak = max(peak, live)
-    return peak, state
+    return counter.peak, state
 
 
-@case
-def footprint(folder):
+def measured_footprints(folder, footprints):
     """Most memory of this rank during a step after the first, for several ways to run."""
     plain = diffusion_job(config(folder, "footprint", 1))
     out = []
-    for stage, kind, micro_batch, share in FOOTPRINTS:
+    for way in footprints:
         made = config(
-            folder, "footprint", stage, {"zero_optimization": FOOTPRINT_SIZES}, precision=kind,
-            global_batch_size=2 * micro_batch, checkpoint_activations=share,
+            folder, "footprint", way.zero_stage, {"zero_optimization": FOOTPRINT_SIZES}, precision=way.precision,
+            global_batch_size=2 * way.micro_batch * way.accumulation, micro_batch_size=way.micro_batch,
+            checkpoint_activations=way.checkpoint_activations,
         )  # fmt: skip
-        made = replace(made, model=FOOTPRINT_MODEL)
-        batch = random_batch(FOOTPRINT_MODEL, micro_batch)
+        made = replace(made, model=FOOTPRINT_MODEL, deepspeed=replace(made.deepspeed, offload_optimizer=way.offload))
+        batches = [random_batch(FOOTPRINT_MODEL, way.micro_batch) for _ in range(way.accumulation)]
 
-        def start(made=made, batch=batch):
+        def start(made=made, batches=batches):
             job = replace(
                 plain, config=made, train=made.train, optimizer=made.optimizer, deepspeed=made.deepspeed,
                 model=initial_model(made), objective=lambda net, b: training_loss(net, b, made, seed=0),
             )  # fmt: skip
             engine = build_engine(job, "cpu")
-            engine.train_step([batch], 1e-3)
+            engine.train_step(batches, 1e-3)
             gc.collect()
             return engine
 
-        peak, engine = peak_bytes(start, lambda engine, batch=batch: engine.train_step([batch], 1e-3))
+        peak, engine = peak_bytes(start, lambda engine, batches=batches: engine.train_step(batches, 1e-3))
         engine.close()
         del engine
         gc.collect()
         out.append(peak)
     return out
+
+
+@case
+def footprint(folder):
+    return measured_footprints(folder, FOOTPRINTS)
+
+
+@case
+def more_footprints(folder):
+    return measured_footprints(folder, MORE_FOOTPRINTS)
 
 
 @case

@@ -15,16 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deepspeed_ranks import FOOTPRINT_MODEL, FOOTPRINT_SIZES, FOOTPRINTS
+from deepspeed_ranks import FOOTPRINTS
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import pixels, tiny_config, write_data, write_reference
 
-from sfd_fast.config import TransportConfig
+from sfd_fast import cli
 from sfd_fast.training.deepspeed import own_device
-from sfd_fast.training.export import export_checkpoint
 from sfd_fast.training.loop import run_train
-from sfd_fast.training.plan import memory
 from sfd_fast.training.sharded import consolidated
 
 HERE = Path(__file__).resolve().parent
@@ -97,7 +95,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     write_data(folder / "data")
     write_reference(folder / "reference.npz")
-    for code, error, _ in finish(start_ranks(1, folder, "one", "fp16")):
+    for code, error, _ in finish(start_ranks(1, folder, "one", "fp16", "shares_of_one")):
         assert code == 0, error[-6000:]
     launcher(folder, *TWO_RANKS)
     for code, error, _ in finish(start_ranks(1, folder, "from_two")):
@@ -191,28 +189,19 @@ def test_sample_grids_of_two_ranks_are_those_of_one(ran, alone, stage):
 
 
 def test_zero_3_holds_half_on_each_of_two_ranks(ran):
+    """Of what the same engine holds on one rank, gradients that DeepSpeed never gives back included."""
+    alone = ran["shares_of_one"][0]
     for rank in (0, 1):
         measured = ran["shares"][rank]
-        assert sum(measured["rank"].values()) <= 0.52 * sum(measured["one_rank"].values())
+        assert sum(measured.values()) <= 0.52 * sum(alone.values())
         for part in ("parameters", "gradients", "moments and average"):
-            assert 0.49 <= measured["rank"][part] / measured["one_rank"][part] <= 0.52
+            assert 0.49 <= measured[part] / alone[part] <= 0.52
 
 
-ZERO_3_RECOMPUTED = pytest.param(3, marks=pytest.mark.xfail(
-    strict=False, reason="holds on a quiet machine; on a loaded one gloo frees buffers later and 78 MB were measured "
-    "twice where 68 are predicted",
-))  # fmt: skip
-
-
-@pytest.mark.parametrize("number", [ZERO_3_RECOMPUTED if n == 3 else n for n in range(len(FOOTPRINTS))])
+@pytest.mark.parametrize("number", range(len(FOOTPRINTS)), ids=[str(way) for way in FOOTPRINTS])
 def test_the_planner_predicts_the_memory_of_two_ranks_within_a_tenth(ran, number):
-    stage, precision, micro_batch, share = FOOTPRINTS[number]
-    predicted = memory(
-        FOOTPRINT_MODEL, TransportConfig(), world_size=2, zero_stage=stage, micro_batch=micro_batch,
-        checkpoint_activations=share, precision=precision, overlap=False, sizes=FOOTPRINT_SIZES,
-    ).peak  # fmt: skip
     for rank in (0, 1):
-        assert predicted == pytest.approx(ran["footprint"][rank][number], rel=0.1)
+        assert FOOTPRINTS[number].predicted() == pytest.approx(ran["footprint"][rank][number], rel=0.1)
 
 
 def test_norms_positions_and_clocks_stay_fp32_with_bf16_weights(ran):
@@ -262,11 +251,11 @@ def test_a_signal_to_one_rank_or_the_stop_file_stops_all_at_one_step(ran, cause)
 
 
 def test_our_code_reads_nothing_from_the_device_during_a_step(ran, record_testsuite_property):
-    """DeepSpeed's own reads are counted too, so the counter is known to work: one a step, with and without sums."""
+    """DeepSpeed's own reads are counted too, so the counter is known to work: 1 a step, and 2 under ZeRO 2."""
     for name, found in ran["host_reads"][0].items():
         print(f"host reads in a step, {name}: {found}")
         record_testsuite_property(f"host reads, {name}", found)
-        assert set(found) == {"deepspeed"} and found["deepspeed"] >= 1
+        assert set(found) == {"deepspeed"} and 1 <= found["deepspeed"] <= 2
 
 
 @pytest.mark.parametrize(
@@ -314,11 +303,16 @@ def test_two_ranks_to_one_moves_every_average_exactly_and_ends_alike(ran):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_exports_the_averages_it_trained(ran, tmp_path, stage):
+def test_every_stage_converts_to_the_averages_it_trained(ran, tmp_path, stage):
     run = ran.folder / f"stages-{stage}"
-    export_checkpoint(run, tmp_path / "exported")
-    a, b = (load_file(folder / "model.safetensors") for folder in (tmp_path / "exported", run / "model"))
+    cli.main(["convert", "--source", str(run), "--target", str(tmp_path / "folder")])
+    a, b = (load_file(folder / "model.safetensors") for folder in (tmp_path / "folder", run / "model"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    cli.main(["convert", "--source", str(run), "--target", str(tmp_path / "released.pt")])
+    released = torch.load(tmp_path / "released.pt", weights_only=False)
+    assert all(torch.equal(released["ema"][key], b[key]) for key in b)
+    weights = consolidated(run / "checkpoints" / "00000030", "param")
+    assert all(torch.equal(released["model"][key].flatten(), weights[key]) for key in weights)
 
 
 def test_one_plain_process_goes_on_from_two_ranks(ran, tmp_path):

@@ -166,8 +166,8 @@ def memory(
         buffers = weight * sizes["reduce_bucket_size"] * (2 if overlap else 1)
         step = copied * (min(sizes["sub_group_size"], owned) if zero_stage == 3 else owned)
     if zero_stage == 3:
-        # weights prefetched for the next forward pass, and those alive in this one
-        buffers += 2 * weight * min(sharded, sizes["stage3_max_live_parameters"] + sizes["stage3_prefetch_bucket_size"])
+        # whole weights alive, and those on their way
+        buffers += weight * min(sharded, sizes["stage3_max_live_parameters"] + sizes["stage3_prefetch_bucket_size"])
         held = gradient
     state = {
         "masters": 0.0 if zero_stage == 0 or (zero_stage == 3 and not low) else 4 * owned,
