@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_caches import SIZE, contents, encode_config, features_config
 
+from sfd_fast.data.job import Job
 from sfd_fast.data.latents import LatentShards
 from sfd_fast.data.prepare import run_encode, run_features
 
@@ -62,6 +63,18 @@ def test_a_killed_run_continues_to_the_same_folder(parts, encoded_cache, tmp_pat
     run(config)
     assert (out / "shard-00000.safetensors").stat().st_mtime_ns == first, "a finished shard was repeated"
     assert contents(out) == contents(unbroken)
+
+
+def test_a_run_that_continues_gives_the_space_of_unfinished_shards_back_first(parts, tmp_path, monkeypatch):
+    def stop(job, shards, ranks, report):
+        assert not list(job.out.glob(".*.tmp"))
+        raise KeyboardInterrupt
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".shard-00000.safetensors.1.tmp").write_bytes(b"half")
+    monkeypatch.setattr(Job, "encode_shards", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_encode(encode_config(parts, tmp_path / "out"))
 
 
 def test_two_ranks_write_the_same_bytes_as_one(parts, encoded_cache, tmp_path):

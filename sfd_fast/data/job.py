@@ -88,6 +88,8 @@ class Job:
 
     def encode_missing(self, row_of: Callable[[int], dict | None], ranks: Ranks, report: Report) -> list[int]:
         """Encodes, divided over the ranks, all shards that are not as row_of(k) says; returns once all are there."""
+        if ranks.first:
+            sweep(self.out)  # nobody writes before the ranks have met below; each file claims a whole shard of the disk
         mine = [k for k in ranks.mine(self.num_shards) if not self.is_whole(k, row_of(k))]
         missing = sorted(k for share in ranks.gather(mine) for k in share)
         if missing and ranks.first and len(missing) < self.num_shards:

@@ -94,11 +94,15 @@ class EncodeConfig:
     shard_size: int = 1024
     batch_size: int = 32
     decoder: Literal["pil", "dali"] = "pil"
-    """as in `sfd features`, and so the options below"""
+    """pil: exact; dali: within a small difference, worth it on a GPU (as in `sfd features`)"""
     on_bad: Literal["skip", "fail"] = "skip"
+    """unreadable images"""
     verify: bool = False
+    """compare the checksums of shards that are there already: those that differ are encoded again"""
     num_threads: int = 0
+    """decoding threads of a rank; 0: one per processor"""
     device: str = "auto"
+    """auto: the rank's GPU, or else the CPU; cuda: the rank's GPU"""
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
