@@ -10,11 +10,13 @@ from support import GOLDEN, load_golden
 from tiny_run import tiny_config, write_data
 
 from sfd_fast import cli
-from sfd_fast.checkpoint import load_model, load_released, read_config
+from sfd_fast.checkpoint import load_model, load_released, load_semvae, read_config
+from sfd_fast.config import FeatureDataConfig, SemVAEConfig, SemVAETrainingConfig, TrainConfig
 from sfd_fast.convert import ConvertConfig, run_convert
 from sfd_fast.data.statistics import LatentStatistics
 from sfd_fast.pipeline import SFDPipeline
 from sfd_fast.training.loop import run_train
+from sfd_fast.training.semvae import run_train_semvae
 
 
 @pytest.mark.golden
@@ -130,6 +132,23 @@ def test_a_checkpoint_becomes_the_released_file_with_raw_weights_and_average(run
     assert torch.equal(tree["model"][name].flatten(), stored(saved, name, "param"))
     assert torch.equal(tree["ema"][name].flatten(), stored(saved, name, "ema_1"))
     assert torch.equal(load_released(tmp_path / "4.pt").state_dict()[name], tree["ema"][name])
+
+
+def test_a_run_of_semvae_becomes_the_released_file(tmp_path):
+    """Which has one set of weights: those asked for."""
+    data = write_data(tmp_path / "data")
+    config = SemVAETrainingConfig(
+        semvae=SemVAEConfig(feature_channels=8, hidden_size=12, num_heads=2, encoder_depth=1, decoder_depth=1),
+        data=FeatureDataConfig(path=str(data)),
+        train=TrainConfig(
+            out=str(tmp_path / "run"), max_steps=2, global_batch_size=4, precision="fp32", sample_every=0,
+            tensorboard=False,
+        ),
+    )  # fmt: skip
+    run_train_semvae(config, device="cpu", progress=False)
+    cli.main(["convert", "--source", str(tmp_path / "run"), "--target", str(tmp_path / "s.pt"), "--weights", "model"])
+    ours, again = load_semvae(tmp_path / "run" / "model").state_dict(), load_semvae(tmp_path / "s.pt").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in ours.items())  # its average has decay 0
 
 
 def test_a_checkpoint_that_lacks_a_parameter_is_refused(run, tmp_path):

@@ -81,6 +81,15 @@ def test_state_follows_its_bytes_per_parameter():
     assert low.parameters == pytest.approx(total / 4, rel=0.02)
 
 
+def test_accumulated_gradients_stay_beside_the_activations():
+    """ZeRO 2 on 2 ranks, fp32: the partition, half of 4 bytes a parameter, is there through every forward pass."""
+    total = count_parameters(SMALL)[0]
+    settings = {"world_size": 2, "zero_stage": 2, "micro_batch": 16, "precision": "fp32"}
+    once, summed = (memory(SMALL, TRANSPORT, accumulate=sums, **settings) for sums in (False, True))
+    assert once.activations > once.gradients + once.step
+    assert summed.peak - once.peak == pytest.approx(2 * total)
+
+
 def test_micro_batches_divide_the_share():
     assert micro_batches(32) == [32, 16, 8, 4]
     assert micro_batches(12) == [12, 6, 3, 1]

@@ -98,7 +98,9 @@ class Memory:
     activations: float
     """and other temporaries of forward and backward, at their most"""
     buffers: float
-    """buckets of communication, gathered weights, and the gradient partition that ZeRO 3 never gives back"""
+    """buckets of communication, gathered weights, and gradients that stay through a forward pass: ZeRO 3 never gives
+    its partition back, accumulation sums into it
+    """
     step: float
     """copies of gradients that the optimizer step needs, after activations are gone"""
     host: float = 0.0
@@ -168,7 +170,8 @@ def memory(
     if zero_stage == 3:
         # whole weights alive, and those on their way
         buffers += weight * min(sharded, sizes["stage3_max_live_parameters"] + sizes["stage3_prefetch_bucket_size"])
-        held = gradient
+    if zero_stage == 3 or accumulate:
+        held = gradient  # through the next forward pass
     state = {
         "masters": 0.0 if zero_stage == 0 or (zero_stage == 3 and not low) else 4 * owned,
         "moments": (8 if moments == "fp32" else 4) * (owned + whole),
@@ -181,7 +184,7 @@ def memory(
     # gradients that stay matter where a small batch has few activations to give back
     activations = activation_bytes(
         model, transport, micro_batch=micro_batch, checkpoint_activations=checkpoint_activations, precision=precision,
-        residual=residual, keep_gradients=zero_stage == 0 and micro_batch <= 4,
+        residual=residual, keep_gradients=zero_stage == 0 and micro_batch <= 4 and not accumulate,
     )  # fmt: skip
     return Memory(
         parameters=weight * (owned if zero_stage == 3 else sharded) + 4 * whole,
