@@ -53,11 +53,12 @@ def candidate(name: str, batch: int) -> Callable[[], Tensor | None]:
     if name.startswith("ours"):
         pipeline = SFDPipeline(
             main, guide=guide, statistics=LatentStatistics.identity(config.texture_channels, config.semantic_channels),
-            codec=TextureCodec(TextureConfig(channels=32, num_res_blocks=1)), delta_t=DELTA_T, micro_batch_size=batch, device="cpu",
-            backend="compile" if name.endswith("compile") else "eager",
+            codec=TextureCodec(TextureConfig(channels=32, num_res_blocks=1)), delta_t=DELTA_T, micro_batch_size=batch,
+            device="cpu", backend="compile" if name.endswith("compile") else "eager",
         )  # fmt: skip
-        settings = SamplerConfig(num_steps=EVALUATIONS)
         guidance = GuidanceConfig(mode="autoguidance", scale=SCALE)
+        compare(pipeline, guidance, labels)
+        settings = SamplerConfig(num_steps=EVALUATIONS)
         return lambda: pipeline.sample_latents(labels, labels, 0, settings, guidance)
     if name.endswith("kept") or name.startswith("matrix"):
         keep_freed_memory()
@@ -65,6 +66,16 @@ def candidate(name: str, batch: int) -> Callable[[], Tensor | None]:
         return lambda: [matrix_products(m, batch) for _ in range(EVALUATIONS) for m in (main, guide)] and None
     grid = torch.linspace(0, 1 + DELTA_T, EVALUATIONS + 1)
     return lambda: guided_euler(main, guide, noise, labels, grid=grid, delta_t=DELTA_T, scale=SCALE)
+
+
+def compare(pipeline: SFDPipeline, guidance: GuidanceConfig, labels: Tensor) -> None:
+    """The pipeline on the released grid gives the released manner's latents. Raises AssertionError otherwise."""
+    settings = SamplerConfig(solver="euler", num_steps=EVALUATIONS, grid="released")
+    ours = pipeline.sample_latents(labels, labels, 0, settings, guidance)
+    grid = torch.linspace(0, 1 + DELTA_T, EVALUATIONS + 1)
+    noise = pipeline.initial_noise(labels, 0)
+    theirs = guided_euler(pipeline.model, pipeline.guide, noise, labels, grid=grid, delta_t=DELTA_T, scale=SCALE)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def work(name: str, batch: int) -> None:

@@ -60,4 +60,4 @@ def pytest_terminal_summary(terminalreporter):
     if golden_is_missing():
         terminalreporter.write_line(f"FAILED: golden tests must run here ({NO_GOLDEN}); ALLOW_NO_GOLDEN=1 allows it")
     for name in MISSING_EXTRAS:
-        terminalreporter.write_line(f"FAILED: {name} must be installed here, for its tests; ALLOW_NO_EXTRAS=1 allows it")
+        terminalreporter.write_line(f"FAILED: {name} must be installed for its tests; ALLOW_NO_EXTRAS=1 allows it")
