@@ -244,7 +244,7 @@ def test_the_command_of_the_documentation_says_what_it_assumes_within_seconds(ca
     assert "1036.8M parameters, parity, batch 256 on 8 x h100-80g" in out and "fits best: ZeRO 1" in out
     assert "798 TFLOP/s dense bf16, 3 TB/s of memory, 450 GB/s to the others of its node (8 to a node), 50 GB/s" in out
     assert "bytes per parameter: weight 4, gradient 4, moments 8, averages 4" in out
-    assert "deepspeed --num_gpus 8 -m sfd_fast train --preset XXL" in out
+    assert "deepspeed --num_gpus 8 --module sfd_fast train --preset XXL" in out
 
 
 @pytest.mark.parametrize(

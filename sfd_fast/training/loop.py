@@ -134,7 +134,6 @@ class Run:
             if median is not None:
                 log.event(step, f"gradient norm {values[-1]:.4g} is a spike: the median is {median:.4g}")
 
-
     def flaw(self, step: int) -> str:
         """What in the data is to blame for a bad step, as the end of a message; rank 0 looks at all ranks' samples."""
         found = self.job.flaw(step - 1) if self.job.flaw is not None and self.engine.rank == 0 else ""

@@ -90,9 +90,9 @@ def launcher(config: PlanConfig) -> str:
     if config.gpus == 1:
         return "sfd train"
     if config.gpus <= per_node:
-        return f"deepspeed --num_gpus {config.gpus} -m sfd_fast train"
+        return f"deepspeed --num_gpus {config.gpus} --module sfd_fast train"
     nodes = -(-config.gpus // per_node)
-    return f"deepspeed --hostfile HOSTS --num_nodes {nodes} --num_gpus {per_node} -m sfd_fast train"
+    return f"deepspeed --hostfile HOSTS --num_nodes {nodes} --num_gpus {per_node} --module sfd_fast train"
 
 
 def train_flags(config: PlanConfig, option: Option) -> list[str]:
