@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +28,10 @@ STEP = 0.3
 XXL_NEEDS_GIB = 21
 XXL_SIZES = {
     "reduce_bucket_size": 20_000_000, "stage3_prefetch_bucket_size": 20_000_000,
-    "stage3_max_live_parameters": 80_000_000, "stage3_max_reuse_distance": 80_000_000, "sub_group_size": 100_000_000,
+    "stage3_max_live_parameters": 80_000_000, "stage3_max_reuse_distance": 80_000_000, "sub_group_size": 10_000_000,
 }  # fmt: skip
-"""small buckets: two ranks share the memory of one small machine"""
+"""small buckets: two ranks share the memory of one small machine. With bf16 moments the optimizer runs as its reference
+on a CPU, whose temporaries are about nine times a sub-group in fp32"""
 
 
 def xxl_config(model: ModelConfig, out: Path) -> SFDConfig:
@@ -82,15 +82,13 @@ def xxl_ranks(folder: Path, model: ModelConfig) -> None:
         terms=("repa", "velocity", "cosine"), batches=lambda start, engine: iter(()), export=lambda *a: None,
     )  # fmt: skip
     engine = build_engine(job, "cpu")
-    found, seconds = [], []
+    found = []
     for step in range(2):
-        start = time.monotonic()
         result = engine.train_step([xxl_batch(model, [2 * step + rank])], made.optimizer.lr)
         found.append(float(engine.mean_over_ranks(result.loss)))
-        seconds.append(time.monotonic() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peaks = [float(x) for x in engine.sum_over_ranks(torch.tensor([peak / 2**30], dtype=torch.float64))]
-    out = {"losses": found, "seconds": seconds, "gib": peaks[0], "skipped": float(result.skipped)}
+    out = {"losses": found, "gib": peaks[0], "skipped": float(result.skipped)}
     (folder / f"xxl.{rank}.json").write_text(json.dumps(out))
     engine.close()
 
@@ -140,7 +138,7 @@ def compare_xxl(folder: Path, model: ModelConfig = XXL, name: str = "XXL") -> li
     change = abs(reference["losses"][1] / reference["unchanged"] - 1)
     note = (
         f"losses {ours['losses']} against {reference['losses']}; fp32 weights, bf16 moments, fp32 average, micro-batch "
-        f"1, all blocks recomputed; {ours['seconds'][1]:.0f} s for the second step"
+        "1, all blocks recomputed"
     )
     return [
         row(f"{name}, ZeRO 3 on two ranks: loss of step 1 against the reference path", errors[0], "relative", 1e-3,

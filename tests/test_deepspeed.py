@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -47,17 +48,29 @@ def start_ranks(world_size, folder, *cases):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "deepspeed_ranks.py"), str(folder), *cases],
-            env=environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
+    ranks = []
+    for rank in range(world_size):
+        # not a pipe: a rank would wait for its reader once that is full; `said` closes it
+        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, str(HERE / "deepspeed_ranks.py"), str(folder), *cases],
+                env=environment(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port,
+                ),
+                stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+            )
+        )  # fmt: skip
+        ranks[-1].errors = errors
+    return ranks
+
+
+def said(rank):
+    """What a rank wrote to stderr."""
+    with rank.errors as errors:
+        errors.seek(0)
+        return errors.read()
 
 
 def finish(ranks, timeout_s=200):
@@ -67,7 +80,7 @@ def finish(ranks, timeout_s=200):
         while len(ends) < len(ranks) and time.time() < deadline:
             ends |= {rank.pid: time.time() for rank in ranks if rank.pid not in ends and rank.poll() is not None}
             time.sleep(0.05)
-        return [(rank.wait(1), rank.stderr.read(), ends[rank.pid]) for rank in ranks]
+        return [(rank.wait(1), said(rank), ends[rank.pid]) for rank in ranks]
     finally:
         for rank in ranks:
             if rank.poll() is None:
