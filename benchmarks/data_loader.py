@@ -248,10 +248,11 @@ def held_bytes(paths: list[str]) -> float:
 
 def torch_storages() -> dict[int, torch.UntypedStorage]:
     """The storages of all tensors on the CPU by address, those left out that look into mapped shards."""
+    from support import tensors_with_memory  # of tests/, which data.py puts on the path
+
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
     mapped = [tuple(int(end, 16) for end in words[0].split("-")) for words in maps]
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    storages = [tensor.untyped_storage() for tensor in tensors_with_memory() if tensor.device.type == "cpu"]
     return {
         s.data_ptr(): s
         for s in storages

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from support import tensors_with_memory
 from tiny_run import MODEL, pixels, tiny_config, with_data
 
 from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TransportConfig
@@ -231,7 +232,7 @@ class LiveTensors(LiveBytes):
 
 def tensors_in_memory():
     """Every tensor that Python holds, and gradients, which it may not hold itself."""
-    held = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+    held = tensors_with_memory()
     return held + [value.grad for value in held if value.is_leaf and value.grad is not None]
 
 
