@@ -13,7 +13,7 @@ from pathlib import Path
 
 from metrics_rows import metrics_rows
 from sampling_accuracy import accuracy_rows
-from sampling_speed import speed_rows
+from sampling_speed import MICRO_BATCHES, speed_rows
 from timing import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 PARTS = {
     "accuracy": lambda options: accuracy_rows(options.model, options.golden, RESULTS / "sampling.png"),
     "metrics": lambda options: metrics_rows(),
-    "speed": lambda options: speed_rows(),
+    "speed": lambda options: [row for batch in MICRO_BATCHES for row in speed_rows(batch)],
 }
 
 
