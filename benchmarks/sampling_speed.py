@@ -3,8 +3,7 @@
 Every candidate runs in a process of its own, as users run it: all cores, and the memory allocator as that program
 leaves it (SFDPipeline keeps freed memory on a CPU, an eager loop does not). The processes take turns in a random order;
 the others wait. A turn is one trajectory of EVALUATIONS guided evaluations; decoding is left out, as it is the same.
-All of them work at the pipeline's default micro-batch, which carries the bar, and then at a smaller one: the released
-manner writes and reads more of its operations' results from memory the larger a batch is.
+All of them work at the pipeline's default micro-batch, which carries the bar, and then at a smaller one.
 The cap: the matrix products and attention of the same evaluations alone, with freed memory kept.
 """
 
