@@ -27,7 +27,7 @@ from sfd_fast.models.texture import TextureCodec
 from sfd_fast.pipeline import DEFAULT_MICRO_BATCH, SFDPipeline
 from sfd_fast.presets import PRESETS
 
-EVALUATIONS = 3  # one for each stage; the ratio does not depend on their number
+EVALUATIONS = 3  # one for each stage
 ROUNDS = 5
 MICRO_BATCHES = (DEFAULT_MICRO_BATCH, 8)
 DELTA_T, SCALE = 0.3, 1.5
@@ -92,7 +92,7 @@ def work(name: str, batch: int) -> None:
 
 
 def speed_rows(batch: int, rounds: int = ROUNDS, threads: int | None = None) -> list[dict]:
-    """Rows of images/s, the ratio with its spread over the rounds (barred at the default micro-batch), and the cap."""
+    """Rows of images/s, the ratio with its quartiles over the rounds (barred at the default micro-batch), and the cap."""
     threads = threads or torch.get_num_threads()
     command = [sys.executable, __file__, "--batch", str(batch), "--threads", str(threads), "--candidate"]
     workers = {}
