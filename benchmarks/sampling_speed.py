@@ -92,7 +92,7 @@ def work(name: str, batch: int) -> None:
 
 
 def speed_rows(batch: int, rounds: int = ROUNDS, threads: int | None = None) -> list[dict]:
-    """Rows of images/s, the ratio with its quartiles over the rounds (barred at the default micro-batch), and the cap."""
+    """Rows of images/s, the ratio with its quartiles (barred at the default micro-batch), and the cap."""
     threads = threads or torch.get_num_threads()
     command = [sys.executable, __file__, "--batch", str(batch), "--threads", str(threads), "--candidate"]
     workers = {}
