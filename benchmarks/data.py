@@ -32,15 +32,15 @@ from timing import machine
 from torch import Tensor
 
 from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, TransportConfig
-from sfd_fast.data.images import load
-from sfd_fast.data.latents import LatentLoader, LatentShards
-from sfd_fast.data.order import shuffled_indices
-from sfd_fast.data.prepare import EncodeConfig, run_encode
-from sfd_fast.data.shards import write_shard
-from sfd_fast.data.targets import open_targets, with_targets
+from sfd_fast.data.cache.shards import write_shard
+from sfd_fast.data.encode.prepare import EncodeConfig, run_encode
+from sfd_fast.data.images.decode import load
+from sfd_fast.data.load.latents import LatentLoader, LatentShards
+from sfd_fast.data.load.order import shuffled_indices
+from sfd_fast.data.load.targets import open_targets, with_targets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from image_trees import encoded, photographs, write_tree  # noqa: E402
+from harness.image_trees import encoded, photographs, write_tree  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "data.json"
 SEEDS = (0, 1, 2)
@@ -54,7 +54,7 @@ def save_parts(folder: Path, *, width: int, latent_channels: int, levels: int, s
     from diffusers import AutoencoderKL
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    from sfd_fast.checkpoint import save_model
+    from sfd_fast.formats.released_model import save_model
     from sfd_fast.models.semvae import SemVAE
 
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def measure_size(folder: Path) -> list[dict]:
 
 def train_semvae(shards: LatentShards, path: str, steps: int) -> None:
     """Trains the SemVAE of a directory on the stored features, in place."""
-    from sfd_fast.checkpoint import load_semvae, save_model
+    from sfd_fast.formats.released_model import load_semvae, save_model
     from sfd_fast.models.semvae import semvae_loss
 
     semvae = load_semvae(path).train().requires_grad_(True)
@@ -118,8 +118,8 @@ def train_semvae(shards: LatentShards, path: str, steps: int) -> None:
 
 def train(config: SFDConfig, batches: Iterator[dict], held_out: list[dict], seed: int, steps: int) -> float:
     """Held-out velocity and cosine loss of a small network after `steps` steps of AdamW."""
+    from sfd_fast.diffusion.transport import training_loss
     from sfd_fast.models.dit import LightningDiT
-    from sfd_fast.transport import training_loss
 
     torch.manual_seed(seed)
     model = LightningDiT(config.model)
@@ -225,7 +225,7 @@ def measure_decoding(folder: Path) -> list[dict]:
 
     Then of a whole `sfd encode`. Raises OSError where DALI failed in a batch: PIL's images are not DALI's.
     """
-    from sfd_fast.data.images import read_batches
+    from sfd_fast.data.images.decode import read_batches
 
     data, cores = jpegs(256), os.cpu_count() or 1
     sizes = [Image.open(io.BytesIO(item)).size for item in data]
@@ -239,7 +239,7 @@ def measure_decoding(folder: Path) -> list[dict]:
 
     batches = [list(range(first, first + 32)) for first in range(0, len(data), 32)]
     try:
-        from sfd_fast.data.dali import DaliDecoder, import_dali, measure
+        from sfd_fast.data.images.dali import DaliDecoder, import_dali, measure
 
         import_dali()
         decoder = DaliDecoder(256, batch_size=32, max_halvings=0, num_threads=cores)
@@ -282,13 +282,13 @@ def measure_encoding(folder: Path, data: list[bytes], decoders: list[str]) -> li
 
     256 x 256, 32 + 16 channels, no flips: an autoencoder of 32 channels, two layers of a DINOv2 of width 48.
     """
-    from sfd_fast.checkpoint import load_semvae
-    from sfd_fast.data.encoders import LatentEncoder
-    from sfd_fast.data.index import INDEX_FOLDER, open_index
-    from sfd_fast.data.prepare import run
-    from sfd_fast.data.ranks import Ranks
+    from sfd_fast.data.encode.encoders import LatentEncoder
+    from sfd_fast.data.encode.prepare import run
+    from sfd_fast.data.images.index import INDEX_FOLDER, open_index
+    from sfd_fast.formats.released_model import load_semvae
     from sfd_fast.models.diffusers_codec import load_codec
     from sfd_fast.models.vfm import load_vfm
+    from sfd_fast.ranks import Ranks
 
     (folder / "tree" / "all").mkdir(parents=True)
     for i, item in enumerate(data):

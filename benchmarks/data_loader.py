@@ -24,9 +24,9 @@ from timing import spin, steady_memory
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sfd_fast.data.latents import LatentLoader, LatentShards
-from sfd_fast.data.shards import read_header, write_shard
-from sfd_fast.data.statistics import LatentStatistics
+from sfd_fast.data.cache.shards import read_header, write_shard
+from sfd_fast.data.load.latents import LatentLoader, LatentShards
+from sfd_fast.diffusion.statistics import LatentStatistics
 
 BATCH = 256
 ROUNDS = 9
@@ -248,7 +248,7 @@ def held_bytes(paths: list[str]) -> float:
 
 def torch_storages() -> dict[int, torch.UntypedStorage]:
     """The storages of all tensors on the CPU by address, those left out that look into mapped shards."""
-    from support import tensors_with_memory  # of tests/, which data.py puts on the path
+    from harness.support import tensors_with_memory  # of tests/, which data.py puts on the path
 
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
     mapped = [tuple(int(end, 16) for end in words[0].split("-")) for words in maps]

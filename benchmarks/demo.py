@@ -9,7 +9,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-from sfd_fast.demo import DemoConfig, run_demo
+from sfd_fast.commands.demo import DemoConfig, run_demo
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 # (key of metrics.json, unit, bar, whether the bar is a floor)

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfd_fast.checkpoint import load_released
 from sfd_fast.config import GuidanceConfig, SamplerConfig
-from sfd_fast.guidance import Guided, Velocity, autoguidance, bind_labels
+from sfd_fast.formats.released_model import load_released
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.pictures import figure
-from sfd_fast.pipeline import SFDPipeline
-from sfd_fast.sampler import sample
+from sfd_fast.sampling.guidance import Guided, Velocity, autoguidance, bind_labels
+from sfd_fast.sampling.pipeline import SFDPipeline
+from sfd_fast.sampling.sampler import sample
 
 STEPS = (3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 28, 32, 40, 48, 64, 96, 128)
 PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2, "ab2": 1, "abm3": 1, "rk4": 4}

@@ -20,12 +20,12 @@ from timing import Timing, machine, spin
 from torch import Tensor
 
 from sfd_fast.config import GuidanceConfig, SamplerConfig, TextureConfig
-from sfd_fast.data.statistics import LatentStatistics
-from sfd_fast.memory import keep_freed_memory
+from sfd_fast.config.presets import PRESETS
+from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.texture import TextureCodec
-from sfd_fast.pipeline import DEFAULT_MICRO_BATCH, SFDPipeline
-from sfd_fast.presets import PRESETS
+from sfd_fast.sampling.allocator import keep_freed_memory
+from sfd_fast.sampling.pipeline import DEFAULT_MICRO_BATCH, SFDPipeline
 
 EVALUATIONS = 3  # one for each stage
 ROUNDS = 5

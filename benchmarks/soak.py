@@ -25,11 +25,11 @@ from pathlib import Path
 from soak_ranks import TESTS, launch, row
 
 import torch
-from deepspeed_ranks import FOOTPRINTS, MORE_FOOTPRINTS, build_engine, config, losses
+from harness.deepspeed_ranks import FOOTPRINTS, MORE_FOOTPRINTS, build_engine, config, losses
 from soak_kills import KILLS, compare_kills
 from soak_xxl import SMALL, compare_xxl
 from timing import machine
-from tiny_run import tiny_config, write_data
+from harness.tiny_run import tiny_config, write_data
 from sfd_fast.training.diffusion import diffusion_job
 from sfd_fast.training.loop import run_train
 
@@ -37,8 +37,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "soak.json"
 
 
 def cases(folder: Path, *names: str) -> dict[str, list]:
-    """Cases of tests/deepspeed_ranks.py on two ranks: by name the result of each rank."""
-    launch(2, TESTS / "deepspeed_ranks.py", folder, *names)
+    """Cases of tests/harness/deepspeed_ranks.py on two ranks: by name the result of each rank."""
+    launch(2, TESTS / "harness" / "deepspeed_ranks.py", folder, *names)
     return {
         name: [json.loads((folder / f"{name}.{rank}.json").read_text())["result"] for rank in (0, 1)] for name in names
     }
@@ -59,7 +59,7 @@ def compare_losses(folder: Path) -> list[dict]:
 
 def compare_shares(folder: Path) -> list[dict]:
     measured = cases(folder, "shares")["shares"]
-    launch(1, TESTS / "deepspeed_ranks.py", folder, "shares_of_one")
+    launch(1, TESTS / "harness" / "deepspeed_ranks.py", folder, "shares_of_one")
     alone = json.loads((folder / "shares_of_one.0.json").read_text())["result"]
     share = max(sum(m.values()) / sum(alone.values()) for m in measured)
     name = "ZeRO 3 on two ranks: weights, gradients, moments and average of a rank"

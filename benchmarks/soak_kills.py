@@ -17,11 +17,11 @@ from pathlib import Path
 from soak_ranks import free_port, launch, rank_environment, row
 
 import torch
-from deepspeed_ranks import NOT_PERSISTENT, config
+from harness.deepspeed_ranks import NOT_PERSISTENT, config
 from safetensors.torch import load_file
 from sfd_fast.config import SFDConfig
 from sfd_fast.training.checkpoints import TEMPORARY
-from sfd_fast.training.deepspeed import LostRankError
+from sfd_fast.training.engines.deepspeed import LostRankError
 from sfd_fast.training.loop import run_train
 
 KILLS = 20

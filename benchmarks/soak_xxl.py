@@ -15,11 +15,11 @@ from pathlib import Path
 from soak_ranks import launch, row
 
 import torch
-from deepspeed_ranks import build_engine, training_loss
+from harness.deepspeed_ranks import build_engine, training_loss
 from sfd_kernels import reference_only
 from sfd_fast.config import DeepSpeedConfig, ModelConfig, OptimizerConfig, SFDConfig, TrainConfig
 from sfd_fast.models.dit import LightningDiT
-from sfd_fast.presets import XXL
+from sfd_fast.config.presets import XXL
 from sfd_fast.training.job import Job
 
 SMALL = replace(XXL, hidden_size=256, depth=3, num_heads=4)

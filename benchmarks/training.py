@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from sfd_fast.config import OptimizerConfig, SFDConfig
+from sfd_fast.config.presets import preset
+from sfd_fast.diffusion.transport import training_loss
 from sfd_fast.models.dit import LightningDiT
-from sfd_fast.presets import preset
 from sfd_fast.training.optimizer import AdamWEMA
-from sfd_fast.transport import training_loss
 
 RESULTS = Path(__file__).parent / "results"
 DECAY = 0.9999

@@ -16,8 +16,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from sfd_fast import __version__
 from sfd_fast.config import require
-from sfd_fast.presets import ENCODE_DEFAULTS, FEATURES_DEFAULTS, MODEL_DEFAULTS
-from sfd_fast.recipes import RECIPES, recipe
+from sfd_fast.config.presets import ENCODE_DEFAULTS, FEATURES_DEFAULTS, MODEL_DEFAULTS
+from sfd_fast.config.recipes import RECIPES, recipe
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "sfd_fast.demo:DemoConfig", "sfd_fast.demo:run_demo",
+        "sfd_fast.commands.demo:DemoConfig", "sfd_fast.commands.demo:run_demo",
         "everything once on embedded images: train all parts, sample, judge, draw (about three minutes on a CPU)",
     ),
     "features": Command(
-        "sfd_fast.data.prepare:FeaturesConfig", "sfd_fast.data.prepare:run_features",
+        "sfd_fast.data.encode.prepare:FeaturesConfig", "sfd_fast.data.encode.prepare:run_features",
         "images to shards of VFM features, what train-semvae reads", presets=FEATURES_DEFAULTS,
     ),
     "train-semvae": Command(
@@ -51,11 +51,11 @@ COMMANDS: dict[str, Command] = {
         "train the semantic autoencoder on VFM features",
     ),
     "encode": Command(
-        "sfd_fast.data.prepare:EncodeConfig", "sfd_fast.data.prepare:run_encode",
+        "sfd_fast.data.encode.prepare:EncodeConfig", "sfd_fast.data.encode.prepare:run_encode",
         "images to shards of composite latents with their statistics, what train reads", presets=ENCODE_DEFAULTS,
     ),
     "inspect": Command(
-        "sfd_fast.data.inspect:InspectConfig", "sfd_fast.data.inspect:run_inspect",
+        "sfd_fast.commands.inspect:InspectConfig", "sfd_fast.commands.inspect:run_inspect",
         "what a cache of features or latents holds, with a picture", positional="path",
     ),
     "train": Command(
@@ -66,19 +66,22 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "plan": Command(
-        "sfd_fast.training.plan:PlanConfig", "sfd_fast.training.plan:run_plan",
+        "sfd_fast.planning.plan:PlanConfig", "sfd_fast.planning.plan:run_plan",
         "memory per GPU and a lower bound of step time, before renting the GPUs", presets=MODEL_DEFAULTS,
     ),
-    "sample": Command("sfd_fast.generate:SampleConfig", "sfd_fast.generate:run_sample", "generate images"),
+    "sample": Command(
+        "sfd_fast.commands.sample:SampleConfig", "sfd_fast.commands.sample:run_sample", "generate images"
+    ),
     "evaluate": Command(
-        "sfd_fast.evaluation.evaluate:EvaluateConfig", "sfd_fast.evaluation.evaluate:run_evaluate",
+        "sfd_fast.commands.evaluate:EvaluateConfig", "sfd_fast.commands.evaluate:run_evaluate",
         "FID, sFID, Inception Score, precision, recall and KID of generated images",
     ),
     "convert": Command(
-        "sfd_fast.convert:ConvertConfig", "sfd_fast.convert:run_convert", "released formats to ours and back"
+        "sfd_fast.commands.convert:ConvertConfig", "sfd_fast.commands.convert:run_convert",
+        "released formats to ours and back",
     ),
     "doctor": Command(
-        "sfd_fast.doctor:DoctorConfig", "sfd_fast.doctor:run_doctor",
+        "sfd_fast.commands.doctor:DoctorConfig", "sfd_fast.commands.doctor:run_doctor",
         "what is installed, what is usable here, and how to install the rest",
     ),
 }  # fmt: skip

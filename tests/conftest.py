@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from support import GOLDEN
+from harness.support import GOLDEN
 
 NO_GOLDEN = f"no golden tensors: {GOLDEN} is absent (they are kept beside the project, never in it)"
 REQUIRED = os.environ.pop("SFD_REQUIRE_GOLDEN", "") == "1"

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from sfd_fast import cli
+from sfd_fast.commands.demo import DemoConfig, diffusion_config, guide_config
 from sfd_fast.config import SFDConfig
-from sfd_fast.demo import DemoConfig, diffusion_config, guide_config
-from sfd_fast.presets import PRESETS, XL, B
-from sfd_fast.recipes import RECIPES, recipe_names
+from sfd_fast.config.presets import PRESETS, XL, B
+from sfd_fast.config.recipes import RECIPES, recipe_names
 
 
 def refused(capsys, *argv: str) -> str:

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import sfd_kernels
 import torch
-from tiny_run import MODEL
+from harness.tiny_run import MODEL
 
 from sfd_fast.config import GuidanceConfig, OptimizerConfig, SamplerConfig, SFDConfig, TrainConfig
-from sfd_fast.guidance import autoguidance, bind_labels
+from sfd_fast.diffusion.transport import training_loss
 from sfd_fast.models.dit import LightningDiT
-from sfd_fast.sampler import sample
-from sfd_fast.training.engine import TorchEngine
-from sfd_fast.transport import training_loss
+from sfd_fast.sampling.guidance import autoguidance, bind_labels
+from sfd_fast.sampling.sampler import sample
+from sfd_fast.training.engines.interface import TorchEngine
 
 BATCH = 8
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -109,8 +109,8 @@ def test_importing_the_package_makes_no_files_and_asks_no_device(tmp_path):
     code = (
         "import torch, os\n"
         "torch.cuda.init = torch.cuda.is_available = lambda *a: (_ for _ in ()).throw(AssertionError('device query'))\n"
-        "import sfd_fast.cli, sfd_fast.config, sfd_fast.presets, sfd_fast.transport, sfd_fast.sampler\n"
-        "import sfd_fast.models.dit, sfd_fast.training.loop, sfd_fast.data.latents\n"
+        "import sfd_fast.cli, sfd_fast.config.presets, sfd_fast.diffusion.transport, sfd_fast.sampling.sampler\n"
+        "import sfd_fast.models.dit, sfd_fast.training.loop, sfd_fast.data.load.latents\n"
         "assert os.listdir('.') == [], os.listdir('.')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

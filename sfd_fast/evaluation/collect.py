@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .features import FeatureExtractor
-from .gather import gather_rows, merge_statistics
-from .statistics import RunningStatistics
+from sfd_fast.evaluation.features import FeatureExtractor
+from sfd_fast.evaluation.gather import gather_rows, merge_statistics
+from sfd_fast.evaluation.statistics import RunningStatistics
 
 
 class Collected:

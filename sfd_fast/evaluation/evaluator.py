@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .collect import Collected
-from .features import FEATURE_KINDS, build_extractor, check_images, full_precision
-from .gather import on_rank_zero, ranks, share
-from .images import ImageSet, open_images, read_ahead
-from .metrics import frechet_distance, inception_score, kernel_distance, precision_recall
-from .statistics import Statistics, StoredStatistics, load_statistics, save_statistics
+from sfd_fast.evaluation.collect import Collected
+from sfd_fast.evaluation.features import FEATURE_KINDS, build_extractor, check_images, full_precision
+from sfd_fast.evaluation.gather import on_rank_zero, ranks, share
+from sfd_fast.evaluation.images import ImageSet, open_images, read_ahead
+from sfd_fast.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+from sfd_fast.evaluation.statistics import Statistics, StoredStatistics, load_statistics, save_statistics
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
 NEED_REFERENCE_IMAGES = ("precision", "recall", "kid")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .inception import NUM_POOL_FEATURES, NUM_SPATIAL_FEATURES
-from .weights import load_inception
+from sfd_fast.evaluation.inception import NUM_POOL_FEATURES, NUM_SPATIAL_FEATURES
+from sfd_fast.evaluation.weights import load_inception
 
 FEATURE_KINDS = ("inception", "dinov2", "digits")
 

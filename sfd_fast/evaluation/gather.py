@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .statistics import RunningStatistics
+from sfd_fast.evaluation.statistics import RunningStatistics
 
 
 def ranks() -> tuple[int, int]:

@@ -7,7 +7,7 @@ Shapes: N reference images, M samples, F features, K classes.
 import torch
 from torch import Tensor
 
-from .statistics import Statistics
+from sfd_fast.evaluation.statistics import Statistics
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:

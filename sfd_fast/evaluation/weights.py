@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .inception import Inception
+from sfd_fast.evaluation.inception import Inception
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"

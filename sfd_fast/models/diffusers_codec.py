@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sfd_fast.directory import first_line, require_finite
+from sfd_fast.formats.model_folder import first_line, require_finite
 from sfd_fast.models.texture import IdentityCodec, TextureCodec, load_texture_codec
 
 

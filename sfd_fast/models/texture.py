@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from sfd_fast.config import TextureConfig
-from sfd_fast.directory import read_directory, read_safetensors, require_finite
-from sfd_fast.released import read_torch_file, state_dict_of
+from sfd_fast.formats.model_folder import read_directory, read_safetensors, require_finite
+from sfd_fast.formats.released_file import read_torch_file, state_dict_of
 
 LOGVAR_RANGE = (-30.0, 20.0)
 

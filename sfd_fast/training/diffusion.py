@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from sfd_fast.config import SFDConfig, require
-from sfd_fast.data.latents import LatentLoader, LatentShards
-from sfd_fast.data.normalise import add_posterior_noise
-from sfd_fast.data.split import SPREAD
-from sfd_fast.data.statistics import LatentStatistics
-from sfd_fast.data.targets import Targets, open_targets, with_targets
+from sfd_fast.data.load.held_out import SPREAD
+from sfd_fast.data.load.latents import LatentLoader, LatentShards
+from sfd_fast.data.load.targets import Targets, open_targets, with_targets
+from sfd_fast.diffusion.normalise import add_posterior_noise
+from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.diffusion.transport import sample_tau, training_loss
 from sfd_fast.models.dit import LightningDiT
-from sfd_fast.training.engine import Batch, Engine
-from sfd_fast.training.images import UNGUIDED, Quality, check_evaluation, sample_picture, texture_decoder
+from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.job import Job
-from sfd_fast.transport import sample_tau, training_loss
+from sfd_fast.training.run.drawing import UNGUIDED, Quality, check_evaluation, sample_picture, texture_decoder
 
 VALIDATION_IDS = 2**40
 """first sample id of held-out data: no position of a run comes near it, so its noise and times are its own and fixed"""
@@ -126,7 +126,7 @@ def initial_model(config: SFDConfig) -> LightningDiT:
 
 def load_initial_weights(model: LightningDiT, config: SFDConfig) -> None:
     """Fine-tuning: copies the weights of train.init_from. ValueError names what does not fit."""
-    from sfd_fast.checkpoint import load_model
+    from sfd_fast.formats.released_model import load_model
 
     path = Path(config.train.init_from)
     given, wanted = load_model(path).state_dict(), model.state_dict()
@@ -248,7 +248,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         return (share * CLOCK_BINS).long().clamp(0, CLOCK_BINS - 1)
 
     def export(folder: Path, state: dict[str, Tensor], step: int) -> None:
-        from sfd_fast.checkpoint import save_model
+        from sfd_fast.formats.released_model import save_model
 
         with torch.device("meta"):
             averaged = LightningDiT(config.model)

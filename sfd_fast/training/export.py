@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sfd_fast.checkpoint import export_released, save_model, write_released_dit
 from sfd_fast.config import SemVAEConfig, SFDConfig, from_dict, require
-from sfd_fast.data.statistics import LatentStatistics
+from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.formats.released_model import export_released, save_model, write_released_dit
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
 from sfd_fast.training.checkpoints import POINTER, STATE, damage, read_state
-from sfd_fast.training.sharded import WEIGHT, consolidated
+from sfd_fast.training.state import WEIGHT, consolidated
 
 
 def is_checkpoint(path: str | Path) -> bool:

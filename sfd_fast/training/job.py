@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
-from sfd_fast.training.engine import Batch, Engine, Objective
+from sfd_fast.training.engines.interface import Batch, Engine, Objective
 
 
 @dataclass(frozen=True)

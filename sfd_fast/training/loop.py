@@ -15,14 +15,14 @@ from torch import Tensor
 
 from sfd_fast.config import SFDConfig, to_dict
 from sfd_fast.training.checkpoints import Checkpoints, replace_folder
-from sfd_fast.training.engine import OVERFLOW, Batch, Engine, TorchEngine, batch_size, together
+from sfd_fast.training.engines.interface import OVERFLOW, Batch, Engine, TorchEngine, batch_size, together
 from sfd_fast.training.job import Job
-from sfd_fast.training.logging import GradNormWatch, RunLog, StepLog, memory_gib
 from sfd_fast.training.optimizer import learning_rate
 from sfd_fast.training.place import Place, check_ranks
-from sfd_fast.training.run_directory import prepare_directory, resume_point
-from sfd_fast.training.stop import Stop
-from sfd_fast.training.trace import Trace
+from sfd_fast.training.run.directory import prepare_directory, resume_point
+from sfd_fast.training.run.log import GradNormWatch, RunLog, StepLog, memory_gib
+from sfd_fast.training.run.stop import Stop
+from sfd_fast.training.run.trace import Trace
 
 PREEMPTED = 75
 """exit code of a run that saved and stopped on a signal or a STOP file (EX_TEMPFAIL: start it again)"""
@@ -349,7 +349,7 @@ def export_model(run: Run, folder: Path) -> Path:
 def build_engine(job: Job, device: torch.device | str | None) -> Engine:
     """The engine that train.engine names, on `device` (None: CUDA where there is one, else the CPU)."""
     if job.train.engine == "deepspeed":
-        from sfd_fast.training.deepspeed import DeepSpeedEngine
+        from sfd_fast.training.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(job, device)
     check_ranks(job.train, Place.read())
@@ -379,7 +379,7 @@ def run_train(
 
     job = diffusion_job(config, decode=decode)
     if config.train.dry_run:
-        from sfd_fast.training.dry_run import show
+        from sfd_fast.planning.description import show
 
         show(job)
         return TrainResult(Path(config.train.out), 0, None)

@@ -12,18 +12,18 @@ import torch
 from sfd_kernels import feature_alignment_loss
 from torch import Tensor, nn
 
-from sfd_fast import streams
 from sfd_fast.config import SemVAETrainingConfig, TrainConfig, require
-from sfd_fast.data.split import SPREAD
+from sfd_fast.data.load.features import FeatureLoader, FeatureShards
+from sfd_fast.data.load.held_out import SPREAD
+from sfd_fast.diffusion import random_numbers
+from sfd_fast.diffusion.transport import noise
 from sfd_fast.models.semvae import SemVAE, kl_divergence
 from sfd_fast.training.checkpoints import replace_folder
 from sfd_fast.training.diffusion import FREE_TRAIN_KEYS, VALIDATION_IDS
-from sfd_fast.training.engine import Batch, Engine
-from sfd_fast.training.features import FeatureLoader, FeatureShards
+from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.job import Job
 from sfd_fast.training.loop import TrainResult, build_engine, run_job
-from sfd_fast.training.run_directory import prepare_directory
-from sfd_fast.transport import noise
+from sfd_fast.training.run.directory import prepare_directory
 
 TERMS = ("mse", "cosine", "kl")
 
@@ -35,7 +35,7 @@ def semvae_terms(network: nn.Module, batch: Batch, config: SemVAETrainingConfig)
     """
     features, ids = batch["features"], batch["sample_ids"]
     shape = (features.shape[1], config.semvae.latent_channels)
-    eps = noise(ids, shape, config.train.seed, streams.SEMVAE_NOISE)
+    eps = noise(ids, shape, config.train.seed, random_numbers.SEMVAE_NOISE)
     reconstruction, mean, logvar = network(features, eps)
     mse, cosine = feature_alignment_loss(reconstruction, features)
     terms = {"mse": mse, "cosine": cosine, "kl": config.semvae.kl_weight * kl_divergence(mean, logvar)}
@@ -62,7 +62,7 @@ def validation_loss(engine: Engine, config: SemVAETrainingConfig, shards: Featur
 
 
 def save_semvae(folder: Path, model: SemVAE, step: int) -> None:
-    from sfd_fast.checkpoint import save_model
+    from sfd_fast.formats.released_model import save_model
 
     save_model(folder, model, card={"step": step})
 
@@ -158,7 +158,7 @@ def run_train_semvae(
         return fit_pca(config)
     job = semvae_job(config)
     if config.train.dry_run:
-        from sfd_fast.training.dry_run import show
+        from sfd_fast.planning.description import show
 
         show(job)
         return TrainResult(Path(config.train.out), 0, None)

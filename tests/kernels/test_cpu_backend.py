@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import sfd_kernels
 import torch
-from kernel_cases import assert_accurate, example, flatten, map_tensors, run, to_double
+from harness.kernel_cases import assert_accurate, example, flatten, map_tensors, run, to_double
 from sfd_kernels import backends, philox_bits, philox_normal, swiglu
 from sfd_kernels.registry import INTERPRET, OPS
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import (
+from harness.kernel_cases import (
     DEVICES,
     DIFFERENTIABLE,
     FORWARD,

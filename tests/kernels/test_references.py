@@ -5,7 +5,7 @@ import math
 import pytest
 import sfd_kernels
 import torch
-from kernel_cases import example
+from harness.kernel_cases import example
 from sfd_kernels.ops.philox import philox4x32
 from torch.nn import functional as F
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sfd_kernels
 import torch
-from kernel_cases import DEVICES, clone, example, flatten, map_tensors
+from harness.kernel_cases import DEVICES, clone, example, flatten, map_tensors
 from sfd_kernels import registry
 from sfd_kernels.ops.qk_norm_rope import qk_norm_rope_backward
 from sfd_kernels.registry import OPS

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import clone, flatten, map_tensors, run
+from harness.kernel_cases import clone, flatten, map_tensors, run
 from sfd_kernels.registry import INTERPRET, OPS
 
 pytestmark = [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import assert_accurate, run, to_double
+from harness.kernel_cases import assert_accurate, run, to_double
 from sfd_kernels.examples import MODES, Make
 from sfd_kernels.registry import INTERPRET, OPS
 

@@ -1,0 +1,143 @@
+"""`sfd convert`: released checkpoints, autoencoders and configurations to ours, ours (folders and training checkpoints)
+to the released format, and several parts to one pipeline folder."""
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from sfd_fast.config import require, to_dict
+from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.formats import released_model as checkpoint
+from sfd_fast.formats.model_folder import write_atomically
+from sfd_fast.formats.released_config import read_config, read_yaml
+from sfd_fast.formats.released_model import convert_released, export_released
+from sfd_fast.sampling.pipeline import SFDPipeline
+from sfd_fast.training.export import export_checkpoint, export_released_checkpoint, is_checkpoint
+
+YAML = (".yaml", ".yml")
+TORCH_FILES = (".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Options of `sfd convert`.
+
+    A released file becomes a folder, a folder becomes a released file, a training checkpoint of any engine, number of
+    ranks and ZeRO stage becomes either, a released YAML becomes one of ours. With `codec` and `statistics` the result
+    is a whole pipeline folder for `sfd sample` and SFDPipeline. It samples on the exact grid (the released one on
+    request, METHOD 5).
+    """
+
+    source: str
+    """released .pt, .ckpt, .safetensors or .yaml, one of our folders, a run directory or one checkpoint of it"""
+    target: str
+    """folder to write, or with a folder as source the .pt to write, or with a YAML as source the YAML to write"""
+    settings: str = ""
+    """released YAML for a file that carries no configuration"""
+    weights: str = "ema"
+    """which weights are sampled with: ema or model; of a training checkpoint also ema_1, ema_2, ... (extra averages)"""
+    keep_training_state: bool = True
+    """also keep optimizer and raw weights, so that converting back gives the identical file"""
+    codec: str = ""
+    """texture autoencoder (released .ckpt or our folder) of the pipeline to assemble"""
+    statistics: str = ""
+    """folder with latents_stats.pt and latents_sv_stats.pt of the TRAINING latents"""
+    guide: str = ""
+    """AutoGuidance's weaker model, released .pt or our folder; it must come from the same cache"""
+    latent_multiplier: float | None = None
+    """what latents were multiplied by in training; default: as the model's own settings say"""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.guide or bool(self.codec and self.statistics),
+            "a guide belongs to a whole pipeline: give --codec and --statistics too",
+        )
+        require(
+            bool(self.codec) == bool(self.statistics),
+            "a pipeline needs both --codec and --statistics (of the latents the model was trained on)",
+        )
+        require(
+            re.fullmatch(r"model|ema(_[1-9]\d*)?", self.weights) is not None,
+            f"weights '{self.weights}' is unknown; choose ema, model, or ema_1, ema_2, ... of a training checkpoint",
+        )
+
+
+def run_convert(config: ConvertConfig) -> None:
+    """Does what the kinds of source and target ask for. ValueError or OSError where they do not fit."""
+    source, target = Path(config.source), Path(config.target)
+    if not source.exists():
+        raise FileNotFoundError(f"source {source} does not exist")
+    require(
+        target.suffix != ".safetensors",
+        f"target {target}: name a folder to get model.safetensors with its configuration, or a .pt for the released "
+        "format",
+    )
+    if source.suffix in YAML:
+        convert_yaml(source, target)
+    elif source.is_dir() and target.suffix in TORCH_FILES:
+        if is_checkpoint(source):
+            export_released_checkpoint(source, target, weights=config.weights)
+        else:
+            export_released(source, target)
+        print(f"wrote {target} in the released format")
+    elif config.codec:
+        assemble(config)
+        print(f"wrote the pipeline {target}: sfd sample --model {target}")
+    elif is_checkpoint(source):
+        export_checkpoint(source, target, weights=config.weights)
+        print(f"wrote {target} ({config.weights}): sfd sample --model {target}")
+    else:
+        require(
+            source.is_file(),
+            f"{source} is a folder and {target} too: name a .pt file as target to export, or give --codec and "
+            "--statistics to assemble a pipeline",
+        )
+        result = convert_released(
+            source, target, config=config.settings or None, weights=config.weights,
+            keep_training_state=config.keep_training_state,
+        )  # fmt: skip
+        print(f"wrote {target} ({result.kind})")
+        if result.ignored:
+            print(f"settings without a counterpart here, kept for the way back: {', '.join(result.ignored)}")
+
+
+def convert_yaml(source: Path, target: Path) -> None:
+    """A released configuration as one for `sfd train --config`."""
+    require(target.suffix in YAML, f"a configuration becomes a configuration: name a .yaml as target, not {target}")
+    settings, ignored = read_config(read_yaml(source))
+    text = yaml.safe_dump(to_dict(settings), sort_keys=False)
+    write_atomically(target, lambda temporary: temporary.write_text(text))
+    print(f"wrote {target}: sfd train --config {target}")
+    if ignored:
+        print(f"settings without a counterpart here: {', '.join(ignored)}")
+
+
+def assemble(config: ConvertConfig) -> None:
+    """Networks, codec and statistics as one pipeline folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {}
+        for name, path in (("model", config.source), ("guide", config.guide), ("codec", config.codec)):
+            if path and Path(path).is_file():
+                folders[name] = Path(scratch, name)
+                settings = config.settings or None if name == "model" else None
+                convert_released(path, folders[name], config=settings, weights=config.weights)
+            elif path and is_checkpoint(path):
+                folders[name] = Path(scratch, name)
+                export_checkpoint(path, folders[name], weights=config.weights)
+            elif path:
+                folders[name] = Path(path)
+        multiplier = config.latent_multiplier
+        if multiplier is None:
+            multiplier = checkpoint.read_config(folders["model"]).data.latent_multiplier
+        statistics = LatentStatistics.load(config.statistics, multiplier)
+        SFDPipeline.from_pretrained(
+            folders["model"],
+            guide=folders.get("guide"),
+            codec=folders["codec"],
+            statistics=statistics,
+            device=torch.device("cpu"),
+        ).save_pretrained(config.target)

@@ -1,0 +1,234 @@
+"""`sfd inspect PATH`: what a cache holds, whether it is whole, and a picture of its first images."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sfd_fast.config import require, require_positive
+from sfd_fast.data.cache import layout
+from sfd_fast.data.cache.manifest import read_manifest, weights_fingerprint
+from sfd_fast.data.cache.remote import local_shards
+from sfd_fast.data.cache.shards import Header, checksum, map_tensors, read_header
+from sfd_fast.data.images.decode import to_pixels
+from sfd_fast.data.load.latents import LatentShards
+from sfd_fast.diffusion.statistics import SEMANTIC_FILE, TEXTURE_FILE, ChannelMoments, LatentStatistics, merge_all
+from sfd_fast.files.atomic import write_bytes
+from sfd_fast.models.diffusers_codec import load_codec
+from sfd_fast.ranks import Ranks
+
+AUTO, NONE = "auto", "none"
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What to show of a cache."""
+
+    path: str = ""
+    """folder of shards: latents or features, the released layout or ours; the word alone will do: sfd inspect FOLDER"""
+    cache_folder: str = ""
+    """local folder for the copy of a remote path (s3://, gs://, hf://)"""
+    verify: bool = False
+    """read everything: checksums against the manifest, NaN and infinity"""
+    statistics: bool = False
+    """compute the statistics exactly, over all unflipped latents, and write latents_stats.pt and latents_sv_stats.pt"""
+    picture: str = "auto"
+    """PNG file for the first images; auto: inspect-FOLDER.png where the command runs (a cache is never written to);
+    none: no picture"""
+    texture_codec: str = "auto"
+    """decodes the picture; auto: the one that the cache was encoded with, where it lies where the manifest says; none:
+    three principal components of the latents are shown as colours"""
+    num_images: int = 8
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_images")
+
+
+def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) -> None:
+    """Prints what config.path holds. Raises ValueError naming the file for whatever is wrong with it."""
+    require(bool(config.path), "path is empty: give the folder of a cache: sfd inspect FOLDER")
+    folder, paths = local_shards(config.path, config.cache_folder)
+    headers = [read_header(path) for path in paths]
+    for line in describe(folder, paths, headers):
+        report(line)
+    if config.verify:
+        verify(folder, paths, headers)
+        report("every shard is whole: checksums agree with the manifest where there is one, all values are finite")
+    if layout.FEATURES in headers[0].entries and not layout.texture_keys(headers[0].entries):
+        features = map_tensors(paths[0], headers[0])[layout.FEATURES][: config.num_images]
+        save_picture([principal_colours(features.float())], config, folder, report)
+        return
+    shards = LatentShards(paths)
+    if config.statistics:
+        texture, semantic = cache_moments(shards)
+        LatentStatistics.from_moments(texture, semantic).save(shards.folder)
+        report(f"statistics of {len(shards)} samples written: {TEXTURE_FILE}, {SEMANTIC_FILE}")
+    if Path(shards.folder, TEXTURE_FILE).is_file():
+        for line in describe_statistics(shards.statistics()):
+            report(line)
+    else:
+        report(f"no statistics yet: `sfd inspect {config.path} --statistics` computes them")
+    if config.picture != NONE:
+        save_picture(draw(shards, choose_codec(config, folder, report), config.num_images), config, folder, report)
+
+
+def save_picture(rows: list[Tensor], config: InspectConfig, folder: Path, report: Callable[[str], None]) -> None:
+    """Writes the rows of a picture, images of (B, H, W, 3) uint8, where config.picture says."""
+    if config.picture == NONE:
+        return
+    path = Path(f"inspect-{folder.resolve().name}.png" if config.picture == AUTO else config.picture)
+    content = io.BytesIO()
+    tile(rows).save(content, format="png")
+    try:
+        write_bytes(path, content.getvalue())
+    except OSError as error:
+        raise OSError(f"{error}; name another file with --picture, or none") from error
+    report(f"picture: {path.absolute()}")
+
+
+def choose_codec(config: InspectConfig, folder: Path, report: Callable[[str], None]) -> nn.Module | None:
+    """The decoder of the picture, None for principal components; says what was chosen, and how to choose another."""
+    if config.texture_codec not in (AUTO, NONE):
+        return load_codec(config.texture_codec)
+    hint = "the picture shows principal components; --texture_codec PATH decodes it"
+    manifest = read_manifest(folder)
+    path = (manifest or {}).get("sources", {}).get("texture_codec", "")
+    if config.texture_codec == NONE:
+        hint = "the picture shows principal components"
+    elif not path:
+        hint = f"no manifest tells the texture codec: {hint}"
+    elif not Path(path).exists():
+        hint = f"the texture codec is not at {path} any more: {hint}"
+    else:
+        codec = load_codec(path)
+        if weights_fingerprint(codec) == manifest["settings"]["texture_codec"]:
+            report(f"decoded with the cache's own texture codec, {path}")
+            return codec
+        hint = f"{path} is not the texture codec any more that made the cache: {hint}"
+    report(hint)
+    return None
+
+
+def describe(folder: Path, paths: list[str], headers: list[Header]) -> list[str]:
+    """Counts, tensors, labels and the manifest, as lines."""
+    first = headers[0].entries
+    counts = [next(iter(header.entries.values())).shape[0] for header in headers]
+    size = sum(header.size for header in headers)
+    lines = [f"{folder}: {sum(counts)} samples in {len(paths)} shards, {size / 2**30:.3f} GiB, "
+             f"{size / max(sum(counts), 1):.0f} bytes a sample"]  # fmt: skip
+    for name, entry in sorted(first.items()):
+        lines.append(f"  {name:<22} {str(entry.dtype).removeprefix('torch.'):<9} {entry.shape[1:]}")
+    if layout.LABELS in first:
+        labels = np.concatenate([map_tensors(p, h)[layout.LABELS].numpy() for p, h in zip(paths, headers)])
+        classes, per_class = np.unique(labels, return_counts=True)
+        lines.append(
+            f"  {len(classes)} classes, labels {classes.min()} to {classes.max()}, {per_class.min()} to "
+            f"{per_class.max()} samples each"
+        )
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return [*lines, "  no manifest: a released cache, or shards copied without it"]
+    lines.append("  manifest: complete")
+    for name, value in manifest.get("settings", {}).items():
+        shown = f"{value[:16]}..." if isinstance(value, str) and len(value) == 64 else value
+        lines.append(f"    {name:<20} {shown}")
+    for name, source in manifest.get("sources", {}).items():
+        lines.append(f"    {name + ' from':<20} {source}")
+    if manifest.get("dali_failures"):
+        lines.append(f"    {manifest['dali_failures']} batches were decoded with PIL because DALI failed in them")
+    if "semvae_target_cosine" in manifest:
+        cosine = manifest["semvae_target_cosine"]
+        lines.append(f"    cosine of `semvae` REPA targets with the true features: {cosine:.4f}")
+    return lines
+
+
+def describe_statistics(statistics: LatentStatistics) -> list[str]:
+    """Range of means and standard deviations of both streams."""
+    lines = []
+    for stream in ("texture", "semantic"):
+        mean, std = getattr(statistics, f"{stream}_mean"), getattr(statistics, f"{stream}_std")
+        if len(mean):
+            lines.append(
+                f"  {stream}: {len(mean)} channels, means {mean.min():.4g} to {mean.max():.4g}, "
+                f"standard deviations {std.min():.4g} to {std.max():.4g}"
+            )
+    return lines
+
+
+def verify(folder: Path, paths: list[str], headers: list[Header]) -> None:
+    """Raises ValueError naming the first shard with a wrong checksum, or with values that are not finite."""
+    manifest = read_manifest(folder)
+    for path, header in zip(paths, headers):
+        listed = (manifest or {}).get("shards", {}).get(Path(path).name)
+        if listed is not None and checksum(path) != listed["sha256"]:
+            raise ValueError(
+                f"{path}: its checksum is not the manifest's: the file was damaged; copy it again, or run the command "
+                "that made the cache again with --verify: it encodes only what is missing or damaged"
+            )
+        for name, values in map_tensors(path, header).items():
+            if values.is_floating_point():
+                try:
+                    ChannelMoments.of(values)
+                except ValueError as error:
+                    raise ValueError(f"{path}: '{name}': {error}") from None
+
+
+def cache_moments(shards: LatentShards, ranks: Ranks | None = None) -> tuple[ChannelMoments, ChannelMoments]:
+    """Exact moments of all unflipped latents (texture, semantic), the same bits for any number of ranks.
+
+    Each rank takes whole shards; the parts are merged in the order of the shards.
+    """
+    ranks = ranks or Ranks()
+    mine = {k: shards.shard_moments(k) for k in ranks.mine(len(shards.paths))}
+    parts: dict[int, tuple[ChannelMoments, ChannelMoments]] = {}
+    for share in ranks.gather(mine):
+        parts |= share
+    ordered = [parts[k] for k in sorted(parts)]
+    return merge_all(texture for texture, _ in ordered), merge_all(semantic for _, semantic in ordered)
+
+
+def draw(shards: LatentShards, codec: nn.Module | None, num_images: int) -> list[Tensor]:
+    """First row: images decoded from texture, or its principal components; second row: semantics, likewise."""
+    count = min(num_images, len(shards))
+    raw = shards.gather(torch.arange(count), torch.zeros(count, dtype=torch.bool))
+    if codec is not None:
+        if codec.latent_channels != shards.texture_channels:
+            raise ValueError(
+                f"the texture codec has {codec.latent_channels} latent channels, the cache {shards.texture_channels}: "
+                "give the codec that it was encoded with, or --texture_codec none"
+            )
+        with torch.no_grad():
+            rows = [to_pixels(codec.decode(raw["texture"].float()))]
+    else:
+        rows = [principal_colours(raw["texture"].float())]
+    if shards.semantic_channels:
+        rows.append(principal_colours(raw["semantic"].float()))
+    return rows
+
+
+def tile(rows: list[Tensor]) -> Image.Image:
+    """Rows of images, each (B, H, W, 3) uint8, enlarged to one size of at least 64 pixels."""
+    size = max(64, *(row.shape[1] for row in rows))
+    canvas = Image.new("RGB", (len(rows[0]) * size, len(rows) * size))
+    for y, row in enumerate(rows):
+        for x, pixels in enumerate(row):
+            image = Image.fromarray(pixels.numpy()).resize((size, size), Image.Resampling.NEAREST)
+            canvas.paste(image, (x * size, y * size))
+    return canvas
+
+
+def principal_colours(latents: Tensor) -> Tensor:
+    """Three principal components over all positions as red, green and blue. (B, C, H, W) -> (B, H, W, 3) uint8."""
+    flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+    flat = flat - flat.mean(0)
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    colours = torch.zeros(len(flat), 3)
+    components = flat @ directions[:3].T
+    colours[:, : components.shape[1]] = components
+    colours = colours / (3 * colours.std(0, keepdim=True) + 1e-12) * 0.5 + 0.5
+    return (colours.clamp(0, 1) * 255).to(torch.uint8).view(len(latents), *latents.shape[2:], 3)

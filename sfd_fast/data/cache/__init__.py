@@ -1,0 +1,1 @@
+"""Caches on disk: shards, their tensors, manifest, and copies of remote ones."""

@@ -1,0 +1,1 @@
+"""From images to caches: VFM features and composite latents."""

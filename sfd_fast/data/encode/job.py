@@ -1,0 +1,264 @@
+"""One cache in the making, by all ranks together: shards, their records, the final manifest, and its repair.
+
+While it is made, every finished shard has a record beside it (NAME.json: count, checksum, statistics). The last step
+merges the records into the manifest and removes them.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sfd_fast.data.cache.manifest import MANIFEST
+from sfd_fast.data.cache.shards import ShardWriter, checksum, map_tensors, read_header, write_json
+from sfd_fast.data.encode.encoders import FeatureEncoder, LatentEncoder
+from sfd_fast.data.encode.progress import Progress
+from sfd_fast.data.images.batches import decoded_batches
+from sfd_fast.data.images.index import INDEX_FOLDER, ImageIndex
+from sfd_fast.diffusion.statistics import (
+    SEMANTIC_FILE,
+    TEXTURE_FILE,
+    ChannelMoments,
+    LatentStatistics,
+    merge_all,
+)
+from sfd_fast.files.atomic import sweep
+from sfd_fast.ranks import Ranks
+
+Report = Callable[[str], None]
+
+
+class Settings(Protocol):
+    """What a job reads of the configuration of `sfd features` or `sfd encode`."""
+
+    image_size: int
+    crop: Literal["adm", "resize"]
+    shard_size: int
+    batch_size: int
+    decoder: Literal["pil", "dali"]
+    precision: str
+    verify: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cache. A shard is done when the shard and its record are there, and the shard has the recorded size."""
+
+    out: Path
+    index: ImageIndex
+    encoder: FeatureEncoder | LatentEncoder
+    fingerprint: str
+    config: Settings
+    num_threads: int
+    device: torch.device
+    kind: Literal["features", "latents"]
+    failed: set[int] = field(default_factory=set)
+    """first images of the batches in which DALI failed"""
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.index) // self.config.shard_size)
+
+    def path(self, k: int) -> Path:
+        return self.out / f"shard-{k:05d}.safetensors"
+
+    def record_path(self, k: int) -> Path:
+        return self.path(k).with_suffix(".json")
+
+    def images(self, k: int) -> range:
+        """Numbers of the images of shard k."""
+        return range(k * self.config.shard_size, min((k + 1) * self.config.shard_size, len(self.index)))
+
+    def recorded(self, k: int) -> dict | None:
+        """The record of a shard that this or an earlier run finished, None where there is none."""
+        path = self.record_path(k)
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def is_whole(self, k: int, row: dict | None) -> bool:
+        """Whether shard k has the size, and if asked for the checksum, of `row` (its record, or of the manifest)."""
+        path = self.path(k)
+        if row is None or not path.is_file() or path.stat().st_size != row["bytes"]:
+            return False
+        return not self.config.verify or checksum(path) == row["sha256"]
+
+    def encode_missing(self, row_of: Callable[[int], dict | None], ranks: Ranks, report: Report) -> list[int]:
+        """Encodes, divided over the ranks, all shards that are not as row_of(k) says; returns once all are there."""
+        if ranks.first:
+            sweep(self.out)  # nobody writes before the ranks have met below; each file claims a whole shard of the disk
+        mine = [k for k in ranks.mine(self.num_shards) if not self.is_whole(k, row_of(k))]
+        missing = sorted(k for share in ranks.gather(mine) for k in share)
+        if missing and ranks.first and len(missing) < self.num_shards:
+            report(
+                f"{self.out}: {len(missing)} of {self.num_shards} shards are missing or damaged and are encoded, the "
+                f"first is {self.path(missing[0]).name}"
+            )
+        self.encode_shards([missing[i] for i in ranks.mine(len(missing))], ranks, report)
+        ranks.barrier()
+        return missing
+
+    def complete(self, manifest: dict, ranks: Ranks, report: Report) -> None:
+        """Encodes what is not there yet, and finishes."""
+        self.encode_missing(self.recorded, ranks, report)
+        ranks.on_first(lambda: self.finish(manifest, report))
+
+    def repair(self, manifest: dict, ranks: Ranks, report: Report) -> None:
+        """Encodes those shards of a finished cache again that are missing or damaged, to the bytes that it lists.
+
+        Raises ValueError naming a shard that this machine encodes to other bytes; it is then removed again.
+        """
+        listed = manifest["shards"]
+
+        def row_of(k: int) -> dict | None:
+            row, record = listed[self.path(k).name], self.recorded(k)
+            # a record here is of a repair that was killed before it compared
+            return row if record is None or record["sha256"] == row["sha256"] else None
+
+        missing = self.encode_missing(row_of, ranks, report)
+        ranks.on_first(lambda: self.finish_repair(manifest, missing, report))
+
+    def finish_repair(self, manifest: dict, missing: list[int], report: Report) -> None:
+        for k in missing:
+            path, sha256 = self.path(k), manifest["shards"][self.path(k).name]["sha256"]
+            found = self.recorded(k)["sha256"]
+            if found != sha256:
+                path.unlink()
+                self.record_path(k).unlink()
+                raise ValueError(
+                    f"{path} was encoded again to other bytes than {self.out / MANIFEST} lists ({found[:12]}... "
+                    f"instead of {sha256[:12]}...): this machine or these library versions round differently. Repair "
+                    "the cache where it was made, copy the shard from there, or encode everything into another folder"
+                )
+        if self.kind == "latents" and not all((self.out / name).is_file() for name in (TEXTURE_FILE, SEMANTIC_FILE)):
+            texture, semantic = (manifest["statistics"][stream] for stream in ("texture", "semantic"))
+            values = (texture["mean"], texture["std"], semantic["mean"], semantic["std"])
+            LatentStatistics(*map(torch.tensor, values)).save(self.out)
+            report(f"{self.out}: statistics written again from the manifest")
+        self.tidy()
+        report(f"{self.out} is complete: {len(self.index)} images in {self.num_shards} shards")
+
+    def tidy(self) -> None:
+        """Removes what a finished cache does not need: records, and temporary files of killed processes."""
+        for path in self.out.glob("shard-*.json"):
+            path.unlink()
+        for folder in (self.out, self.out / INDEX_FOLDER):
+            sweep(folder)
+
+    def encode_shards(self, shards: list[int], ranks: Ranks, report: Report) -> None:
+        """Encodes those shards one after the other; decoding runs ahead across their borders."""
+        batches = [(k, batch) for k in shards for batch in split(self.images(k), self.config.batch_size)]
+        decoded = decoded_batches(
+            self.index,
+            [list(batch) for _, batch in batches],
+            self.config.image_size,
+            crop=self.config.crop,
+            decoder=self.config.decoder,
+            device=self.device,
+            num_threads=self.num_threads,
+            on_failure=lambda batch: self.failed.add(batch[0]),
+        )
+        progress = Progress(sum(len(self.images(k)) for k in shards), ranks, report)
+        for k in shards:
+            self.encode_shard(k, decoded, progress)
+
+    def encode_shard(self, k: int, decoded: Iterator[Tensor], progress: Progress) -> None:
+        images = self.images(k)
+        layout = {name: (dtype, (len(images), *shape)) for name, (dtype, shape) in self.encoder.layout().items()}
+        layout["labels"] = (torch.int64, (len(images),))
+        cosine = 0.0
+        metadata = {"fingerprint": self.fingerprint, "first_image": images.start}
+        with ShardWriter(self.path(k), layout, metadata) as writer:
+            labels = torch.from_numpy(self.index.labels[images.start : images.stop].astype("int64"))
+            writer.write("labels", 0, labels)
+            for batch in split(images, self.config.batch_size):
+                rows, cosines = self.encode_batch(next(decoded), batch)
+                for name, values in rows.items():
+                    writer.write(name, batch.start - images.start, values[: len(batch)])
+                if cosines is not None:
+                    cosine += float(cosines[:, : len(batch)].double().mean(0).sum())
+                progress.add(len(batch))
+        write_json(self.record_path(k), self.record(k, cosine))
+
+    def encode_batch(self, pixels: Tensor, batch: range) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Pads to the fixed size by repeating the last image: fp32 results depend on the batch size."""
+        pad = self.config.batch_size - len(batch)
+        pixels = torch.cat([pixels, pixels[-1:].expand(pad, -1, -1, -1)]) if pad else pixels
+        ids = torch.tensor([*batch, *[batch[-1]] * pad])
+        low = self.config.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext():
+            return self.encoder(pixels.to(self.device), ids.to(self.device))
+
+    def record(self, k: int, cosine: float) -> dict:
+        """Count, checksum and statistics of a written shard, from what the file holds.
+
+        Raises ValueError naming the image whose latents are not finite.
+        """
+        path = self.path(k)
+        tensors = map_tensors(path, read_header(path))
+        record = {"count": len(self.images(k)), "bytes": path.stat().st_size, "sha256": checksum(path)}
+        for stream, name in (("texture", "latents"), ("texture", "latents_mean"), ("semantic", "latents_sv")):
+            if name in tensors:
+                moments = self.moments(k, name, tensors[name])
+                if name == "latents_mean":
+                    moments = moments.with_noise(tensors["latents_logvar"])
+                record[stream] = moments.to_json()
+        for name in ("latents_flip", "latents_mean_flip", "latents_sv_flip", "feats_dino", "feats_dino_flip"):
+            if name in tensors:
+                self.moments(k, name, tensors[name])
+        if "semantic" in record:
+            record["cosine"] = cosine
+        if self.config.decoder == "dali":
+            record["dali_failures"] = sum(image in self.images(k) for image in self.failed)
+        return record
+
+    def moments(self, k: int, name: str, values: Tensor) -> ChannelMoments:
+        try:
+            return ChannelMoments.of(values)
+        except ValueError as error:
+            sample = int(torch.isfinite(values.float()).flatten(1).all(1).logical_not().nonzero()[0])
+            image = self.index.describe(self.images(k)[sample])
+            raise ValueError(
+                f"{self.path(k)}: '{name}' of {image}: {error}. Use precision fp32, storage bf16 or fp32 (fp16 ends "
+                "at 65504), and check the encoder's weights"
+            ) from None
+
+    def finish(self, manifest: dict, report: Report) -> None:
+        """Merges the shards' records in their order, writes statistics and the final manifest, removes the records."""
+        records = {self.path(k).name: self.recorded(k) for k in range(self.num_shards)}
+        labels = torch.from_numpy(self.index.labels.astype("int64"))
+        per_class = torch.bincount(labels, minlength=len(self.index.classes)).tolist()
+        manifest = manifest | {
+            "complete": True,
+            "count": len(self.index),
+            "classes": self.index.classes,
+            "class_counts": per_class,
+            "shards": {name: {key: r[key] for key in ("count", "bytes", "sha256")} for name, r in records.items()},
+            "bytes_per_image": sum(r["bytes"] for r in records.values()) / len(self.index),
+        }
+        if self.kind == "latents":
+            texture, semantic = (
+                merge_all(ChannelMoments.from_json(r[stream]) for r in records.values())
+                for stream in ("texture", "semantic")
+            )
+            LatentStatistics.from_moments(texture, semantic).save(self.out)
+            manifest["statistics"] = {
+                stream: {"count": m.count, "mean": m.mean.tolist(), "std": m.std().tolist()}
+                for stream, m in (("texture", texture), ("semantic", semantic))
+            }
+            manifest["semvae_target_cosine"] = sum(r["cosine"] for r in records.values()) / len(self.index)
+        if self.config.decoder == "dali":
+            manifest["dali_failures"] = sum(r["dali_failures"] for r in records.values())
+        write_json(self.out / MANIFEST, manifest)
+        self.tidy()
+        report(f"{self.out}: {len(self.index)} images in {self.num_shards} shards")
+        if manifest.get("dali_failures"):
+            report(f"  {manifest['dali_failures']} batches were decoded with PIL because DALI failed in them")
+
+
+def split(numbers: range, size: int) -> list[range]:
+    """Consecutive parts of at most `size` numbers."""
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]

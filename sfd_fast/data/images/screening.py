@@ -1,0 +1,199 @@
+"""Screening: every image of a source is decoded once, and what was learnt is written as its index.
+
+Divided over the ranks. A screening that was killed continues: findings are kept in journals until the index is there.
+"""
+
+import dataclasses
+import io
+import json
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfd_fast.data.cache.shards import ShardWriter, write_json
+from sfd_fast.data.images.decode import decode
+from sfd_fast.data.images.sources import Reader, Scan, scan
+from sfd_fast.ranks import Ranks
+
+REPORT_FILE = "unreadable.json"
+SCREEN_BLOCK = 256
+"""images handed to the threads at a time: what a killed screening may have to repeat"""
+COLUMNS = {
+    "labels": torch.int32, "widths": torch.int32, "heights": torch.int32, "containers": torch.int32,
+    "offsets": torch.int64, "sizes": torch.int64, "checksums": torch.int64, "plain": torch.uint8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What decoding one image told."""
+
+    width: int = 0
+    height: int = 0
+    size: int = 0
+    checksum: int = 0
+    """CRC-32 of the encoded bytes"""
+    plain: bool = False
+    """a still 8-bit RGB or grey JPEG or PNG without transparency: every decoder agrees on what it shows"""
+    error: str = ""
+
+
+def examine(data: bytes) -> Finding:
+    """Decodes an image fully. An error is a finding, not an exception."""
+    try:
+        image = decode(data)
+        plain = is_plain(data)
+    except Exception as error:  # damaged files raise nearly anything within PIL: TypeError, struct.error, MemoryError
+        what = [] if isinstance(error, OSError) and str(error) else [type(error).__name__]
+        return Finding(size=len(data), error=": ".join([*what, *filter(None, [str(error)])]))
+    return Finding(image.width, image.height, len(data), zlib.crc32(data), plain)
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether every decoder agrees on what an image shows: see Finding.plain."""
+    with Image.open(io.BytesIO(data)) as header:
+        if header.format not in ("JPEG", "PNG") or getattr(header, "n_frames", 1) > 1:
+            return False
+        # PIL calls RGB of 16 bits RGB too; IHDR, the first chunk of a PNG, has the bits of a channel in byte 24
+        deep = header.format == "PNG" and data[24] != 8
+        return header.mode in ("RGB", "L") and not deep and "transparency" not in header.info
+
+
+class Journals:
+    """Findings of a screening in progress, one JSON line for each image, in a file for each rank.
+
+    Their names hold the identity of the scan and end in .tmp: findings of other images are not used, and what is left
+    is swept away with the temporary files.
+    """
+
+    def __init__(self, folder: Path, found: Scan):
+        listing = json.dumps([found.kind, found.root, found.containers, found.keys, found.offsets, found.sizes])
+        self.folder, self.name = folder, f".screened.{sha256(listing.encode()).hexdigest()[:16]}"
+
+    def read(self) -> dict[int, Finding]:
+        """What all ranks of earlier runs found, by the number of the image."""
+        findings = {}
+        for path in self.folder.glob(f"{self.name}.*.tmp"):
+            for line in path.read_text().splitlines():
+                try:
+                    number, values = json.loads(line)
+                except ValueError:  # half a line: killed while writing it
+                    continue
+                findings[number] = Finding(**values)
+        return findings
+
+    def add(self, rank: int, findings: dict[int, Finding]) -> None:
+        """Appends a block. Raises OSError naming the file where the disk is full."""
+        path = self.folder / f"{self.name}.{rank}.tmp"
+        lines = [json.dumps([number, dataclasses.asdict(finding)]) for number, finding in findings.items()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write("\n" + "\n".join(lines))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+    def remove(self) -> None:
+        for path in self.folder.glob(".screened.*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def screen(source: str, path: Path, *, num_threads: int, ranks: Ranks, report: Callable[[str], None]) -> None:
+    """Decodes every image of the source once, divided over the ranks, and writes index and report (rank 0)."""
+    found = scan(source)
+    reader = Reader(found.kind, found.root, found.containers)
+
+    def look(i: int) -> Finding:
+        try:
+            return examine(reader.read(found.keys[i], found.container[i], found.offsets[i], found.sizes[i]))
+        except OSError as error:
+            return Finding(error=str(error))
+
+    if ranks.first:
+        for note in (*found.notes, *filter(None, [empty_classes(found.labels, found.classes, found.root)])):
+            report(note)
+    journals = Journals(path.parent, found)
+    known = ranks.gather(journals.read() if ranks.first else {})[0]
+    if known and ranks.first:
+        report(f"screening: {len(known)} of {len(found.keys)} images were screened by a run before")
+    left = [i for i in range(len(found.keys)) if i not in known]
+    mine, findings = [left[j] for j in ranks.mine(len(left))], {}
+    last = start = time.monotonic()
+    with ThreadPoolExecutor(max(num_threads, 1), thread_name_prefix="screen") as pool:
+        for first in range(0, len(mine), SCREEN_BLOCK):
+            block = mine[first : first + SCREEN_BLOCK]
+            looked = dict(zip(block, pool.map(look, block)))
+            journals.add(ranks.rank, looked)
+            findings |= looked
+            if ranks.first and time.monotonic() - last > 10:
+                last, done = time.monotonic(), len(findings)
+                rate = done / (last - start)
+                report(f"screening: {done}/{len(mine)} images, {rate:.0f}/s, {(len(mine) - done) / rate:.0f} s left")
+    for share in ranks.gather(findings):
+        known |= share
+
+    def finish() -> None:
+        ordered = [known[i] for i in range(len(found.keys))]
+        bad = {
+            reader.describe(key, container): finding.error
+            for key, container, finding in zip(found.keys, found.container, ordered)
+            if finding.error
+        }
+        write_json(path.with_name(REPORT_FILE), bad)
+        if bad:
+            report(f"{len(bad)} of {len(ordered)} images are unreadable, listed in {path.with_name(REPORT_FILE)}")
+        write_index(path, found, ordered)
+        journals.remove()
+
+    ranks.on_first(finish)
+
+
+def empty_classes(labels: Sequence[int], classes: Sequence[str], root: str) -> str:
+    """What to say of classes that no label names; empty where there is none."""
+    present = set(map(int, labels))
+    empty = [name for label, name in enumerate(classes) if label not in present]
+    if not empty:
+        return ""
+    shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+    return f"{len(empty)} of {len(classes)} classes of {root} have no images: {shown}"
+
+
+def write_index(path: Path, found: Scan, findings: Sequence[Finding]) -> None:
+    """Raises ValueError where a class has no readable image."""
+    good = [i for i, finding in enumerate(findings) if not finding.error]
+    empty = set(found.labels) - {found.labels[i] for i in good}
+    if empty:
+        name = found.classes[min(empty)]
+        raise ValueError(f"class '{name}' of {found.root} has no readable image: all of its files are damaged")
+    names = [found.keys[i].encode() for i in good]
+    columns = {
+        "labels": [found.labels[i] for i in good],
+        "widths": [findings[i].width for i in good],
+        "heights": [findings[i].height for i in good],
+        "containers": [found.container[i] for i in good],
+        "offsets": [found.offsets[i] for i in good],
+        "sizes": [findings[i].size for i in good],
+        "checksums": [findings[i].checksum for i in good],
+        "plain": [findings[i].plain for i in good],
+    }
+    tensors: dict[str, Tensor] = {name: torch.tensor(column, dtype=COLUMNS[name]) for name, column in columns.items()}
+    tensors["name_ends"] = torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0)
+    tensors["names"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
+    metadata = {
+        "kind": found.kind,
+        "root": found.root,
+        "classes": found.classes,
+        "containers": found.containers,
+        "unreadable": len(findings) - len(good),
+    }
+    with ShardWriter(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, 0, tensor)

@@ -1,0 +1,1 @@
+"""From caches to batches: order, flips, held-out samples, normalisation, REPA targets."""

@@ -1,0 +1,142 @@
+"""VFM features as an endless, seeded sequence of batches, streamed from memory-mapped shards.
+
+Letters: B batch, N samples of the set, F width of a feature, h, w its grid.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfd_fast.data.cache.layout import check_settings
+from sfd_fast.data.cache.remote import local_shards
+from sfd_fast.data.cache.shards import map_tensors, read_header
+from sfd_fast.data.load.held_out import Part, SampleSet
+from sfd_fast.data.load.order import flips, shuffled_indices
+from sfd_fast.diffusion.transport import feature_tokens
+
+KEY = "feats_dino"
+FLIPPED = "feats_dino_flip"
+
+
+class FeatureShards(SampleSet):
+    """The features of a folder of shards; only what a batch needs is read from the disk.
+
+    path: a folder, a file, or an fsspec address, which is copied into `cache_folder` first.
+    Raises ValueError for an unfinished folder, and naming the shard that has no features, features of another dtype or
+    shape than the first, or other settings; FileNotFoundError where the folder or a shard of its manifest is missing.
+    """
+
+    def __init__(self, path: str | Path, *, cache_folder: str | Path | None = None):
+        _, self.paths = local_shards(path, cache_folder)
+        headers = [read_header(file) for file in self.paths]
+        for file, header in zip(self.paths, headers):
+            if KEY not in header.entries:
+                held = ", ".join(header.entries) or "nothing"
+                raise ValueError(f"{file} has no tensor '{KEY}', it holds {held}; `sfd features` makes such shards")
+            here, there = ((h.entries[KEY].shape[1:], h.entries[KEY].dtype) for h in (header, headers[0]))
+            if here != there:
+                raise ValueError(
+                    f"{file} has features of shape {here[0]}, {here[1]}; the shards before it {there[0]}, {there[1]}"
+                )
+            check_settings(file, header, self.paths[0], headers[0])
+        maps = [map_tensors(file, header) for file, header in zip(self.paths, headers)]
+        self.plain = [tensors[KEY] for tensors in maps]
+        self.flipped = [tensors.get(FLIPPED) for tensors in maps]
+        self.ends = np.cumsum([len(t) for t in self.plain])
+        self._part = Part(0, int(self.ends[-1]))
+        self.channels = feature_tokens(self.plain[0][:0]).shape[-1]
+
+    def require_flips(self) -> None:
+        """Raises ValueError naming the first shard without flipped features."""
+        for path, flipped in zip(self.paths, self.flipped):
+            if flipped is None:
+                raise ValueError(
+                    f"{path} has no flipped features ({FLIPPED}): set data.flip to false, or encode both flips "
+                    "(`sfd features --flip true`)"
+                )
+
+    def places(self, indices: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, rows in them) of samples of this set."""
+        positions = self._part.numbers(indices.numpy())
+        shards = np.searchsorted(self.ends, positions, side="right")
+        return shards, positions - np.concatenate([[0], self.ends])[shards]
+
+    def gather(self, indices: Tensor, flip: Tensor) -> Tensor:
+        """(B, tokens, F) float32 of the samples at `indices` (B,) int64, flipped where `flip` (B,) bool."""
+        shards, rows = self.places(indices)
+        chosen = [
+            (self.flipped if mirrored else self.plain)[shard][row]
+            for shard, row, mirrored in zip(shards.tolist(), rows.tolist(), flip.tolist())
+        ]
+        return feature_tokens(torch.stack(chosen)).float().contiguous()
+
+    def flaw(self, indices: Tensor, flip: Tensor) -> str:
+        """The first of some samples that is not finite as it is stored, with file and row; "" where all are finite."""
+        bad = torch.isfinite(self.gather(indices, flip)).flatten(1).all(dim=1).logical_not().nonzero()
+        if not len(bad):
+            return ""
+        shards, rows = (int(part[int(bad[0])]) for part in self.places(indices))
+        view = "mirrored " if flip[int(bad[0])] else ""
+        return f"{self.paths[shards]}: the {view}features of sample {rows} hold NaN or infinity"
+
+
+class FeatureLoader:
+    """Endless batches {"features" (B, tokens, F) float32, "sample_ids" (B,) int64} of a rank, seeded.
+
+    Step k takes positions k * B_global .. of an endless sequence of epochs, rank r the r-th equal slice, as
+    LatentLoader does: resuming is start_step. The next batch is gathered while the current one is used.
+    Raises ValueError for a batch that the ranks cannot share equally, or for flips that a shard lacks.
+    """
+
+    def __init__(
+        self,
+        shards: FeatureShards,
+        global_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        *,
+        flip: bool = True,
+        device: torch.device | str = "cpu",
+    ):
+        if global_batch_size % world_size:
+            raise ValueError(f"global_batch_size {global_batch_size} must be a multiple of the {world_size} ranks")
+        if flip:
+            shards.require_flips()
+        self.shards, self.global_batch_size, self.seed = shards, global_batch_size, seed
+        self.rank, self.world_size, self.start_step = rank, world_size, start_step
+        self.flip = flip
+        self.device = torch.device(device)
+
+    def samples(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(indices, whether flipped) of the samples at positions of the run, each (B,)."""
+        flip = flips(positions, self.seed) if self.flip else torch.zeros(len(positions), dtype=torch.bool)
+        return shuffled_indices(positions, len(self.shards), self.seed), flip
+
+    def flaw(self, step: int) -> str:
+        """What of a step's batch, all ranks' shares of it, is not finite as it is stored; "" where all is."""
+        start = step * self.global_batch_size
+        return self.shards.flaw(*self.samples(torch.arange(start, start + self.global_batch_size)))
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        size = self.global_batch_size // self.world_size
+        first = step * self.global_batch_size + self.rank * size
+        positions = torch.arange(first, first + size)
+        features = self.shards.gather(*self.samples(positions))
+        if self.device.type == "cuda":
+            features, positions = features.pin_memory(), positions.pin_memory()
+        return {"features": features, "sample_ids": positions}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        with ThreadPoolExecutor(1, thread_name_prefix="features") as pool:
+            ahead = pool.submit(self.batch, self.start_step)
+            for step in count(self.start_step + 1):
+                batch = ahead.result()
+                ahead = pool.submit(self.batch, step)
+                yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}

@@ -1,0 +1,1 @@
+"""What SFD computes apart from networks: clocks, masks, losses, noise, statistics of latents."""

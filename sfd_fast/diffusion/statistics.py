@@ -1,0 +1,260 @@
+"""Per-channel statistics of latents: one exact streaming pass, and the normalisation that they define.
+
+Letters: B batch, C channels (C_t texture, C_s semantic), H, W.
+"""
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfd_fast.diffusion.transport import join_latents
+from sfd_fast.files.atomic import write_bytes
+from sfd_fast.formats.model_folder import first_line
+
+TEXTURE_FILE = "latents_stats.pt"
+SEMANTIC_FILE = "latents_sv_stats.pt"
+
+
+@dataclass(frozen=True)
+class ChannelMoments:
+    """Count, mean and centred sum of squares of every channel, in float64: statistics that can be merged."""
+
+    count: int
+    mean: Tensor
+    """(C,) float64"""
+    squares: Tensor
+    """sum of (x - mean)^2, (C,) float64"""
+
+    @classmethod
+    def empty(cls, channels: int) -> "ChannelMoments":
+        return cls(0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, values: Tensor, *, chunk: int | None = None) -> "ChannelMoments":
+        """Of values (B, C, ...): float64 throughout, `chunk` samples at a time (None: about 32 MiB of them).
+
+        Raises ValueError naming the first sample that holds NaN or infinity.
+        """
+        chunk = chunk or chunk_of(values)
+        moments = cls.empty(values.shape[1])
+        for start in range(0, len(values), chunk):
+            part = values[start : start + chunk].double().flatten(2)
+            mean = part.mean(dim=(0, 2))
+            squares = (part - mean[:, None]).square().sum(dim=(0, 2))
+            if not torch.isfinite(squares).all():
+                sample = start + int(torch.isfinite(part).flatten(1).all(dim=1).logical_not().nonzero()[0])
+                raise ValueError(f"sample {sample} holds NaN or infinity")
+            moments = moments.merge(cls(part.shape[0] * part.shape[2], mean, squares))
+        return moments
+
+    def merge(self, other: "ChannelMoments") -> "ChannelMoments":
+        """Moments of both sets together. Source: Chan, Golub, LeVeque (1979)."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        difference = other.mean - self.mean
+        return ChannelMoments(
+            count,
+            self.mean + difference * (other.count / count),
+            self.squares + other.squares + difference.square() * (self.count * other.count / count),
+        )
+
+    def with_noise(self, logvar: Tensor) -> "ChannelMoments":
+        """Moments of mean + exp(logvar / 2) * standard normal, from those of the means.
+
+        The squares grow by sum(exp(logvar)). logvar: (B, C, ...), of the same samples.
+        """
+        variance, chunk = torch.zeros_like(self.squares), chunk_of(logvar)
+        for start in range(0, len(logvar), chunk):
+            variance += logvar[start : start + chunk].double().exp().flatten(2).sum(dim=(0, 2))
+        return ChannelMoments(self.count, self.mean, self.squares + variance)
+
+    def std(self) -> Tensor:
+        """Unbiased standard deviation, (C,) float64."""
+        return (self.squares / max(self.count - 1, 1)).sqrt()
+
+    def to_json(self) -> dict:
+        """Exact: Python writes the shortest decimal that reads back as the same float64."""
+        return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
+
+    @classmethod
+    def from_json(cls, content: dict) -> "ChannelMoments":
+        return cls(
+            content["count"],
+            torch.tensor(content["mean"], dtype=torch.float64),
+            torch.tensor(content["squares"], dtype=torch.float64),
+        )
+
+
+def chunk_of(values: Tensor) -> int:
+    """Samples of (B, ...) that are about 32 MiB in float64; a function of their shape alone."""
+    return max(1, 2**22 * len(values) // max(values.numel(), 1))
+
+
+def join_channels(parts: Iterable[ChannelMoments]) -> ChannelMoments:
+    """Moments of several groups of channels of the same samples as one."""
+    parts = list(parts)
+    return ChannelMoments(
+        max(part.count for part in parts),
+        torch.cat([part.mean for part in parts]),
+        torch.cat([part.squares for part in parts]),
+    )
+
+
+def merge_all(parts: Iterable[ChannelMoments]) -> ChannelMoments:
+    """Moments of all parts in the order given: the same order gives the same bits, whoever computed the parts."""
+    merged = None
+    for part in parts:
+        merged = part if merged is None else merged.merge(part)
+    if merged is None:
+        raise ValueError("statistics of no data")
+    return merged
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and standard deviation of every channel of both streams; z' = (z - mean) / std * multiplier.
+
+    A model decodes with the statistics it was trained with: they belong to the cache (METHOD 2).
+    """
+
+    texture_mean: Tensor
+    """(C_t,) float32, as all four"""
+    texture_std: Tensor
+    semantic_mean: Tensor
+    semantic_std: Tensor
+    multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("texture_mean", "texture_std", "semantic_mean", "semantic_std"):
+            values = torch.as_tensor(getattr(self, name)).flatten().float()
+            if not torch.isfinite(values).all():
+                raise ValueError(f"latent statistics: {name} holds NaN or infinity; compute them again")
+            if name.endswith("std") and (values <= 0).any():
+                channel = int((values <= 0).nonzero()[0])
+                raise ValueError(
+                    f"latent statistics: {name} of channel {channel} is {float(values[channel])}, must be above 0: a "
+                    "constant channel cannot be standardised"
+                )
+            object.__setattr__(self, name, values)
+        for stream in ("texture", "semantic"):
+            mean, std = getattr(self, f"{stream}_mean"), getattr(self, f"{stream}_std")
+            if mean.shape != std.shape:
+                raise ValueError(f"latent statistics: {len(mean)} {stream} means but {len(std)} standard deviations")
+        if not self.multiplier > 0:
+            raise ValueError(f"latent multiplier {self.multiplier} must be above 0")
+
+    @classmethod
+    def identity(cls, texture_channels: int, semantic_channels: int) -> "LatentStatistics":
+        """Statistics that change nothing."""
+        t, s = texture_channels, semantic_channels
+        return cls(torch.zeros(t), torch.ones(t), torch.zeros(s), torch.ones(s))
+
+    @classmethod
+    def from_moments(
+        cls, texture: ChannelMoments, semantic: ChannelMoments, multiplier: float = 1.0
+    ) -> "LatentStatistics":
+        return cls(texture.mean, texture.std(), semantic.mean, semantic.std(), multiplier)
+
+    @property
+    def texture_channels(self) -> int:
+        return len(self.texture_mean)
+
+    @property
+    def semantic_channels(self) -> int:
+        return len(self.semantic_mean)
+
+    def to(self, device: torch.device | str) -> "LatentStatistics":
+        return replace(
+            self,
+            texture_mean=self.texture_mean.to(device),
+            texture_std=self.texture_std.to(device),
+            semantic_mean=self.semantic_mean.to(device),
+            semantic_std=self.semantic_std.to(device),
+        )
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift), each (C, 1, 1) over the composite, with z' = z * scale + shift."""
+        std = join_latents(self.texture_std[None], self.semantic_std[None])[0]
+        mean = join_latents(self.texture_mean[None], self.semantic_mean[None])[0]
+        scale = self.multiplier / std.double()
+        shift = -mean.double() * scale
+        return scale.float().view(-1, 1, 1), shift.float().view(-1, 1, 1)
+
+    def normalize(self, texture: Tensor, semantic: Tensor) -> Tensor:
+        """The normalised composite. texture (B, C_t, H, W), semantic (B, C_s, H, W).  Returns (B, C, H, W) float32."""
+        self._check(texture, "texture")
+        self._check(semantic, "semantic")
+        return self.normalize_composite(join_latents(texture, semantic))
+
+    def normalize_composite(self, latents: Tensor) -> Tensor:
+        """(z - mean) / std * multiplier as one multiply-add over the raw composite (B, C, H, W).  Returns float32."""
+        scale, shift = (value.to(latents.device) for value in self.scale_and_shift())
+        return torch.addcmul(shift, latents, scale)
+
+    def denormalize_texture(self, texture: Tensor) -> Tensor:
+        """z = z' * std / multiplier + mean, ready for the texture decoder. (B, C_t, H, W), same shape back."""
+        self._check(texture, "texture")
+        return self._denormalize(texture, self.texture_mean, self.texture_std)
+
+    def denormalize_semantic(self, semantic: Tensor) -> Tensor:
+        """z = z' * std / multiplier + mean, ready for the SemVAE decoder. (B, C_s, H, W), same shape back."""
+        self._check(semantic, "semantic")
+        return self._denormalize(semantic, self.semantic_mean, self.semantic_std)
+
+    def _denormalize(self, values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        scale = (std / self.multiplier).to(values.device).view(-1, 1, 1)
+        return torch.addcmul(mean.to(values.device).view(-1, 1, 1), values, scale)
+
+    def _check(self, values: Tensor, stream: str) -> None:
+        expected = len(getattr(self, f"{stream}_mean"))
+        if values.shape[1] != expected:
+            raise ValueError(
+                f"{stream} latents have {values.shape[1]} channels, their statistics {expected}: latents and "
+                "statistics belong to different caches"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes latents_stats.pt and latents_sv_stats.pt in the released form, atomically.
+
+        Raises OSError naming the file that cannot be written.
+        """
+        for name, mean, std in (
+            (TEXTURE_FILE, self.texture_mean, self.texture_std),
+            (SEMANTIC_FILE, self.semantic_mean, self.semantic_std),
+        ):
+            if len(mean) == 0:
+                continue
+            # through memory: saved to a file, the archive would carry the temporary name
+            content = io.BytesIO()
+            torch.save({"mean": mean.cpu().view(1, -1, 1, 1), "std": std.cpu().view(1, -1, 1, 1)}, content)
+            write_bytes(Path(folder, name), content.getvalue())
+
+    @classmethod
+    def load(cls, folder: str | Path, multiplier: float = 1.0, *, semantic: bool = True) -> "LatentStatistics":
+        """Reads the statistics beside a cache (the released form); semantic=False: of a cache of texture alone.
+
+        Raises FileNotFoundError naming the file and how to make it, ValueError naming a damaged or foreign one.
+        """
+        values = []
+        for name in (TEXTURE_FILE, SEMANTIC_FILE) if semantic else (TEXTURE_FILE,):
+            path = Path(folder, name)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} is missing: compute it with `sfd inspect {folder} --statistics`, or copy it from "
+                    "where the cache was made"
+                )
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                values.append({name: content[name].flatten() for name in ("mean", "std")})
+            except Exception as error:  # torch, pickle and zipfile raise many kinds
+                raise ValueError(
+                    f"{path} is truncated, damaged or no file of statistics ({first_line(error)}): copy it again, or "
+                    f"compute it with `sfd inspect {folder} --statistics`"
+                ) from error
+        texture, semantic = values if semantic else (*values, {"mean": torch.empty(0), "std": torch.empty(0)})
+        return cls(texture["mean"], texture["std"], semantic["mean"], semantic["std"], multiplier)

@@ -1,0 +1,172 @@
+"""A pipeline as a folder (pipeline.json, transformer, guide, texture_codec, statistics), and what must fit together."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SFDConfig, from_dict, require
+from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.formats.model_folder import first_line, write_atomically
+from sfd_fast.models.diffusers_codec import load_codec
+
+INDEX = "pipeline.json"
+"""marks a folder as a pipeline and holds its settings"""
+
+
+def save_parts(
+    folder: Path,
+    model: nn.Module,
+    guide: nn.Module | None,
+    codec: nn.Module,
+    statistics: LatentStatistics,
+    training: SFDConfig | None,
+    **settings,
+) -> None:
+    """Writes a pipeline's folder; settings (plain data) go into pipeline.json. Raises OSError where it cannot."""
+    from sfd_fast.formats.released_model import save_codec, save_model
+
+    save_model(folder / "transformer", model, config=training, statistics=statistics)
+    if guide is not None:
+        save_model(folder / "guide", guide, statistics=statistics)
+    else:  # an earlier pipeline's guide would be loaded with this one
+        shutil.rmtree(folder / "guide", ignore_errors=True)
+    save_codec(folder / "texture_codec", codec)
+    (folder / "statistics").mkdir(exist_ok=True)
+    statistics.save(folder / "statistics")
+    text = json.dumps(settings | {"latent_multiplier": statistics.multiplier}, indent=1) + "\n"
+    write_atomically(folder / INDEX, lambda temporary: temporary.write_text(text))
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder itself, or a download of that name from the Hugging Face hub; FileNotFoundError where neither is."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
+        raise FileNotFoundError(f"model folder {source} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source)))
+    except Exception as error:  # the hub client raises many kinds: no network, no such repository, no permission
+        raise FileNotFoundError(
+            f"{source} is neither a folder here nor a model that could be fetched from the Hugging Face hub: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def load_parts(
+    folder: Path, guide: str | Path | None, codec: str | Path | nn.Module | None, statistics: LatentStatistics | None
+) -> dict:
+    """Arguments of SFDPipeline from files; raises as from_pretrained."""
+    from sfd_fast.formats.released_model import load_model, read_config, read_statistics
+
+    parts: dict = {}
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text())
+        parts["delta_t"], parts["micro_batch_size"] = index["delta_t"], index["micro_batch_size"]
+        parts["sampler"] = from_dict(SamplerConfig, index["sampler"])
+        parts["guidance"] = from_dict(GuidanceConfig, index["guidance"])
+        statistics = statistics or LatentStatistics.load(folder / "statistics", index["latent_multiplier"])
+        model_folder = folder / "transformer"
+        guide = guide or ((folder / "guide") if (folder / "guide").is_dir() else None)
+        codec = codec or folder / "texture_codec"
+        with contextlib.suppress(ValueError):  # saved without the config of its training
+            parts["training"] = read_config(model_folder)
+    else:
+        model_folder = folder
+        parts["training"] = training = read_config(model_folder)
+        parts["delta_t"] = training.transport.delta_t
+        # The released grid stays on request: its dopri5 lets an image depend on its batch (METHOD 5).
+        parts["sampler"], parts["guidance"] = replace(training.sampler, grid="exact"), training.guidance
+        statistics = statistics or read_statistics(model_folder)
+        codec = codec or training.data.texture_codec or None
+    require(
+        statistics is not None,
+        f"{folder} holds no statistics of its latents: give those of the training cache as statistics="
+        "LatentStatistics.load(CACHE)",
+    )
+    require(codec is not None, f"{folder} names no texture codec: give its folder or file as codec=...")
+    parts["statistics"] = statistics
+    check_multiplier(statistics, parts.get("training"), model_folder)
+    for name, place in (("model", model_folder), ("guide", guide)):
+        if place is not None:
+            parts[name] = load_model(place)
+            recorded = read_statistics(place) if Path(place).is_dir() else None
+            check_statistics(statistics, recorded, f"the {name} in {place}")
+    parts["codec"] = codec if isinstance(codec, nn.Module) else load_codec(codec)
+    return parts
+
+
+def check_statistics(statistics: LatentStatistics, recorded: LatentStatistics | None, name: str) -> None:
+    """Raises ValueError where a network was trained on latents with other statistics than the given ones.
+
+    Decoding with another cache's statistics, or a guide of another cache, costs several points of FID (METHOD 2).
+    """
+    if recorded is not None and fingerprint(recorded) != fingerprint(statistics):
+        raise ValueError(
+            f"statistics of another data set: those given have the fingerprint {fingerprint(statistics)}, {name} was "
+            f"trained on latents with {fingerprint(recorded)}; use the statistics (and a guide) of the same cache"
+        )
+
+
+def check_multiplier(statistics: LatentStatistics, training: SFDConfig | None, model_folder: Path) -> None:
+    """Raises ValueError where latents would be divided by another multiplier than they were multiplied by."""
+    trained = statistics.multiplier if training is None else training.data.latent_multiplier
+    if trained != statistics.multiplier:
+        raise ValueError(
+            f"latent multiplier {statistics.multiplier} is given, but the model in {model_folder} was trained on "
+            f"latents times {trained}: give that one with the statistics (METHOD 2)"
+        )
+
+
+def fingerprint(statistics: LatentStatistics) -> str:
+    """16 hexadecimal digits that differ where any value of the statistics does."""
+    digest = hashlib.sha256(np.float64(statistics.multiplier).tobytes())
+    for name in ("texture_mean", "texture_std", "semantic_mean", "semantic_std"):
+        digest.update(getattr(statistics, name).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_parts(
+    model: ModelConfig, statistics: LatentStatistics, codec: nn.Module, delta_t: float, guide: ModelConfig | None
+) -> None:
+    """Raises ValueError where model, statistics, codec and guide are not of one system."""
+    require(
+        (delta_t > 0) == model.two_clocks,
+        f"delta_t is {delta_t} but the model was built with {'two clocks' if model.two_clocks else 'one clock'}: two "
+        "clocks need delta_t > 0, and delta_t = 0 has one clock",
+    )
+    for stream in ("texture", "semantic"):
+        have, want = getattr(statistics, f"{stream}_channels"), getattr(model, f"{stream}_channels")
+        require(
+            have == want,
+            f"statistics of {have} {stream} channels for a model with {want}: they belong to another data set",
+        )
+    require(
+        codec.latent_channels == model.texture_channels,
+        f"the texture codec has {codec.latent_channels} latent channels, the model {model.texture_channels} texture "
+        "channels: use the codec that the latents were encoded with",
+    )
+    if guide is None:
+        return
+    for name in ("grid_size", "texture_channels", "semantic_channels", "num_classes", "two_clocks"):
+        require(
+            getattr(guide, name) == getattr(model, name),
+            f"the guide has {name} = {getattr(guide, name)}, the model {getattr(model, name)}: a guide is trained on "
+            "the same latents and classes",
+        )
+
+
+def check_finite(module: nn.Module, name: str) -> None:
+    """Raises ValueError naming the first tensor of a network that holds NaN or infinity."""
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"the {name}'s weight {key} holds NaN or infinity: the checkpoint is damaged or diverged")

@@ -1,0 +1,1 @@
+"""Engines behind the training loop: plain torch, and DeepSpeed."""

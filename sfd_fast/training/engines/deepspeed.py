@@ -1,0 +1,461 @@
+"""The DeepSpeed engine of the training loop: ZeRO 0 to 3 on one or many ranks; the only file that imports DeepSpeed.
+
+DeepSpeed shards, communicates and calls the optimizer; the step is ours: AdamWEMA updates moments, weights and
+averages in one pass over each shard, with clipping and skipping decided on the device just before. Checkpoints are ours
+as well (sharded.py). With 16-bit weights, norm weights and the position embedding stay fp32: they are taken out of the
+network's parameters and updated beside ZeRO, the same on every rank.
+"""
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sfd_fast.training.checkpoints import Checkpoints, read_state
+from sfd_fast.training.engines.deepspeed_json import batch_shares, generate
+from sfd_fast.training.engines.interface import OVERFLOW, Batch, Objective, StepResult, stays_fp32, together
+from sfd_fast.training.engines.watchdog import Watchdog
+from sfd_fast.training.job import Job
+from sfd_fast.training.optimizer import AdamWEMA, build_optimizer, ema_names
+from sfd_fast.training.place import Place
+from sfd_fast.training.state import WEIGHT, Piece, StateReader, restore, snapshot_pieces, write_pieces
+
+INSTALL = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def load_deepspeed(device: str):
+    """The deepspeed module, its accelerator set to the device's type. ValueError with the install command if absent."""
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f"train.engine 'deepspeed' needs the package deepspeed, which cannot be imported ({error}); install: "
+            f"{INSTALL}; or set train.engine to torch"
+        ) from error
+    # built by g++ at first use, which takes minutes, and its shared memory outlives a killed rank; gloo serves as well
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class LostRankError(OSError):
+    """Another rank died or hangs."""
+
+
+def own_device(kind: str, local_rank: int) -> torch.device:
+    """The device of this rank, made the current one: the only one that it sees, or else number `local_rank`."""
+    if kind != "cuda":
+        return torch.device(kind)
+    index = local_rank if torch.cuda.device_count() > 1 else 0
+    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes the device's number from there
+    torch.cuda.set_device(index)
+    return torch.device(kind, index)
+
+
+def take_out(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Replaces parameters by plain tensors of the same attribute names: neither cast nor sharded by DeepSpeed."""
+    taken = {}
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        value = module._parameters.pop(attribute)
+        tensor = value.detach().clone().requires_grad_(value.requires_grad)
+        setattr(module, attribute, tensor)
+        taken[name] = tensor
+    return taken
+
+
+class DeepSpeedEngine:
+    """The loop's engine on DeepSpeed; see Engine for the methods."""
+
+    def __init__(self, job: Job, device: torch.device | str | None = None):
+        self.job = job
+        train, settings = job.train, job.deepspeed
+        kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+        deepspeed = load_deepspeed(kind)
+        place = Place.from_environment()
+        self.rank, self.world_size = place.rank, place.world_size
+        self.timeout = timedelta(seconds=settings.timeout_s)
+        self.micro_size, self.accumulation = batch_shares(train, self.world_size)
+        self.config = generate(train, job.optimizer, settings, world_size=self.world_size, device=kind)
+        if not dist.is_initialized():
+            quiet(deepspeed, self.rank)
+            backend = "nccl" if kind == "cuda" else "gloo"
+            deepspeed.init_distributed(dist_backend=backend, timeout=self.timeout, verbose=False)
+        # flags travel on the CPU, beside the collectives of the step: no rank waits for a device
+        self.control = dist.new_group(backend="gloo", timeout=self.timeout) if self.world_size > 1 else None
+        self.pending = None
+        self.device = own_device(kind, place.local_rank)
+
+        self.shapes = {name: value.shape for name, value in job.model.state_dict().items()}
+        self.stage = settings.zero_stage
+        self.low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision)
+        model = job.model.to(self.device)
+        self.kept = take_out(model, stays_fp32(model)) if self.low_precision else {}
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer: AdamWEMA = build_optimizer(self.named.values(), job.optimizer)
+        self.optimizer.before_step = self.prepare_update
+        trained = [value for value in self.kept.values() if value.requires_grad]
+        self.beside: AdamWEMA | None = build_optimizer(trained, job.optimizer) if trained else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=list(self.named.values()),
+                optimizer=self.optimizer,
+                config=self.config,
+                dist_init_required=False,
+            )
+        if train.compile:
+            self.engine.compile()
+        self.zero = self.engine.optimizer if self.stage > 0 else None
+        self.scaler = getattr(self.zero, "loss_scaler", None)
+        if self.scaler is not None and self.scaler.dynamic:
+            # train.max_bad_steps decides how many overflows at the lowest scale are too many
+            self.scaler.raise_error_at_min_scale = False
+        if self.stage == 3:
+            self.share_masters()
+        self.model = model
+        self.loss_bad = torch.zeros((), device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
+        self.watchdog = Watchdog(self.rank, settings.timeout_s)
+
+    def share_masters(self) -> None:
+        """fp32 weights are their own masters under ZeRO 3: 4 bytes a parameter less, over the ranks.
+
+        DeepSpeed 0.19.8 means to do this, but compares a torch.device with a string, which is never equal.
+        """
+        for weights, masters in zip(self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat):
+            if weights is not None and weights.dtype == masters.dtype and weights.device == masters.device:
+                masters.data = weights.data
+
+    def files(self) -> dict[str, str]:
+        """The JSON that DeepSpeed got, kept in the run directory."""
+        return {"deepspeed.json": json.dumps(self.config, indent=1) + "\n"}
+
+    # ---------------------------------------------------------------- the step
+
+    def autocast(self) -> torch.autocast:
+        dtype = torch.bfloat16 if self.job.train.precision == "parity" else self.low_precision
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def network(self, *inputs: Tensor, **options: object):
+        """The network as the objective calls it. With 16-bit weights autocast casts activations to meet them."""
+        if self.low_precision is None:
+            return self.engine(*inputs, **options)
+        with self.autocast():
+            return self.engine(*inputs, **options)
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        self.watchdog.beat()
+        scaler = self.scaler
+        scale_can_fall = scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
+        loss, terms = None, []
+        for batch in batches:
+            part, part_terms = self.job.objective(self.network, batch)
+            self.engine.backward(part)
+            mean = part.detach() / len(batches)
+            loss = mean if loss is None else loss + mean
+            terms.append({name: value.detach() for name, value in part_terms.items()})
+            if len(terms) == len(batches):
+                self.loss_bad = self.maximum(~torch.isfinite(loss))
+                for group in self.engine.optimizer.param_groups:
+                    group["lr"] = lr
+                self.reduce_beside(lr)
+            self.engine.step()
+        if self.zero is not None and self.zero.overflow:
+            # DeepSpeed did not call the optimizer at all
+            self.grad_norm = torch.full((), float("inf"), device=self.device)
+            # a finite loss of which a lower scale may leave a finite gradient
+            searching = (self.loss_bad == 0) & scale_can_fall
+            self.optimizer.skip.copy_(torch.where(searching, OVERFLOW, 1.0))
+        skipped = self.optimizer.skip.clone()
+        self.step_beside(skipped)
+        return StepResult(loss=loss, terms=terms, grad_norm=self.grad_norm, skipped=skipped)
+
+    def prepare_update(self) -> None:
+        """Called by the optimizer at the start of its step: clipping and skipping, decided without a host read."""
+        if self.zero is None:
+            grads = [p.grad for p in self.named.values() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+        else:
+            norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device)
+            norm = torch.where(norm < 0, torch.full_like(norm, float("inf")), norm)
+        if self.beside is not None:
+            norm = (norm.square() + self.beside_norm.square()).sqrt()
+        bad = (self.loss_bad != 0) | ~torch.isfinite(norm)
+        self.grad_norm = norm
+        self.optimizer.skip.copy_(bad)
+        limit = self.job.optimizer.max_grad_norm
+        if limit > 0:
+            self.optimizer.grad_scale.copy_(torch.where(bad, 1.0, (limit / (norm + 1e-6)).clamp(max=1.0)))
+
+    def maximum(self, flag: Tensor) -> Tensor:
+        flag = flag.float()
+        if self.world_size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return flag
+
+    def reduce_beside(self, lr: float) -> None:
+        """Averages the gradients of the fp32 parameters beside ZeRO over ranks and removes the loss scale."""
+        if self.beside is None:
+            return
+        grads = [p.grad for p in self.kept.values() if p.requires_grad]
+        flat = torch.cat([g.flatten() for g in grads])
+        if self.world_size > 1:
+            dist.all_reduce(flat)
+        flat /= self.world_size * float(self.zero.loss_scale)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+            grad.copy_(part.view_as(grad))
+        self.beside_norm = flat.norm()
+        for group in self.beside.param_groups:
+            group["lr"] = lr
+
+    def step_beside(self, skipped: Tensor) -> None:
+        if self.beside is not None:
+            self.beside.skip.copy_(skipped)
+            self.beside.grad_scale.copy_(self.optimizer.grad_scale)
+            self.beside.step()
+            self.beside.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, objective: Objective) -> dict[str, Tensor]:
+        self.watchdog.beat()
+        return objective(self.network, batch)[1]
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        training = self.engine.training
+        self.engine.eval()
+        try:
+            yield
+        finally:
+            self.engine.train(training)
+
+    # ------------------------------------------------------------ among ranks
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        values = values.clone()
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        return self.sum_over_ranks(values) / self.world_size
+
+    def max_over_ranks(self, value: float) -> float:
+        largest = torch.tensor(value, dtype=torch.float64)
+        if self.control is not None:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return float(largest)
+
+    def any_rank(self, flag: bool) -> bool:
+        """As of the previous call: the answer travels while a step is computed, so no rank waits for it."""
+        if self.control is None:
+            return flag
+        answer = False
+        if self.pending is not None:
+            work, value = self.pending
+            work.wait()
+            answer = bool(value)
+        value = torch.tensor(int(flag))
+        self.pending = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control, async_op=True), value
+        return answer
+
+    def agreed(self, flag: bool) -> bool:
+        self.beat()
+        return self.max_over_ranks(flag) > 0
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def beat(self) -> None:
+        self.watchdog.beat()
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError):  # a lost rank has been reported already
+            if self.pending is not None:
+                self.pending[0].wait()
+                self.pending = None
+        self.watchdog.stop()
+        self.engine.destroy()
+
+    def explained(self, error: RuntimeError) -> Exception:
+        signs = ("connection", "gloo", "nccl", "timed out", "timeout", "socket", "peer")
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lost = isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
+        if self.world_size == 1 or not lost:
+            return error
+        return LostRankError(
+            f"rank {self.rank} of {self.world_size} has lost another rank: it died, or did not answer within "
+            f"{self.timeout.total_seconds():g} s (deepspeed.timeout_s). The first rank to report an error knows why. "
+            f"All ranks end now; start again to go on from the last checkpoint. ({message})"
+        )
+
+    # ------------------------------------------------------------------ state
+
+    def shards(self) -> Iterator[tuple[str, Tensor, int, int, int]]:
+        """(name, flat fp32 tensor, offset in it, first element of the parameter, number of elements) of this rank.
+
+        The flat tensor is the one that the optimizer's state is keyed by.
+        """
+        if self.stage == 0:
+            if self.rank == 0:
+                for name, param in self.named.items():
+                    yield name, param, 0, 0, param.numel()
+        elif self.stage == 3:
+            for name, param in self.named.items():
+                group, offset, _ = self.zero.grad_position[self.zero.get_param_id(param)]
+                length = param.partition_numel()
+                start = self.rank * length
+                count = min(length, max(0, param.ds_numel - start))
+                if count:
+                    yield name, self.zero.fp32_partitioned_groups_flat[group], offset, start, count
+        else:
+            groups = {id(p): i for i, group in enumerate(self.zero.bit16_groups) for p in group}
+            for name, param in self.named.items():
+                mapping = param._hp_mapping
+                if mapping is not None:
+                    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    flat = self.zero.single_partition_of_fp32_groups[groups[id(param)]]
+                    yield name, flat, high.start, low.start, low.numel
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's part of the training state, as views."""
+        for name, flat, offset, start, count in self.shards():
+            fields = {WEIGHT: flat.detach().flatten()[offset : offset + count]}
+            for key, value in self.optimizer.state.get(flat, {}).items():
+                fields[key] = value if value.dim() == 0 else value.flatten()[offset : offset + count]
+            yield Piece(name, start, self.shapes[name].numel(), fields)
+        if self.rank == 0:
+            for name, value in self.kept.items():
+                state = self.beside.state.get(value, {}) if value.requires_grad else {}
+                fields = {WEIGHT: value.detach().flatten()}
+                fields |= {k: v if v.dim() == 0 else v.flatten() for k, v in state.items()}
+                yield Piece(name, 0, value.numel(), fields)
+
+    def save(self, checkpoints: Checkpoints, step: int, state: dict) -> None:
+        together(self, "write its part of the last checkpoint", checkpoints.wait)
+        state["deepspeed"] = {"zero_stage": self.stage, "loss_scaler": self.loss_scaler_state()}
+        pieces = snapshot_pieces(self.pieces())
+        name = f"state-{self.rank:05d}.safetensors"
+        checkpoints.save(step, lambda folder: write_pieces(folder / name, pieces), state, background=True)
+
+    def loss_scaler_state(self) -> dict:
+        return {f: getattr(self.scaler, f) for f in LOSS_SCALER_FIELDS if hasattr(self.scaler, f)}
+
+    def load(self, folder: Path) -> None:
+        state = read_state(folder)
+        together(self, f"read {folder}", lambda: self.read(folder))
+        self.optimizer.share_steps()
+        for field, value in state.get("deepspeed", {}).get("loss_scaler", {}).items():
+            setattr(self.scaler, field, value)
+        self.engine.global_steps = state["step"]
+        self.engine.micro_steps = state["step"] * self.accumulation
+        self.refresh()
+
+    def read(self, folder: Path) -> None:
+        """Fills this rank's masters, moments and averages: no collectives."""
+        with StateReader(folder, share=(self.rank, self.world_size)) as reader:
+            shards = list(self.shards()) if self.stage else [(n, p, 0, 0, p.numel()) for n, p in self.named.items()]
+            for name, flat, offset, start, count in shards:
+                reader.check_size(name, self.shapes[name])
+                restore(reader, self.optimizer, name, flat, offset, start, count)
+            for name, value in self.kept.items():
+                if value.requires_grad:
+                    reader.check_size(name, value.shape)
+                    restore(reader, self.beside, name, value, 0, 0, value.numel())
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes the network's weights those of the fp32 masters."""
+        if self.stage == 3:
+            # gathered copies, small parameters' included, are of the old weights
+            self.zero._partition_all_parameters()
+            for group in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            if self.zero.persistent_parameters:
+                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        elif self.stage > 0:
+            self.zero.update_lp_params()
+
+    @contextmanager
+    def ema_weights(self, index: int = 0) -> Iterator[nn.Module]:
+        """The averages are written where DeepSpeed keeps the network's weights; masters are put back afterwards."""
+        key = ema_names(self.optimizer)[index]
+        beside = [v for v in self.kept.values() if self.beside is not None and key in self.beside.state.get(v, {})]
+        backup = [v.detach().clone() for v in beside]
+        with torch.no_grad():
+            for value in beside:
+                value.copy_(self.beside.state[value][key])
+            masters = self.show(key)
+        try:
+            yield self.model
+        finally:
+            with torch.no_grad():
+                for value, old in zip(beside, backup):
+                    value.copy_(old)
+                for flat, old in masters:
+                    flat.data.copy_(old)
+                self.refresh()
+
+    def show(self, key: str) -> list[tuple[Tensor, Tensor]]:
+        """Puts state `key` in place of the masters and refreshes; returns the masters' values to put back."""
+        flats = {id(flat): flat for _, flat, *_ in self.shards()}
+        if self.stage == 0:
+            flats = {id(p): p for p in self.named.values()}
+        shown = [flat for flat in flats.values() if key in self.optimizer.state.get(flat, {})]
+        masters = [(flat, flat.detach().clone()) for flat in shown]
+        for flat in shown:
+            flat.data.copy_(self.optimizer.state[flat][key])
+        self.refresh()
+        return masters
+
+    def export(self, index: int = 0) -> dict[str, Tensor] | None:
+        key = ema_names(self.optimizer)[index]
+        mine = {p.name: p for p in self.pieces()}
+        state = {}
+        for name, shape in self.shapes.items():
+            if name not in self.named and name not in self.kept:
+                continue
+            self.beat()
+            whole = torch.zeros(shape.numel(), device=self.device)
+            if name in mine:
+                piece = mine[name]
+                whole[piece.start : piece.stop] = piece.fields.get(key, piece.fields[WEIGHT])
+            if self.world_size > 1:
+                # every element has one owner, so the sum is a gather
+                dist.reduce(whole, 0)
+            if self.rank == 0:
+                state[name] = whole.view(shape).cpu()
+        return self.with_constants(state) if self.rank == 0 else None
+
+    def with_constants(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds buffers and frozen parameters, which are functions of the model's configuration, in the usual order."""
+        fresh = type(self.model)(self.model.config).state_dict()
+        return {name: state.get(name, fresh[name]) for name in self.shapes}
+
+    def notes(self, state: dict) -> list[str]:
+        if state["world_size"] != self.world_size:
+            return [
+                f"saved by {state['world_size']} ranks, resumed by {self.world_size}: equal to rounding, not to the bit"
+            ]
+        return []
+
+
+def quiet(deepspeed, rank: int) -> None:
+    """DeepSpeed's log at warnings: what a run does is said by the loop."""
+    import logging
+
+    deepspeed.utils.logger.setLevel(logging.WARNING if rank == 0 else logging.ERROR)

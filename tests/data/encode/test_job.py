@@ -1,0 +1,194 @@
+"""Caches in the making: killed, resumed, shared by ranks, repaired; always the same folder in the end."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from harness.tiny_caches import SIZE, contents, encode_config, features_config
+
+from sfd_fast.data.encode.job import Job
+from sfd_fast.data.encode.prepare import run_encode, run_features
+from sfd_fast.data.load.latents import LatentShards
+
+pytest_plugins = ["cache_fixtures"]
+
+
+def in_child(run, config, environment):
+    os.environ.update(environment)
+    run(config)
+
+
+def launch(run, config, **environment):
+    """run(config) in a process of its own, forked: it has all imports already and computes on one thread."""
+    settings = {name: str(value) for name, value in environment.items()}
+    process = multiprocessing.get_context("fork").Process(target=in_child, args=(run, config, settings))
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("kind", ["encode", "features"])
+def test_a_killed_run_continues_to_the_same_folder(parts, encoded_cache, tmp_path, kind):
+    """Killed after its first shard, with temporary files of every kind left behind."""
+    out = tmp_path / "out"
+    if kind == "encode":
+        run, config, unbroken = run_encode, encode_config(parts, out, features=True), encoded_cache
+    else:
+        run, config, unbroken = run_features, features_config(parts, out), tmp_path / "unbroken"
+        run_features(replace(config, out=str(unbroken)))
+    process = launch(run, config)
+    deadline = time.monotonic() + 120
+    while not (out / "shard-00000.json").exists() and process.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not json.loads((out / "manifest.json").read_text())["complete"], "killed too late to tell"
+    for name in ("shard-00001.safetensors", "shard-00001.json", "manifest.json", "latents_stats.pt", "index/index.x"):
+        path = out / name
+        path.with_name(f".{path.name}.{process.pid}.tmp").write_bytes(b"half")
+    if kind == "encode":
+        with pytest.raises(ValueError, match="is an unfinished cache"):
+            LatentShards(out)
+    first = (out / "shard-00000.safetensors").stat().st_mtime_ns
+    run(config)
+    assert (out / "shard-00000.safetensors").stat().st_mtime_ns == first, "a finished shard was repeated"
+    assert contents(out) == contents(unbroken)
+
+
+def test_a_run_that_continues_gives_the_space_of_unfinished_shards_back_first(parts, tmp_path, monkeypatch):
+    def stop(job, shards, ranks, report):
+        assert not list(job.out.glob(".*.tmp"))
+        raise KeyboardInterrupt
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".shard-00000.safetensors.1.tmp").write_bytes(b"half")
+    monkeypatch.setattr(Job, "encode_shards", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_encode(encode_config(parts, tmp_path / "out"))
+
+
+def test_two_ranks_write_the_same_bytes_as_one(parts, encoded_cache, tmp_path):
+    config = encode_config(parts, tmp_path / "out", features=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
+    processes = [launch(run_encode, config, RANK=rank, **address) for rank in range(2)]
+    for process in processes:
+        process.join(timeout=180)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert contents(tmp_path / "out") == contents(encoded_cache)
+
+
+def test_two_processes_of_torchrun_write_the_same_bytes_as_one(parts, encoded_cache, tmp_path):
+    """The real launcher and the real command line; 13 images do not divide by 2, nor 7 shards."""
+    options = {"out": tmp_path / "out", "image_size": SIZE, "shard_size": 2, "batch_size": 4, "storage": "fp32",
+               "num_threads": 1, "device": "cpu", "features": "true"} | parts  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    result = subprocess.run(
+        [*launcher, "sfd_fast", "encode", *flags],
+        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "13 images in 7 shards" in result.stdout and "on 2 rank(s)" in result.stdout
+    assert contents(tmp_path / "out") == contents(encoded_cache)
+
+
+def copied(cache, tmp_path):
+    return Path(shutil.copytree(cache, tmp_path / "copy"))
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_finished_cache_is_left_alone(parts, encoded_cache, tmp_path):
+    out = copied(encoded_cache, tmp_path)
+    before = times(out)
+    run_encode(encode_config(parts, out, features=True, verify=True))
+    assert times(out) == before
+
+
+def test_a_finished_cache_loses_what_a_run_that_was_killed_at_the_end_left(parts, encoded_cache, tmp_path):
+    """Killed between the final manifest and the removal of the records."""
+    out = copied(encoded_cache, tmp_path)
+    row = json.loads((out / "manifest.json").read_text())["shards"]["shard-00001.safetensors"]
+    (out / "shard-00001.json").write_text(json.dumps(row))
+    for name in (".manifest.json.1.tmp", "index/.index.safetensors.1.tmp"):
+        (out / name).write_bytes(b"half")
+    before = (out / "shard-00001.safetensors").stat().st_mtime_ns
+    run_encode(encode_config(parts, out, features=True))
+    assert contents(out) == contents(encoded_cache)
+    assert (out / "shard-00001.safetensors").stat().st_mtime_ns == before
+
+
+def test_only_missing_and_damaged_shards_of_a_finished_cache_are_encoded_again(parts, encoded_cache, tmp_path, capsys):
+    out = copied(encoded_cache, tmp_path)
+    (out / "shard-00002.safetensors").unlink()
+    os.truncate(out / "shard-00005.safetensors", 5000)
+    (out / "latents_stats.pt").unlink()
+    before = times(out)
+    run_encode(encode_config(parts, out, features=True))
+    assert contents(out) == contents(encoded_cache)
+    changed = {name for name, when in times(out).items() if before.get(name) != when}
+    assert changed >= {"shard-00002.safetensors", "shard-00005.safetensors", "latents_stats.pt"}
+    assert not {"shard-00000.safetensors", "shard-00006.safetensors", "manifest.json"} & changed
+    text = capsys.readouterr().out
+    assert "2 of 7 shards are missing or damaged and are encoded, the first is shard-00002.safetensors" in text
+
+
+def test_verify_finds_and_mends_a_flipped_bit(parts, encoded_cache, tmp_path):
+    out = copied(encoded_cache, tmp_path)
+    path = out / "shard-00003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 4
+    path.write_bytes(data)
+    config = encode_config(parts, out, features=True)
+    run_encode(config)
+    assert path.read_bytes() == bytes(data), "without verify only sizes are compared"
+    run_encode(replace(config, verify=True))
+    assert contents(out) == contents(encoded_cache)
+
+
+def test_a_repair_that_gives_other_bytes_is_refused_and_leaves_no_shard(parts, encoded_cache, tmp_path):
+    out = copied(encoded_cache, tmp_path)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["shards"]["shard-00003.safetensors"]["sha256"] = "0" * 64
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "shard-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match="shard-00003.safetensors was encoded again to other bytes"):
+        run_encode(encode_config(parts, out, features=True))
+    assert not list(out.glob("shard-00003*"))
+
+
+def test_a_finished_shard_that_was_truncated_is_repeated_when_a_run_continues(parts, encoded_cache, tmp_path):
+    out = tmp_path / "out"
+    process = launch(run_encode, encode_config(parts, out, features=True))
+    while not (out / "shard-00000.json").exists():
+        assert process.is_alive()
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    os.truncate(out / "shard-00000.safetensors", 5000)
+    run_encode(encode_config(parts, out, features=True))
+    assert contents(out) == contents(encoded_cache)
+
+
+def test_a_manifest_of_another_format_is_refused(parts, encoded_cache, tmp_path):
+    out = copied(encoded_cache, tmp_path)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"format": 9}))
+    for work in (lambda: run_encode(encode_config(parts, out, features=True)), lambda: LatentShards(out)):
+        with pytest.raises(ValueError, match="manifest.json is of format 9, this version reads 1"):
+            work()

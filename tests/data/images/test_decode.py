@@ -1,0 +1,142 @@
+"""Decoding as PIL-based trainers do, and the released crop pixel for pixel."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from harness.image_trees import encoded, photographs
+from PIL import Image
+
+from sfd_fast.data.images.decode import decode, flip_images, load, read_batches, square, to_codec, to_pixels
+
+BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
+
+
+def reference_crop(image, size):
+    """The published ADM rule in NumPy terms, one step at a time."""
+    halvings = 0
+    width, height = image.size
+    while min(width, height) // 2 >= size:
+        image = image.resize((width // 2, height // 2), BOX)
+        width, height = image.size
+        halvings += 1
+    shorter = min(width, height)
+    image = image.resize((round(width * size / shorter), round(height * size / shorter)), BICUBIC)
+    pixels = np.asarray(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size], halvings
+
+
+@pytest.mark.parametrize(("name", "size", "halvings"), [("china", 256, 0), ("hopper", 128, 2), ("flower", 32, 3)])
+def test_adm_crop_is_the_published_rule_pixel_for_pixel(name, size, halvings):
+    image = photographs()[name]
+    expected, steps = reference_crop(image, size)
+    assert steps == halvings
+    assert np.array_equal(np.asarray(square(image, size)), expected)
+
+
+def test_adm_crop_enlarges_small_images():
+    image = photographs()["china"].crop((0, 0, 50, 70))
+    expected, _ = reference_crop(image, 64)
+    assert np.array_equal(np.asarray(square(image, 64)), expected)
+
+
+def test_adm_crop_of_an_image_of_the_right_size_changes_nothing():
+    image = photographs()["china"].crop((5, 9, 133, 137))
+    assert np.array_equal(np.asarray(square(image, 128)), np.asarray(image))
+
+
+def test_resize_crop_has_the_semvae_trainings_geometry():
+    image = photographs()["china"]  # 640 x 427 -> 383 x 256 -> 224 x 224 at (80, 16)
+    expected = image.resize((383, 256), BICUBIC).crop((80, 16, 304, 240))
+    assert np.array_equal(np.asarray(square(image, 224, "resize")), np.asarray(expected))
+
+
+def small():
+    return photographs()["china"].resize((40, 30))
+
+
+VARIANTS = {
+    "jpeg": lambda im: encoded(im),
+    "progressive jpeg": lambda im: encoded(im, progressive=True),
+    "grey jpeg": lambda im: encoded(im.convert("L")),
+    "cmyk jpeg": lambda im: encoded(im.convert("CMYK")),
+    "png": lambda im: encoded(im, "png"),
+    "palette png": lambda im: encoded(im.convert("P"), "png"),
+    "rgba png": lambda im: encoded(im.convert("RGBA"), "png"),
+    "grey and alpha png": lambda im: encoded(im.convert("LA"), "png"),
+    "1-bit png": lambda im: encoded(im.convert("1"), "png"),
+    "16-bit png": lambda im: encoded(Image.fromarray(np.asarray(im.convert("L")).astype(np.uint16) * 257), "png"),
+    "webp": lambda im: encoded(im, "webp", lossless=True),
+    "gif": lambda im: encoded(im, "gif"),
+    "animated gif": lambda im: encoded(im, "gif", save_all=True, append_images=[im.rotate(180)]),
+    "animated webp": lambda im: encoded(im, "webp", save_all=True, append_images=[im.rotate(180)], lossless=True),
+    "animated png": lambda im: encoded(im, "png", save_all=True, append_images=[im.rotate(180)]),
+}
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_every_kind_of_file_is_what_pil_makes_of_it(kind):
+    data = VARIANTS[kind](small())
+    out = decode(data)
+    assert out.mode == "RGB" and out.size == (40, 30)
+    assert np.array_equal(np.asarray(out), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_an_animation_is_its_first_frame():
+    data = VARIANTS["animated webp"](small())
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(small()))
+
+
+def test_exif_rotation_is_ignored_as_in_the_released_preprocessing():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    assert decode(encoded(small(), exif=exif)).size == (40, 30)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "palette png"])
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+def test_a_truncated_image_is_an_error_never_grey_pixels(kind, keep):
+    data = VARIANTS[kind](photographs()["flower"])
+    with pytest.raises((OSError, ValueError)):
+        decode(data[: int(len(data) * keep)])
+
+
+def test_bytes_that_are_no_image_are_an_error():
+    with pytest.raises(OSError, match="no image that PIL can identify"):
+        decode(b"hello")
+
+
+def test_batches_come_in_order_whatever_the_threads():
+    data = [encoded(photographs()["china"].crop((i, i, i + 60, i + 50))) for i in range(9)]
+    order = [[3, 1, 4], [1, 5], [8, 2, 6, 7]]
+    runs = [
+        list(read_batches(data.__getitem__, order, 16, num_threads=threads, ahead=ahead))
+        for threads, ahead in ((1, 0), (2, 2), (4, 9))
+    ]
+    for batches in runs:
+        for batch, numbers in zip(batches, order, strict=True):
+            assert torch.equal(batch, torch.stack([load(data[i], 16) for i in numbers]))
+
+
+def test_an_unreadable_image_in_a_batch_raises():
+    with pytest.raises(OSError):
+        list(read_batches([b"x"].__getitem__, [[0]], 16))
+
+
+def test_codec_range_is_minus_one_to_one():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1).expand(1, 1, 2, 3)
+    assert to_codec(images)[0, :, 0].tolist() == [[-1.0, 1.0]] * 3
+    assert to_codec(images).shape == (1, 3, 1, 2)
+
+
+def test_pixels_are_clamped_and_truncated_as_released():
+    x = torch.tensor([-2.0, -1.0, 0.0, 0.9999, 1.0, 2.0]).view(1, 1, 1, 6)
+    assert to_pixels(x).flatten().tolist() == [0, 0, 128, 255, 255, 255]
+    assert to_pixels(torch.tensor([0.005]).view(1, 1, 1, 1)).item() == 128  # 128.6375 truncated
+
+
+def test_flip_mirrors_left_and_right():
+    image = torch.arange(12, dtype=torch.uint8).view(1, 2, 2, 3)
+    assert torch.equal(flip_images(image)[0, :, 0], image[0, :, 1])
