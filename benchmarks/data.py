@@ -54,7 +54,7 @@ def save_parts(folder: Path, *, width: int, latent_channels: int, levels: int, s
     from diffusers import AutoencoderKL
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    from sfd_fast.formats.released_model import save_model
+    from sfd_fast.formats.model_folder import save_model
     from sfd_fast.models.semvae import SemVAE
 
     torch.manual_seed(0)
@@ -99,7 +99,8 @@ def measure_size(folder: Path) -> list[dict]:
 
 def train_semvae(shards: LatentShards, path: str, steps: int) -> None:
     """Trains the SemVAE of a directory on the stored features, in place."""
-    from sfd_fast.formats.released_model import load_semvae, save_model
+    from sfd_fast.formats.model_folder import save_model
+    from sfd_fast.formats.released_model import load_semvae
     from sfd_fast.models.semvae import semvae_loss
 
     semvae = load_semvae(path).train().requires_grad_(True)
@@ -286,7 +287,7 @@ def measure_encoding(folder: Path, data: list[bytes], decoders: list[str]) -> li
     from sfd_fast.data.encode.prepare import run
     from sfd_fast.data.images.index import INDEX_FOLDER, open_index
     from sfd_fast.formats.released_model import load_semvae
-    from sfd_fast.models.diffusers_codec import load_codec
+    from sfd_fast.formats.texture import load_codec
     from sfd_fast.models.vfm import load_vfm
     from sfd_fast.ranks import Ranks
 

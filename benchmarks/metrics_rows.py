@@ -32,7 +32,7 @@ from sfd_fast.evaluation import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import naive_evaluation as naive  # noqa: E402 (it stands in the tests' folder)
+from harness import naive_evaluation as naive  # noqa: E402 (it stands in the tests' folder)
 
 BAR = 1e-3
 SEEDS = range(3)

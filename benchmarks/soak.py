@@ -31,7 +31,7 @@ from soak_xxl import SMALL, compare_xxl
 from timing import machine
 from harness.tiny_run import tiny_config, write_data
 from sfd_fast.training.diffusion import diffusion_job
-from sfd_fast.training.loop import run_train
+from sfd_fast.training.diffusion import run_train
 
 RESULTS = Path(__file__).resolve().parent / "results" / "soak.json"
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from sfd_fast.config import SFDConfig
 from sfd_fast.training.checkpoints import TEMPORARY
 from sfd_fast.training.engines.deepspeed import LostRankError
-from sfd_fast.training.loop import run_train
+from sfd_fast.training.diffusion import run_train
 
 KILLS = 20
 KINDS = ((2, "fp32"), (3, "fp32"), (1, "bf16"))

@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
         "images to shards of VFM features, what train-semvae reads", presets=FEATURES_DEFAULTS,
     ),
     "train-semvae": Command(
-        "sfd_fast.config:SemVAETrainingConfig", "sfd_fast.training.semvae:run_train_semvae",
+        "sfd_fast.commands.train_semvae:TrainSemVAEOptions", "sfd_fast.commands.train_semvae:run",
         "train the semantic autoencoder on VFM features",
     ),
     "encode": Command(
@@ -59,10 +59,10 @@ COMMANDS: dict[str, Command] = {
         "what a cache of features or latents holds, with a picture", positional="path",
     ),
     "train": Command(
-        "sfd_fast.config:SFDConfig", "sfd_fast.training.loop:run_train", "train the diffusion transformer",
+        "sfd_fast.commands.train:TrainOptions", "sfd_fast.commands.train:run", "train the diffusion transformer",
         presets=MODEL_DEFAULTS, recipes=True,
         short={
-            "dry_run": "train.dry_run", "init_from": "train.init_from", "deepspeed_config": "deepspeed.config_file",
+            "init_from": "train.init_from", "deepspeed_config": "deepspeed.config_file",
         },
     ),
     "plan": Command(
@@ -214,7 +214,7 @@ def normalized(word: str) -> str:
 
 
 def in_full(word: str, short: dict[str, str]) -> str:
-    """--dry_run is --train.dry_run, where the command has such a short name."""
+    """--init_from is --train.init_from, where the command has such a short name."""
     key, equals, value = word.removeprefix("--").partition("=")
     return f"--{short[key]}{equals}{value}" if word.startswith("--") and key in short else word
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sfd_fast.formats.model_folder import write_atomically
+from sfd_fast.files.atomic import write_atomically
 
 
 def enlarge(image: np.ndarray, size: int) -> np.ndarray:

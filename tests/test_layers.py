@@ -10,22 +10,33 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(ROOT.glob("sfd_fast/**/*.py")) + sorted(ROOT.glob("kernels/sfd_kernels/**/*.py"))
 
-# a module may import from its own layer and from layers above it in this table
-LAYERS = [
-    ["config", "presets", "recipes", "streams", "pictures", "directory", "released", "memory"],
-    ["models", "transport"],
-    ["data", "checkpoint", "released_config", "released_semvae", "guidance"],
-    ["solvers", "sampler", "adaptive"],
-    ["graphs"],
-    [
-        "evaluation", "pipeline_files", "pipeline", "image_files", "sample_files", "training", "generate", "convert",
-        "digits", "doctor",
-    ],
-    ["demo", "cli", "__main__"],
-]  # fmt: skip
+# what a part of sfd_fast may import beside itself
+BASE = {"files", "config", "ranks"}
+METHOD = BASE | {"diffusion", "models"}
+FORMATS = METHOD | {"formats"}
+TRAINING = FORMATS | {"data", "sampling", "training", "evaluation", "pictures"}
+MAY_IMPORT = {
+    "files": set(),
+    "config": {"files"},
+    "ranks": {"files", "config"},
+    "pictures": BASE,
+    "evaluation": BASE,
+    "diffusion": METHOD,
+    "models": METHOD,
+    "formats": FORMATS,
+    "data": FORMATS,  # data and sampling are siblings
+    "sampling": FORMATS,
+    "training": TRAINING,
+    "planning": TRAINING | {"planning"},
+    "commands": TRAINING | {"planning"},
+    "cli": TRAINING | {"planning", "commands"},
+    "__main__": {"cli"},
+    "__init__": TRAINING,
+}
+AT_THE_ROOT = {"__init__", "__main__", "cli", "pictures", "ranks"}
 ONE_FILE = {
-    "deepspeed": {"sfd_fast/training/deepspeed.py"},
-    "nvidia": {"sfd_fast/data/dali.py"},
+    "deepspeed": {"sfd_fast/training/engines/deepspeed.py"},
+    "nvidia": {"sfd_fast/data/images/dali.py"},
     "flash_attn": {"sfd_fast/models/attention.py"},
     "flash_attn_interface": {"sfd_fast/models/attention.py"},
     "xformers": {"sfd_fast/models/attention.py"},
@@ -33,47 +44,80 @@ ONE_FILE = {
 }
 
 
-def imported(tree: ast.AST) -> list[tuple[str, int]]:
+
+
+def name_of(path: Path) -> str:
+    base = ROOT / "kernels" if path.is_relative_to(ROOT / "kernels") else ROOT
+    return ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imported(tree: ast.AST, package: tuple[str, ...] = ()) -> list[tuple[str, int]]:
+    """(dotted name, line) of everything that a tree imports, lazily too; package: where relative imports begin."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.append((node.module, node.lineno))
-            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found.append((module, node.lineno))
+            found += [(f"{module}.{alias.name}", node.lineno) for alias in node.names]
     return found
 
 
-def layer(module: str) -> int | None:
-    """Number of the layer of "sfd_fast.NAME..."; None for the package itself."""
-    parts = module.split(".")
-    if len(parts) < 2:
-        return None
-    for i, names in enumerate(LAYERS):
-        if parts[1] in names:
-            return i
-    return None
+def imports_of(path: Path) -> list[tuple[str, int]]:
+    name = tuple(name_of(path).split("."))
+    return imported(ast.parse(path.read_text()), name if path.name == "__init__.py" else name[:-1])
 
 
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+def modules_of(path: Path) -> set[str]:
+    """Modules of ours that a file imports: of `from package import name` the module `name`, where it is one."""
+    names = {name for name, _ in imports_of(path)}
+    return {n for n in names if n in MODULES and not any(other.startswith(f"{n}.") for other in names & MODULES.keys())}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.is_relative_to(ROOT / "sfd_fast")], ids=name_of)
-def test_imports_run_from_lower_layers_to_higher_ones(path):
-    own = layer(name_of(path))
-    if path.name == "__init__.py" and path.parent.name == "sfd_fast":
-        own = 0
-    assert own is not None, f"{path} is in no layer of this test's table"
-    for module, line in imported(ast.parse(path.read_text())):
-        if module.startswith("sfd_fast."):
-            other = layer(module)
-            assert other is None or other <= own, f"{path}:{line} imports {module}, which stands above it"
+def test_imports_run_one_way(path):
+    own = (name_of(path).split(".") + ["__init__"])[1]
+    assert own in MAY_IMPORT, f"{path} is of no part that this test knows"
+    for module, line in imports_of(path):
+        part = (module.split(".") + ["__init__"])[1]
+        if not module.startswith("sfd_fast") or part.startswith("__"):
+            continue
+        if own == "commands" and part == own:
+            assert module == name_of(path), f"{path}:{line} imports {module}: nothing but the command line does"
+        else:
+            assert part in MAY_IMPORT[own] | {own}, f"{path}:{line} imports {module}, which stands above or beside it"
+
+
+def test_no_module_stands_at_the_root_but_those_of_the_plan():
+    assert {path.stem for path in (ROOT / "sfd_fast").glob("*.py")} == AT_THE_ROOT
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {name: modules_of(path) - {name} for name, path in MODULES.items()}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"a circle: {' -> '.join([*path[path.index(name):], name])}"
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(graph[name]):
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_kernels_know_nothing_of_the_system_and_the_system_nothing_of_triton(path):
-    modules = {module.split(".")[0] for module, _ in imported(ast.parse(path.read_text()))}
+    modules = {module.split(".")[0] for module, _ in imports_of(path)}
     if path.is_relative_to(ROOT / "kernels"):
         assert "sfd_fast" not in modules
     else:

@@ -11,8 +11,8 @@ import yaml
 
 from sfd_fast.config import require, to_dict
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.formats import released_model as checkpoint
-from sfd_fast.formats.model_folder import write_atomically
+from sfd_fast.files.atomic import write_atomically
+from sfd_fast.formats.model_folder import read_config as read_model_config
 from sfd_fast.formats.released_config import read_config, read_yaml
 from sfd_fast.formats.released_model import convert_released, export_released
 from sfd_fast.sampling.pipeline import SFDPipeline
@@ -110,7 +110,7 @@ def convert_yaml(source: Path, target: Path) -> None:
     require(target.suffix in YAML, f"a configuration becomes a configuration: name a .yaml as target, not {target}")
     settings, ignored = read_config(read_yaml(source))
     text = yaml.safe_dump(to_dict(settings), sort_keys=False)
-    write_atomically(target, lambda temporary: temporary.write_text(text))
+    write_atomically(target, text)
     print(f"wrote {target}: sfd train --config {target}")
     if ignored:
         print(f"settings without a counterpart here: {', '.join(ignored)}")
@@ -132,7 +132,7 @@ def assemble(config: ConvertConfig) -> None:
                 folders[name] = Path(path)
         multiplier = config.latent_multiplier
         if multiplier is None:
-            multiplier = checkpoint.read_config(folders["model"]).data.latent_multiplier
+            multiplier = read_model_config(folders["model"]).data.latent_multiplier
         statistics = LatentStatistics.load(config.statistics, multiplier)
         SFDPipeline.from_pretrained(
             folders["model"],

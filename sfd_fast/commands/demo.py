@@ -37,7 +37,8 @@ from sfd_fast.evaluation.statistics import RunningStatistics
 from sfd_fast.formats.released_model import load_semvae
 from sfd_fast.models.texture import IdentityCodec, to_uint8
 from sfd_fast.sampling.pipeline import SFDPipeline
-from sfd_fast.training.loop import TrainResult, run_train
+from sfd_fast.training.diffusion import run_train
+from sfd_fast.training.loop import TrainResult
 from sfd_fast.training.semvae import run_train_semvae
 
 SEMANTIC_CHANNELS = DIGITS.semantic_channels

@@ -10,7 +10,7 @@ import torch
 from sfd_fast.evaluation.evaluator import Evaluator, EvaluatorConfig
 from sfd_fast.evaluation.gather import on_rank_zero, ranks
 from sfd_fast.evaluation.images import open_images
-from sfd_fast.formats.model_folder import write_atomically
+from sfd_fast.files.atomic import write_atomically
 from sfd_fast.ranks import Ranks
 
 MEANINGS = {
@@ -77,7 +77,7 @@ def run_evaluate(config: EvaluateConfig) -> dict:
     if ranks()[0] == 0:
         print(format_report(report), flush=True)  # first: what took an hour is not lost to a full disk
         content = json.dumps(report, indent=2) + "\n"
-        write_atomically(Path(config.output), lambda temporary: temporary.write_text(content))
+        write_atomically(Path(config.output), content)
         print(f"written to {config.output}")
     return report
 

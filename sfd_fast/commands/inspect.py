@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from sfd_fast.config import require, require_positive
 from sfd_fast.data.cache import layout
-from sfd_fast.data.cache.manifest import read_manifest, weights_fingerprint
+from sfd_fast.data.cache.manifest import read_manifest
 from sfd_fast.data.cache.remote import local_shards
-from sfd_fast.data.cache.shards import Header, checksum, map_tensors, read_header
+from sfd_fast.data.cache.shards import Header, map_tensors, read_header
 from sfd_fast.data.images.decode import to_pixels
 from sfd_fast.data.load.latents import LatentShards
 from sfd_fast.diffusion.statistics import SEMANTIC_FILE, TEXTURE_FILE, ChannelMoments, LatentStatistics, merge_all
-from sfd_fast.files.atomic import write_bytes
-from sfd_fast.models.diffusers_codec import load_codec
+from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.digest import file_digest, module_digest
+from sfd_fast.formats.texture import load_codec
 from sfd_fast.ranks import Ranks
 
 AUTO, NONE = "auto", "none"
@@ -85,7 +86,7 @@ def save_picture(rows: list[Tensor], config: InspectConfig, folder: Path, report
     content = io.BytesIO()
     tile(rows).save(content, format="png")
     try:
-        write_bytes(path, content.getvalue())
+        write_atomically(path, content.getbuffer())
     except OSError as error:
         raise OSError(f"{error}; name another file with --picture, or none") from error
     report(f"picture: {path.absolute()}")
@@ -106,7 +107,7 @@ def choose_codec(config: InspectConfig, folder: Path, report: Callable[[str], No
         hint = f"the texture codec is not at {path} any more: {hint}"
     else:
         codec = load_codec(path)
-        if weights_fingerprint(codec) == manifest["settings"]["texture_codec"]:
+        if module_digest(codec) == manifest["settings"]["texture_codec"]:
             report(f"decoded with the cache's own texture codec, {path}")
             return codec
         hint = f"{path} is not the texture codec any more that made the cache: {hint}"
@@ -165,7 +166,7 @@ def verify(folder: Path, paths: list[str], headers: list[Header]) -> None:
     manifest = read_manifest(folder)
     for path, header in zip(paths, headers):
         listed = (manifest or {}).get("shards", {}).get(Path(path).name)
-        if listed is not None and checksum(path) != listed["sha256"]:
+        if listed is not None and file_digest(path) != listed["sha256"]:
             raise ValueError(
                 f"{path}: its checksum is not the manifest's: the file was damaged; copy it again, or run the command "
                 "that made the cache again with --verify: it encodes only what is missing or damaged"

@@ -8,7 +8,6 @@ there are then, and ends with the same files.
 import json
 import numbers
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch import nn
 
 from sfd_fast import pictures
 from sfd_fast.config import GuidanceConfig, Precision, SamplerConfig, require, to_dict
-from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.sampling.image_writer import AsyncWriter, create_once
+from sfd_fast.files.atomic import create_once
+from sfd_fast.files.digest import tensors_digest
+from sfd_fast.sampling.image_writer import AsyncWriter
 from sfd_fast.sampling.output import POLL_S, Progress, Pulse, SampleFiles, wait_for_all
 from sfd_fast.sampling.pipeline import SFDPipeline
 from sfd_fast.training.place import Place
@@ -275,21 +275,10 @@ def given_or_balanced(config: SampleConfig, pipeline: SFDPipeline) -> torch.Tens
     return torch.tensor(config.labels)[torch.arange(config.num_images) % len(config.labels)]
 
 
-def weights_checksum(*modules: nn.Module | None) -> str:
-    """CRC-32 over all tensors of the networks: tells models apart, not attackers."""
-    checksum = 0
-    for module in modules:
-        for value in module.state_dict().values() if module is not None else ():
-            checksum = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), checksum)
-    return f"{checksum:08x}"
-
-
-def statistics_checksum(statistics: LatentStatistics) -> str:
-    """CRC-32 over what denormalises the latents."""
-    checksum = zlib.crc32(repr(float(statistics.multiplier)).encode())
-    for name in ("texture_mean", "texture_std", "semantic_mean", "semantic_std"):
-        checksum = zlib.crc32(getattr(statistics, name).detach().cpu().float().numpy().tobytes(), checksum)
-    return f"{checksum:08x}"
+def weights_digest(*modules: nn.Module | None) -> str:
+    """16 hexadecimal digits that tell networks apart by their tensors."""
+    parts = enumerate(module for module in modules if module is not None)
+    return tensors_digest({f"{i}.{name}": t for i, module in parts for name, t in module.state_dict().items()})[:16]
 
 
 def record_of(
@@ -299,11 +288,11 @@ def record_of(
     sampler, guidance = settings
     return {
         "model": config.model,
-        "weights": weights_checksum(pipeline.model, pipeline.guide if guidance.mode == "autoguidance" else None),
-        "codec": weights_checksum(pipeline.codec),
-        "statistics": statistics_checksum(pipeline.statistics),
+        "weights": weights_digest(pipeline.model, pipeline.guide if guidance.mode == "autoguidance" else None),
+        "codec": weights_digest(pipeline.codec),
+        "statistics": pipeline.statistics.digest(),
         "num": len(labels),
-        "labels": f"{zlib.crc32(labels.numpy()):08x}",
+        "labels": tensors_digest({"labels": labels})[:16],
         "seed": config.seed,
         "format": config.format,
         "shuffle_seed": config.shuffle_seed,

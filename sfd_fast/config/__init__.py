@@ -309,8 +309,6 @@ class TrainConfig:
     num_sample_images: int = 16
     """images of a sample grid"""
     tensorboard: bool = True
-    dry_run: bool = False
-    """show the whole plan of the run and train nothing"""
     peak_tflops: float = 0.0
     """of one device in the run's precision: MFU is logged against it; 0 logs TFLOP/s alone"""
     profile_steps: int = 0

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from sfd_fast.diffusion.transport import join_latents
-from sfd_fast.files.atomic import write_bytes
-from sfd_fast.formats.model_folder import first_line
+from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.digest import tensors_digest
+from sfd_fast.files.messages import first_line
 
 TEXTURE_FILE = "latents_stats.pt"
 SEMANTIC_FILE = "latents_sv_stats.pt"
+VALUES = ("texture_mean", "texture_std", "semantic_mean", "semantic_std")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class LatentStatistics:
     multiplier: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("texture_mean", "texture_std", "semantic_mean", "semantic_std"):
+        for name in VALUES:
             values = torch.as_tensor(getattr(self, name)).flatten().float()
             if not torch.isfinite(values).all():
                 raise ValueError(f"latent statistics: {name} holds NaN or infinity; compute them again")
@@ -160,6 +162,20 @@ class LatentStatistics:
     ) -> "LatentStatistics":
         return cls(texture.mean, texture.std(), semantic.mean, semantic.std(), multiplier)
 
+    def to_json(self) -> dict:
+        """Exact: a float32 is written as the shortest decimal that reads back as the same float64."""
+        return {name: getattr(self, name).tolist() for name in VALUES} | {"multiplier": self.multiplier}
+
+    @classmethod
+    def from_json(cls, content: dict) -> "LatentStatistics":
+        return cls(**{name: torch.tensor(content[name]) for name in VALUES}, multiplier=content["multiplier"])
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that differ where any value does."""
+        values = {name: getattr(self, name) for name in VALUES}
+        multiplier = torch.tensor(self.multiplier, dtype=torch.float64)
+        return tensors_digest(values | {"multiplier": multiplier})[:16]
+
     @property
     def texture_channels(self) -> int:
         return len(self.texture_mean)
@@ -169,13 +185,7 @@ class LatentStatistics:
         return len(self.semantic_mean)
 
     def to(self, device: torch.device | str) -> "LatentStatistics":
-        return replace(
-            self,
-            texture_mean=self.texture_mean.to(device),
-            texture_std=self.texture_std.to(device),
-            semantic_mean=self.semantic_mean.to(device),
-            semantic_std=self.semantic_std.to(device),
-        )
+        return replace(self, **{name: getattr(self, name).to(device) for name in VALUES})
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(scale, shift), each (C, 1, 1) over the composite, with z' = z * scale + shift."""
@@ -232,7 +242,7 @@ class LatentStatistics:
             # through memory: saved to a file, the archive would carry the temporary name
             content = io.BytesIO()
             torch.save({"mean": mean.cpu().view(1, -1, 1, 1), "std": std.cpu().view(1, -1, 1, 1)}, content)
-            write_bytes(Path(folder, name), content.getvalue())
+            write_atomically(Path(folder, name), content.getbuffer())
 
     @classmethod
     def load(cls, folder: str | Path, multiplier: float = 1.0, *, semantic: bool = True) -> "LatentStatistics":

@@ -1,9 +1,30 @@
-"""Files that appear under their name complete or not at all, and what killed processes leave of them."""
+"""Files and folders that appear under their name complete or not at all, and what killed processes leave of them.
+
+There is one naming scheme: what is being written is called .writing-PID-THREAD-NAME beside its target, and `sweep`
+removes what killed processes left of it.
+"""
 
 import contextlib
+import ctypes
 import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+
+from sfd_fast.files.messages import first_line
+
+TEMPORARY = ".writing-"
+OLD = ".old-"
+"""what a folder is called for a moment while another takes its place, where the file system cannot exchange two"""
+RENAME_EXCHANGE, AT_FDCWD = 2, -100  # linux/fs.h, fcntl.h
+
+
+def temporary_path(path: Path) -> Path:
+    """The name under which this thread writes `path`."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{threading.get_ident()}-{path.name}")
 
 
 class AtomicFile:
@@ -12,16 +33,16 @@ class AtomicFile:
     with AtomicFile(path) as file:
         file.write(content)
 
-    The bytes are synchronised to the disk before the renaming: a process that dies at any moment leaves the whole new
-    file or what was there before (and perhaps a temporary file, which `sweep` removes). An exception inside the block
-    removes the temporary file. reserve: bytes to be claimed on the disk at once, so that a full one is noticed early.
+    durable: the bytes are synchronised to the disk before the renaming, so that a power cut too leaves the whole new
+    file or what was there before. An exception inside the block removes the temporary file. reserve: bytes to be
+    claimed on the disk at once, so that a full one is noticed early. The file gets the permissions of the umask.
     Raises OSError naming the file and the reason (disk full, no permission).
     """
 
-    def __init__(self, path: str | Path, *, reserve: int = 0):
+    def __init__(self, path: str | Path, *, reserve: int = 0, durable: bool = True):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self.size = reserve
+        self.temporary = temporary_path(self.path)
+        self.size, self.durable = reserve, durable
         self._number = -1
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,16 +65,14 @@ class AtomicFile:
             raise self._named(error) from error
 
     def commit(self) -> None:
-        """Puts the file in its place, durably."""
+        """Puts the file in its place."""
         try:
-            os.fsync(self._number)
+            if self.durable:
+                os.fsync(self._number)
             self._close()
             os.replace(self.temporary, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            if self.durable:
+                fsync(self.path.parent)
         except OSError as error:
             raise self._named(error) from error
         finally:
@@ -72,8 +91,7 @@ class AtomicFile:
             os.close(number)
 
     def _named(self, error: OSError) -> OSError:
-        size = f" ({self.size} bytes)" if self.size else ""
-        return OSError(error.errno, f"cannot write {self.path}{size}: {error.strerror}")
+        return not_written(self.path, error, f" ({self.size} bytes)" if self.size else "")
 
     def __enter__(self) -> "AtomicFile":
         return self
@@ -87,13 +105,112 @@ class AtomicFile:
             self.abandon()
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """A small file, atomically and durably. Raises OSError naming it."""
-    with AtomicFile(path) as file:
-        file.write(content)
+def not_written(path: Path, error: Exception, size: str = "") -> OSError:
+    """The error of a file that could not be written; it says what is there now."""
+    there = "the previous file is intact" if path.exists() else "nothing was left behind"
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    text = f"cannot write {path}{size}: {reason}; {there}"
+    return OSError(error.errno, text) if isinstance(error, OSError) and error.errno else OSError(text)
+
+
+def write_atomically(
+    path: str | Path, content: bytes | memoryview | str | Callable[[Path], None], *, durable: bool = True
+) -> None:
+    """A whole file at once: its bytes, its text, or a function that writes a file of the name that it is given
+    (with the suffix of path).
+
+    Raises OSError naming the file; what was there before is then intact. ValueError and TypeError of the function pass.
+    """
+    if isinstance(content, str):
+        content = content.encode()
+    file = AtomicFile(path, durable=durable)
+    if isinstance(content, bytes | memoryview):
+        with file:
+            file.write(content)
+        return
+    with file:
+        mode = os.fstat(file._number).st_mode & 0o777
+        try:
+            content(file.temporary)
+            os.chmod(file.temporary, mode)  # safetensors gives its files to their owner alone
+            if durable:
+                fsync(file.temporary)
+        except (ValueError, TypeError):
+            raise
+        except Exception as error:  # libraries wrap the system's error in kinds of their own
+            raise not_written(file.path, error) from error
+
+
+def create_once(path: Path, content: bytes) -> bool:
+    """Creates a file that nobody has created yet; False where it exists already.
+
+    Whole at once by a hard link; where the file system has none, whoever reads it may see the beginning only.
+    """
+    temporary = temporary_path(path)
+    temporary.write_bytes(content)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # exFAT, some network and container file systems: EPERM, ENOTSUP, ENOSYS
+        try:
+            with open(path, "xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def replace_folder(target: str | Path, write: Callable[[Path], None]) -> None:
+    """write(folder) fills a folder that then takes the place of `target` in one step, durably.
+
+    A process killed at any moment leaves the old folder or the new one under that name. A target that is a symbolic
+    link stays one: what it points to is replaced.
+    """
+    target = Path(os.path.realpath(target))
+    temporary, old = temporary_path(target), target.with_name(f"{OLD}{target.name}")
+    if old.is_dir() and not target.exists():
+        old.rename(target)  # a process was killed between the two renames below
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            fsync(path)
+        if not target.exists():
+            temporary.rename(target)
+        elif not exchange(temporary, target):
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swaps the names of two files or folders in one step; False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
+    if not hasattr(libc, "renameat2"):
+        return False
+    return libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def sweep(folder: str | Path) -> None:
-    """Removes the temporary files that killed processes left in a folder. Only while no process writes there."""
-    for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    """Removes what killed processes left of files and folders in `folder`. Only while no process writes there."""
+    for path in Path(folder).glob(f"{TEMPORARY}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Forces a file's or a folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,84 +1,30 @@
-"""Our model format: a directory with model.safetensors, which carries its kind and config; every write is atomic.
+"""Our model format: a directory with model.safetensors, which carries its kind and config; networks in and out.
 
     DIR/model.safetensors   weights; metadata "sfd_fast" holds one sorted JSON: format, kind, config, ...
     DIR/config.json         the same JSON for people and search; never read back
 """
 
-import contextlib
 import json
-import os
-import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, from_dict, to_dict
+from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.files import tensors as files
+from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.tensors import read_safetensors, require_finite, write_safetensors
+from sfd_fast.models.dit import LightningDiT
+from sfd_fast.models.semvae import SemVAE
 
 WEIGHTS = "model.safetensors"
 READABLE = "config.json"
-KEY = "sfd_fast"
-"""one metadata key: safetensors writes several in no fixed order, and equal models should be equal files"""
 FORMAT = 1
-
-
-def first_line(error: Exception) -> str:
-    """The first sentence of an error's message."""
-    return re.split(r"\n|\. ", str(error).strip())[0][:200] or type(error).__name__
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a temporary file beside `path`, makes it durable and puts it in place of `path` in one step.
-
-    Raises OSError that names the path and says that the previous file, if there was one, is intact.
-    """
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    previous = "the previous file is intact" if path.exists() else "nothing was left behind"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        for place in (temporary, path.parent):
-            descriptor = os.open(place, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        temporary.replace(path)
-    except Exception as error:
-        if isinstance(error, ValueError | TypeError):
-            raise
-        raise OSError(f"{path} could not be written ({first_line(error)}); {previous}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """An atomic safetensors file with a JSON description in its metadata."""
-    metadata = {KEY: json.dumps(description, sort_keys=True)}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a safetensors file and its description (empty where it has none).
-
-    Raises FileNotFoundError, or ValueError for a truncated or damaged file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    return _read(path, tensors=True)
-
-
-def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
-            return found, json.loads((file.metadata() or {}).get(KEY, "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {first_line(error)}") from None
+REST = "released.safetensors"
+"""what a released file held beside the weights (raw weights, optimizer, settings): kept for the way back"""
 
 
 class Stored(NamedTuple):
@@ -98,7 +44,7 @@ def write_directory(folder: str | Path, kind: str, tensors: dict[str, Tensor], c
     description = {"format": FORMAT, "kind": kind, **content}
     readable = json.dumps(description, indent=2, sort_keys=True)
     write_safetensors(folder / WEIGHTS, tensors, description)
-    write_atomically(folder / READABLE, lambda temporary: temporary.write_text(readable + "\n"))
+    write_atomically(folder / READABLE, readable + "\n")
 
 
 def read_description(folder: str | Path, kind: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -109,7 +55,7 @@ def read_description(folder: str | Path, kind: str | None = None) -> tuple[str, 
     path = Path(folder, WEIGHTS)
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no model directory: it has no {WEIGHTS}")
-    description = _read(path, tensors=False)[1]
+    description = files.read_description(path)
     if description.get("format") != FORMAT:
         raise ValueError(
             f"{path} carries no config of this system (format {description.get('format')}, expected {FORMAT}); for "
@@ -129,11 +75,105 @@ def read_directory(folder: str | Path, kind: str | None = None) -> Stored:
     return Stored(found, content, tensors)
 
 
-def require_finite(tensors: dict[str, Tensor], source: object) -> None:
-    """Raises ValueError naming the first tensor that holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"the weights of {source} hold NaN or infinity (first in '{name}'): that run diverged; take an earlier "
-                "checkpoint"
-            )
+def save_model(
+    path: str | Path,
+    model: LightningDiT | SemVAE,
+    *,
+    config: SFDConfig | None = None,
+    statistics: LatentStatistics | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model's directory, atomically.
+
+    config: of the run that trained a LightningDiT (delta_t is part of it); statistics: of the latents it saw; weights:
+    stored instead of the model's own (an EMA); card: anything JSON for the record (step, data, metrics).
+    Raises ValueError where these do not belong to the model, OSError where the place cannot be written.
+    """
+    kind = "dit" if isinstance(model, LightningDiT) else "semvae"
+    if config is not None and kind == "dit" and config.model != model.config:
+        raise ValueError("config.model is not the config of the model that is being saved")
+    tensors = dict(model.state_dict())
+    if weights is not None:
+        check_fit(model, weights, "the given weights")
+        tensors = {name: weights[name] for name in tensors}
+    settings = to_dict(model.config)
+    if kind == "dit":
+        settings = {"model": settings} if config is None else to_dict(config)
+    content: dict[str, Any] = {"config": settings, "card": dict(card or {})}
+    if statistics is not None:
+        content["statistics"] = statistics.to_json()
+    Path(path, REST).unlink(missing_ok=True)  # it described the weights that are being replaced
+    write_directory(path, kind, tensors, content)
+
+
+def load_model_folder(path: str | Path, **runtime: Any) -> LightningDiT:
+    """The network of a directory that `save_model` wrote, on the CPU, in eval mode; raises as `load_model`."""
+    stored = read_directory(path, "dit")
+    return build_dit(from_dict(ModelConfig, stored.content["config"]["model"]), stored.tensors, path, **runtime)
+
+
+def load_semvae_folder(path: str | Path) -> SemVAE:
+    """The SemVAE of our directory, on the CPU, in eval mode; raises as `load_semvae`."""
+    stored = read_directory(path, "semvae")
+    return build_semvae(from_dict(SemVAEConfig, stored.content["config"]), stored.tensors, path)
+
+
+def read_config(path: str | Path) -> SFDConfig:
+    """Config of the run that trained the LightningDiT of a directory. ValueError where it was saved without one."""
+    settings = read_description(path, "dit")[1]["config"]
+    if set(settings) == {"model"}:
+        raise ValueError(f"{path} was saved with its network's config only; save_model(..., config=...) keeps it all")
+    return from_dict(SFDConfig, _lists_as_tuples(settings))
+
+
+def read_statistics(path: str | Path) -> LatentStatistics | None:
+    """Statistics of the latents that the LightningDiT of a directory was trained on, if they were saved."""
+    values = read_description(path, "dit")[1].get("statistics")
+    return None if values is None else LatentStatistics.from_json(values)
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """What `save_model` was given for the record."""
+    return read_description(path)[1].get("card", {})
+
+
+def build_dit(config: ModelConfig, tensors: Mapping[str, Tensor], source: object, **runtime: Any) -> LightningDiT:
+    with torch.device("meta"):
+        model = LightningDiT(config, **runtime)
+    return _filled(model, tensors, source)
+
+
+def build_semvae(config: SemVAEConfig, tensors: Mapping[str, Tensor], source: object) -> SemVAE:
+    with torch.device("meta"):
+        model = SemVAE(config)
+    return _filled(model, tensors, source)
+
+
+def _filled(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> nn.Module:
+    check_fit(model, tensors, f"the weights of {source}")
+    model.load_state_dict(dict(tensors), assign=True)
+    return model.eval()
+
+
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises ValueError that names what is missing, unexpected or of another shape."""
+    expected = model.state_dict()
+    problems = [f"'{name}' is missing" for name in expected if name not in tensors]
+    problems += [f"'{name}' is unexpected" for name in tensors if name not in expected]
+    problems += [
+        f"'{name}' is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        listed = "; ".join(problems[:3])
+        raise ValueError(f"{source} do not fit the model (another size or another config): {listed}{more}")
+
+
+def _lists_as_tuples(value: Any) -> Any:
+    """JSON has no tuples; a config has no lists."""
+    if isinstance(value, list):
+        return tuple(_lists_as_tuples(item) for item in value)
+    return {key: _lists_as_tuples(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfd_fast.formats.model_folder import first_line, write_atomically
+from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.messages import first_line
 
 
 class PickledConfig(dict):

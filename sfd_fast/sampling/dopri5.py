@@ -12,8 +12,7 @@ from torch import Tensor
 from sfd_fast.config import SamplerConfig
 from sfd_fast.diffusion.transport import clocks, join_latents, split_latents, stage_mask
 from sfd_fast.sampling.guidance import Guided, Velocity
-from sfd_fast.sampling.sampler import Callback
-from sfd_fast.sampling.solvers import stage_borders
+from sfd_fast.sampling.solvers import Callback, stage_borders
 
 # Dormand and Prince (1980) with Shampine's error weights, as in torchdiffeq.
 NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)

@@ -4,9 +4,7 @@ parts.
 Images are (N, H, W, 3) uint8.
 """
 
-import contextlib
 import io
-import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterable
@@ -16,52 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-TEMPORARY = ".writing-"
+from sfd_fast.files.atomic import write_atomically
+
 ENCODERS: dict[str, dict] = {
     "png": {"format": "PNG", "compress_level": 1},  # 1 encodes about four times as fast as 6, 10 % larger
     "webp": {"format": "WEBP", "lossless": True, "quality": 0, "method": 0},
 }
-
-
-def write_whole(path: Path, content: bytes | Callable[[io.BufferedWriter], None]) -> None:
-    """Writes a file under a temporary name and renames it: whoever sees `path` sees all of it.
-
-    Raises OSError naming the file; what was written until then is removed, `path` is as it was.
-    """
-    temporary = path.with_name(TEMPORARY + path.name)
-    try:
-        with open(temporary, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                content(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error})") from error
-
-
-def create_once(path: Path, content: bytes) -> bool:
-    """Creates a file that nobody has created yet; False where it exists already.
-
-    Whole at once by a hard link; where the file system has none, whoever reads it may see the beginning only.
-    """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{threading.get_ident()}-{path.name}")
-    temporary.write_bytes(content)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # exFAT, some network and container file systems: EPERM, ENOTSUP, ENOSYS
-        try:
-            with open(path, "xb") as file:
-                file.write(content)
-        except FileExistsError:
-            return False
-    finally:
-        temporary.unlink()
-    return True
 
 
 class AsyncWriter:
@@ -104,12 +62,14 @@ def write_image(path: Path, image: np.ndarray) -> None:
     """One image (H, W, 3) as PNG or lossless WebP, by the path's suffix."""
     encoded = io.BytesIO()
     Image.fromarray(image).save(encoded, **ENCODERS[path.suffix[1:]])
-    write_whole(path, encoded.getvalue())
+    write_atomically(path, encoded.getbuffer(), durable=False)
 
 
-def write_part(path: Path, images: np.ndarray) -> None:
-    """Some images as .npy."""
-    write_whole(path, lambda file: np.save(file, images))
+def write_array(path: Path, values: np.ndarray) -> None:
+    """An array, some images for example, as .npy."""
+    content = io.BytesIO()
+    np.save(content, values)
+    write_atomically(path, content.getbuffer(), durable=False)
 
 
 def write_npz(path: Path, parts: list[Path], order: np.ndarray, part_size: int, others: dict[str, np.ndarray]) -> None:
@@ -124,13 +84,13 @@ def write_npz(path: Path, parts: list[Path], order: np.ndarray, part_size: int, 
         for i in order.tolist():
             yield opened[i // part_size][i % part_size].tobytes()
 
-    def write(file: io.BufferedWriter) -> None:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    def write(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             _add_array(archive, "arr_0", shape, np.dtype(np.uint8), rows())
             for name, values in others.items():
                 _add_array(archive, name, values.shape, values.dtype, [np.ascontiguousarray(values).tobytes()])
 
-    write_whole(path, write)
+    write_atomically(path, write)
 
 
 def _add_array(
@@ -142,10 +102,3 @@ def _add_array(
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in chunks:
             file.write(chunk)
-
-
-def remove_temporary_files(folder: Path) -> None:
-    """Deletes what killed writers left behind; nobody may be writing there."""
-    for path in folder.glob(f"{TEMPORARY}*"):
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()

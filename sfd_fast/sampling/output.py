@@ -15,13 +15,12 @@ import torch
 from PIL import Image
 
 from sfd_fast.diffusion import random_numbers
+from sfd_fast.files.atomic import sweep
 from sfd_fast.sampling.image_writer import (
     AsyncWriter,
-    remove_temporary_files,
+    write_array,
     write_image,
     write_npz,
-    write_part,
-    write_whole,
 )
 
 NPZ = "samples.npz"
@@ -73,7 +72,7 @@ class SampleFiles:
 
     def write(self, writer: AsyncWriter, first: int, images: np.ndarray) -> None:
         if self.format == "npz":
-            writer.submit(lambda: write_part(self.part(first), images))
+            writer.submit(lambda: write_array(self.part(first), images))
             return
         for number, image in enumerate(images, first):
             writer.submit(lambda number=number, image=image: write_image(self.image(number), image))
@@ -90,9 +89,9 @@ class SampleFiles:
 
         Raises OSError where the disk is full: the parts stay, and the npz needs as much room once more.
         """
-        remove_temporary_files(self.folder)
+        sweep(self.folder)
         if self.format != "npz":
-            write_whole(self.out / "labels.npy", lambda file: np.save(file, labels.numpy()))
+            write_array(self.out / "labels.npy", labels.numpy())
             return None
         if not self.npz.exists():
             order = random_numbers.permutation(self.num, seed=shuffle_seed, stream=random_numbers.OUTPUT_ORDER).numpy()

@@ -28,13 +28,14 @@ from sfd_fast.config import (
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import noise, split_latents
+from sfd_fast.files.tensors import require_finite
 from sfd_fast.models.texture import to_uint8
 from sfd_fast.sampling.allocator import keep_freed_memory
 from sfd_fast.sampling.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg, check_scales
-from sfd_fast.sampling.pipeline_folder import check_finite, check_parts, load_parts, local_folder, save_parts
+from sfd_fast.sampling.pipeline_folder import check_parts, load_parts, local_folder, save_parts
 from sfd_fast.sampling.runner import Recent, StepRunners
-from sfd_fast.sampling.sampler import Callback, guidance_table, sample
-from sfd_fast.sampling.solvers import Plan, check_solver, make_plan, time_grid
+from sfd_fast.sampling.sampler import guidance_table, sample
+from sfd_fast.sampling.solvers import Callback, Plan, check_solver, make_plan, time_grid
 
 DEFAULT_MICRO_BATCH = 32
 BACKENDS = ("eager", "compile", "cuda_graph")
@@ -127,7 +128,7 @@ class SFDPipeline:
         check_parts(model.config, statistics, codec, delta_t, None if guide is None else guide.config)
         for name, part in (("model", model), ("guide", guide), ("texture codec", codec)):
             if part is not None:
-                check_finite(part, name)
+                require_finite(part.state_dict(), f"the {name}")
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)

@@ -1,20 +1,18 @@
 """A pipeline as a folder (pipeline.json, transformer, guide, texture_codec, statistics), and what must fit together."""
 
 import contextlib
-import hashlib
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import nn
 
 from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SFDConfig, from_dict, require
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.formats.model_folder import first_line, write_atomically
-from sfd_fast.models.diffusers_codec import load_codec
+from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.messages import first_line
+from sfd_fast.formats.texture import load_codec
 
 INDEX = "pipeline.json"
 """marks a folder as a pipeline and holds its settings"""
@@ -30,7 +28,8 @@ def save_parts(
     **settings,
 ) -> None:
     """Writes a pipeline's folder; settings (plain data) go into pipeline.json. Raises OSError where it cannot."""
-    from sfd_fast.formats.released_model import save_codec, save_model
+    from sfd_fast.formats.model_folder import save_model
+    from sfd_fast.formats.texture import save_codec
 
     save_model(folder / "transformer", model, config=training, statistics=statistics)
     if guide is not None:
@@ -41,7 +40,7 @@ def save_parts(
     (folder / "statistics").mkdir(exist_ok=True)
     statistics.save(folder / "statistics")
     text = json.dumps(settings | {"latent_multiplier": statistics.multiplier}, indent=1) + "\n"
-    write_atomically(folder / INDEX, lambda temporary: temporary.write_text(text))
+    write_atomically(folder / INDEX, text)
 
 
 def local_folder(source: str | Path) -> Path:
@@ -66,7 +65,8 @@ def load_parts(
     folder: Path, guide: str | Path | None, codec: str | Path | nn.Module | None, statistics: LatentStatistics | None
 ) -> dict:
     """Arguments of SFDPipeline from files; raises as from_pretrained."""
-    from sfd_fast.formats.released_model import load_model, read_config, read_statistics
+    from sfd_fast.formats.model_folder import read_config, read_statistics
+    from sfd_fast.formats.released_model import load_model
 
     parts: dict = {}
     if (folder / INDEX).is_file():
@@ -110,10 +110,10 @@ def check_statistics(statistics: LatentStatistics, recorded: LatentStatistics | 
 
     Decoding with another cache's statistics, or a guide of another cache, costs several points of FID (METHOD 2).
     """
-    if recorded is not None and fingerprint(recorded) != fingerprint(statistics):
+    if recorded is not None and recorded.digest() != statistics.digest():
         raise ValueError(
-            f"statistics of another data set: those given have the fingerprint {fingerprint(statistics)}, {name} was "
-            f"trained on latents with {fingerprint(recorded)}; use the statistics (and a guide) of the same cache"
+            f"statistics of another data set: those given have the fingerprint {statistics.digest()}, {name} was "
+            f"trained on latents with {recorded.digest()}; use the statistics (and a guide) of the same cache"
         )
 
 
@@ -125,14 +125,6 @@ def check_multiplier(statistics: LatentStatistics, training: SFDConfig | None, m
             f"latent multiplier {statistics.multiplier} is given, but the model in {model_folder} was trained on "
             f"latents times {trained}: give that one with the statistics (METHOD 2)"
         )
-
-
-def fingerprint(statistics: LatentStatistics) -> str:
-    """16 hexadecimal digits that differ where any value of the statistics does."""
-    digest = hashlib.sha256(np.float64(statistics.multiplier).tobytes())
-    for name in ("texture_mean", "texture_std", "semantic_mean", "semantic_std"):
-        digest.update(getattr(statistics, name).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_parts(
@@ -163,10 +155,3 @@ def check_parts(
             f"the guide has {name} = {getattr(guide, name)}, the model {getattr(model, name)}: a guide is trained on "
             "the same latents and classes",
         )
-
-
-def check_finite(module: nn.Module, name: str) -> None:
-    """Raises ValueError naming the first tensor of a network that holds NaN or infinity."""
-    for key, value in module.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"the {name}'s weight {key} holds NaN or infinity: the checkpoint is damaged or diverged")

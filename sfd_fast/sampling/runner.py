@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from sfd_fast.config import require
 from sfd_fast.diffusion.transport import clocks
-from sfd_fast.sampling.sampler import Callback
-from sfd_fast.sampling.solvers import Plan
+from sfd_fast.sampling.solvers import Callback, Plan
 
 WARM_UP_STEPS = 3  # before a capture: lazy initialisation and kernel compilation must not be recorded
 SMALLEST_CAPACITY = 64

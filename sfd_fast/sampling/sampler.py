@@ -3,19 +3,15 @@
 Letters: B batch, C channels, H height, W width, E evaluations.
 """
 
-from collections.abc import Callable
-
 import torch
 from sfd_kernels import masked_velocity_update
 from torch import Tensor
 
 from sfd_fast.config import GuidanceConfig, SamplerConfig
 from sfd_fast.diffusion.transport import clocks, evaluation_mask, join_latents, split_latents
+from sfd_fast.sampling.dopri5 import sample_dopri5
 from sfd_fast.sampling.guidance import Guided, Velocity, stream_weights
-from sfd_fast.sampling.solvers import Plan, check_solver, make_plan, time_grid
-
-Callback = Callable[[int, float, Tensor], None]
-"""callback(number of steps done, tau, x) after every step."""
+from sfd_fast.sampling.solvers import Callback, Plan, check_solver, make_plan, time_grid
 
 
 def guidance_table(plan: Plan, guidance: GuidanceConfig | None, delta_t: float) -> tuple[Tensor, list[bool]]:
@@ -112,6 +108,4 @@ def sample(
         return _sample_fixed(velocity, x0, delta_t, config, num_texture_channels, callback)
     if config.grid == "released":
         return _sample_released_dopri5(velocity, x0, delta_t, config, num_texture_channels)
-    from sfd_fast.sampling.dopri5 import sample_dopri5
-
     return sample_dopri5(velocity, x0, delta_t, config, num_texture_channels, callback)

@@ -6,6 +6,7 @@ and stage masks share one loop (sampler.py), also under CUDA graphs (graphs.py).
 Letters: E evaluations, K earlier velocities kept, T steps, S stages of a Runge-Kutta method.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,10 @@ def time_grid(config: SamplerConfig, delta_t: float) -> Tensor:
         inside = _shift(torch.linspace(u[i], u[i + 1], n + 1, dtype=torch.float64)[1:-1], s) * end
         points += [inside, torch.tensor([borders[i + 1]], dtype=torch.float64)]
     return torch.cat(points)
+
+
+Callback = Callable[[int, float, Tensor], None]
+"""callback(number of steps done, tau, x) after every step."""
 
 
 @dataclass(frozen=True)

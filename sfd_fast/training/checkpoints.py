@@ -9,7 +9,6 @@ writes its own files and a mark that they are durable; rank 0 publishes when all
 
 import contextlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -17,12 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+from sfd_fast.files.atomic import TEMPORARY, fsync, write_atomically
 
 POINTER = "latest"
 STATE = "state.json"
-TEMPORARY = ".writing-"
 DONE, FAILED = ".done-", ".failed-"
 
 
@@ -205,38 +203,3 @@ def damage(folder: Path) -> str | None:
 
 def read_state(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file; every tensor is stored with its own dtype."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file in one step: readers see the old content or the new, also after a crash."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync(path.parent)
-
-
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """write(folder) fills a folder that then takes the place of `target`: never half a model under that name."""
-    temporary = target.with_name(f"{TEMPORARY}{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-
-
-def fsync(path: Path) -> None:
-    """Forces a file's or a folder's content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

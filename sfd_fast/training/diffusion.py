@@ -1,4 +1,4 @@
-"""The diffusion transformer as a training job: latent shards, held-out loss, sample grids, export.
+"""The diffusion transformer as a training job, and `run_train`: latent shards, held-out loss, sample grids, export.
 
 Letters: B batch, C channels, H height, W width.
 """
@@ -20,6 +20,7 @@ from sfd_fast.diffusion.transport import sample_tau, training_loss
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.job import Job
+from sfd_fast.training.loop import TrainResult, build_engine, run_job
 from sfd_fast.training.run.drawing import UNGUIDED, Quality, check_evaluation, sample_picture, texture_decoder
 
 VALIDATION_IDS = 2**40
@@ -32,7 +33,7 @@ FREE_TRAIN_KEYS = frozenset(
         "out", "max_steps", "micro_batch_size", "compile", "checkpoint_activations", "attention", "log_every",
         "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "spike_factor",
         "eval_every", "eval_images", "eval_reference", "eval_features", "eval_weights",
-        "init_from", "init_classes", "engine", "num_sample_images", "tensorboard", "dry_run", "peak_tflops",
+        "init_from", "init_classes", "engine", "num_sample_images", "tensorboard", "peak_tflops",
         "profile_steps", "profile_start", "nvtx",
     )
 )  # fmt: skip
@@ -248,7 +249,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         return (share * CLOCK_BINS).long().clamp(0, CLOCK_BINS - 1)
 
     def export(folder: Path, state: dict[str, Tensor], step: int) -> None:
-        from sfd_fast.formats.released_model import save_model
+        from sfd_fast.formats.model_folder import save_model
 
         with torch.device("meta"):
             averaged = LightningDiT(config.model)
@@ -261,7 +262,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
     drawn = config.train.sample_every > 0 or config.train.eval_every > 0
     unguided = drawn and config.guidance.mode == "autoguidance" and config.guidance.active
     unused = config.data.targets != "stored" and config.transport.repa_weight == 0
-    identity = {"num_samples": len(shards), "statistics": fingerprint(statistics)}
+    identity = {"num_samples": len(shards), "statistics": statistics.digest()}
     if config.data.validation_samples and not config.data.validation_path:
         identity["held_out"] = SPREAD
     if targets is not None:
@@ -283,7 +284,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         notes=tuple(note for note, said in ((UNGUIDED, unguided), (UNUSED_TARGETS, unused)) if said),
         bins=bins,
         num_bins=CLOCK_BINS,
-        record={"statistics": statistics_as_json(statistics)},
+        record={"statistics": statistics.to_json()},
         identity=identity,
         free_keys=FREE_KEYS,
         num_samples=len(shards),
@@ -291,20 +292,20 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
     )
 
 
-def statistics_as_json(statistics: LatentStatistics) -> dict:
-    """Exact: a float32 is written as the shortest decimal that reads back as the same number."""
-    names = ("texture_mean", "texture_std", "semantic_mean", "semantic_std")
-    return {name: getattr(statistics, name).tolist() for name in names} | {"multiplier": statistics.multiplier}
+def run_train(
+    config: SFDConfig,
+    *,
+    device: torch.device | str | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> TrainResult:
+    """Trains the two-clock diffusion transformer on latent shards; a killed run goes on from its last checkpoint.
 
-
-def fingerprint(statistics: LatentStatistics) -> str:
-    """A short digest of the statistics' exact values."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for values in (
-        statistics.texture_mean, statistics.texture_std, statistics.semantic_mean, statistics.semantic_std,
-        torch.tensor(statistics.multiplier),
-    ):  # fmt: skip
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    config.data.path: folder of shards with their statistics; config.train.out: run directory. decode: texture latents
+    (B, C_t, h, w) -> images (B, 1 or 3, H, W) in [-1, 1] for sample grids (None: data.texture_codec, or the channels
+    themselves). progress=False shows no bar.
+    Raises as run_job does, and ValueError where model, data and transport contradict each other.
+    """
+    job = diffusion_job(config, decode=decode)
+    return run_job(job, build_engine(job, device), resume=resume, progress=progress)

@@ -3,12 +3,12 @@
 import tempfile
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from sfd_fast.config import SemVAEConfig, SFDConfig, from_dict, require
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.formats.released_model import export_released, save_model, write_released_dit
+from sfd_fast.formats.model_folder import save_model
+from sfd_fast.formats.released_model import export_released, write_released_dit
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
 from sfd_fast.training.checkpoints import POINTER, STATE, damage, read_state
@@ -70,9 +70,8 @@ def untrained(state: dict) -> tuple[LightningDiT | SemVAE, dict]:
     if "semvae" in settings:
         return SemVAE(from_dict(SemVAEConfig, settings["semvae"])), {}
     config = from_dict(SFDConfig, tuples(settings))
-    kept = state["record"]["statistics"]
-    kept = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in kept.items()}
-    return LightningDiT(config.model), {"config": config, "statistics": LatentStatistics(**kept)}
+    statistics = LatentStatistics.from_json(state["record"]["statistics"])
+    return LightningDiT(config.model), {"config": config, "statistics": statistics}
 
 
 def stored_weights(folder: Path, model: nn.Module, weights: str) -> dict[str, Tensor]:

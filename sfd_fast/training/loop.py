@@ -1,4 +1,4 @@
-"""The training loop: one function for every engine and every network, and `run_train` for the diffusion transformer.
+"""The training loop: one function for every engine and every network.
 
     <out>/config.json  metrics.jsonl  tensorboard/  checkpoints/  model/   (model: averaged weights, ready to sample)
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from sfd_fast.config import SFDConfig, to_dict
-from sfd_fast.training.checkpoints import Checkpoints, replace_folder
+from sfd_fast.config import to_dict
+from sfd_fast.files.atomic import replace_folder
+from sfd_fast.training.checkpoints import Checkpoints
 from sfd_fast.training.engines.interface import OVERFLOW, Batch, Engine, TorchEngine, batch_size, together
 from sfd_fast.training.job import Job
 from sfd_fast.training.optimizer import learning_rate
@@ -358,29 +358,3 @@ def build_engine(job: Job, device: torch.device | str | None) -> Engine:
     return TorchEngine(
         job.model, job.objective, optimizer=job.optimizer, train=job.train, device=torch.device(device)
     )
-
-
-def run_train(
-    config: SFDConfig,
-    *,
-    device: torch.device | str | None = None,
-    resume: bool = True,
-    progress: bool = True,
-    decode: Callable[[Tensor], Tensor] | None = None,
-) -> TrainResult:
-    """Trains the two-clock diffusion transformer on latent shards; a killed run goes on from its last checkpoint.
-
-    config.data.path: folder of shards with their statistics; config.train.out: run directory. decode: texture latents
-    (B, C_t, h, w) -> images (B, 1 or 3, H, W) in [-1, 1] for sample grids (None: data.texture_codec, or the channels
-    themselves). progress=False shows no bar.
-    Raises as run_job does, and ValueError where model, data and transport contradict each other.
-    """
-    from sfd_fast.training.diffusion import diffusion_job
-
-    job = diffusion_job(config, decode=decode)
-    if config.train.dry_run:
-        from sfd_fast.planning.description import show
-
-        show(job)
-        return TrainResult(Path(config.train.out), 0, None)
-    return run_job(job, build_engine(job, device), resume=resume, progress=progress)

@@ -17,8 +17,8 @@ from sfd_fast.data.load.features import FeatureLoader, FeatureShards
 from sfd_fast.data.load.held_out import SPREAD
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
+from sfd_fast.files.atomic import replace_folder
 from sfd_fast.models.semvae import SemVAE, kl_divergence
-from sfd_fast.training.checkpoints import replace_folder
 from sfd_fast.training.diffusion import FREE_TRAIN_KEYS, VALIDATION_IDS
 from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.job import Job
@@ -62,7 +62,7 @@ def validation_loss(engine: Engine, config: SemVAETrainingConfig, shards: Featur
 
 
 def save_semvae(folder: Path, model: SemVAE, step: int) -> None:
-    from sfd_fast.formats.released_model import save_model
+    from sfd_fast.formats.model_folder import save_model
 
     save_model(folder, model, card={"step": step})
 
@@ -157,9 +157,4 @@ def run_train_semvae(
     if config.semvae.architecture == "pca":
         return fit_pca(config)
     job = semvae_job(config)
-    if config.train.dry_run:
-        from sfd_fast.planning.description import show
-
-        show(job)
-        return TrainResult(Path(config.train.out), 0, None)
     return run_job(job, build_engine(job, device), resume=resume, progress=progress)

@@ -13,9 +13,10 @@ from sfd_fast import cli
 from sfd_fast.commands.convert import ConvertConfig, run_convert
 from sfd_fast.config import FeatureDataConfig, SemVAEConfig, SemVAETrainingConfig, TrainConfig
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.formats.released_model import load_model, load_released, load_semvae, read_config
+from sfd_fast.formats.model_folder import read_config
+from sfd_fast.formats.released_model import load_model, load_released, load_semvae
 from sfd_fast.sampling.pipeline import SFDPipeline
-from sfd_fast.training.loop import run_train
+from sfd_fast.training.diffusion import run_train
 from sfd_fast.training.semvae import run_train_semvae
 
 

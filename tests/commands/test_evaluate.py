@@ -6,22 +6,21 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import naive_evaluation as naive
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from harness import naive_evaluation as naive
 from PIL import Image
 
+from sfd_fast.commands import evaluate
+from sfd_fast.commands.evaluate import EvaluateConfig, run_evaluate
 from sfd_fast.evaluation import (
-    EvaluateConfig,
     Evaluator,
     EvaluatorConfig,
     Features,
     build_extractor,
-    evaluate,
     gather,
-    run_evaluate,
 )
 from sfd_fast.evaluation.images import open_images, read_ahead
 from sfd_fast.evaluation.statistics import load_statistics

@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sfd_fast.commands.inspect import InspectConfig, cache_moments, run_inspect
-from sfd_fast.data.cache.manifest import weights_fingerprint
-from sfd_fast.data.cache.shards import checksum, write_json, write_shard
+from sfd_fast.data.cache.shards import write_json, write_shard
 from sfd_fast.data.load.latents import LatentShards
 from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.files.digest import file_digest, module_digest
 
 
 def cache(folder, *, manifest=False):
@@ -29,7 +29,7 @@ def cache(folder, *, manifest=False):
         save_file(shard, folder / f"s{k}.safetensors")
         parts.append(shard)
     if manifest:
-        rows = {p.name: {"bytes": p.stat().st_size, "sha256": checksum(p)} for p in sorted(folder.glob("s*"))}
+        rows = {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in sorted(folder.glob("s*"))}
         write_json(
             folder / "manifest.json",
             {"format": 1, "complete": True, "shards": rows, "settings": {"crop": "adm"}, "semvae_target_cosine": 0.875},
@@ -130,7 +130,7 @@ def test_a_cache_of_features_is_described_and_drawn(tmp_path, here):
 
 def test_the_picture_shows_decoded_images_above_semantics(tmp_path):
     """Pixel-space texture of one black and one white image: the first row is they."""
-    from sfd_fast.formats.released_model import save_codec
+    from sfd_fast.formats.texture import save_codec
     from sfd_fast.models.texture import IdentityCodec
 
     save_codec(tmp_path / "codec", IdentityCodec(3))
@@ -165,7 +165,7 @@ def test_a_picture_that_cannot_be_written_is_a_clear_error(tmp_path):
 
 
 def test_the_codec_of_the_manifest_decodes_the_picture_while_it_is_the_same(tmp_path, here):
-    from sfd_fast.formats.released_model import save_codec
+    from sfd_fast.formats.texture import save_codec
     from sfd_fast.models.texture import IdentityCodec
 
     codec = tmp_path / "codec"
@@ -173,8 +173,8 @@ def test_the_codec_of_the_manifest_decodes_the_picture_while_it_is_the_same(tmp_
     texture = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 1.0)])
     write_shard(tmp_path / "c" / "a.safetensors", {"latents": texture, "labels": torch.arange(2)})
     path = tmp_path / "c" / "a.safetensors"
-    rows = {path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)}}
-    settings = {"texture_codec": weights_fingerprint(IdentityCodec(3))}
+    rows = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}}
+    settings = {"texture_codec": module_digest(IdentityCodec(3))}
     manifest = {"format": 1, "complete": True, "shards": rows, "settings": settings}
     write_json(tmp_path / "c" / "manifest.json", manifest | {"sources": {"texture_codec": str(codec)}})
     text = lines_of(path=tmp_path / "c")
@@ -193,7 +193,7 @@ def test_the_codec_of_the_manifest_decodes_the_picture_while_it_is_the_same(tmp_
 
 
 def test_a_codec_of_other_latents_is_refused(tmp_path):
-    from sfd_fast.formats.released_model import save_codec
+    from sfd_fast.formats.texture import save_codec
     from sfd_fast.models.texture import IdentityCodec
 
     save_codec(tmp_path / "codec", IdentityCodec(3))

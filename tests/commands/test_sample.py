@@ -25,7 +25,7 @@ from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.texture import IdentityCodec
-from sfd_fast.sampling import image_writer as image_files
+from sfd_fast.sampling import image_writer
 from sfd_fast.sampling import output as sample_files
 from sfd_fast.sampling.pipeline import SFDPipeline
 
@@ -250,19 +250,19 @@ def test_an_unwritable_folder_is_an_error(model, tmp_path):
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_complete(model, expected, tmp_path, monkeypatch):
     written = []
-    whole = image_files.write_whole
+    whole = image_writer.write_atomically
 
-    def full(path, content):
+    def full(path, content, **options):
         if len(written) == 2:
             raise OSError(28, "No space left on device")
         written.append(path)
-        whole(path, content)
+        whole(path, content, **options)
 
-    monkeypatch.setattr(image_files, "write_whole", full)
+    monkeypatch.setattr(image_writer, "write_atomically", full)
     with pytest.raises(OSError, match="No space left on device.*what is complete is kept: make room and run the same"):
         run_sample(settings(model, tmp_path, num_writers=1))
     assert len(list((tmp_path / "parts").glob("[0-9]*.npy"))) == 2
-    monkeypatch.setattr(image_files, "write_whole", whole)
+    monkeypatch.setattr(image_writer, "write_atomically", whole)
     result = run_sample(settings(model, tmp_path))
     assert result.num_made == 18 - 8
     assert result.npz.read_bytes() == expected
@@ -402,11 +402,11 @@ def test_other_statistics_or_another_backend_in_the_same_folder_are_an_error(mod
 
 def test_a_full_disk_while_the_npz_is_gathered_names_it_and_keeps_the_parts(model, expected, tmp_path, monkeypatch):
     def full(path, *arguments):
-        raise OSError(f"{path} could not be written ([Errno 28] No space left on device)")
+        raise OSError(28, f"cannot write {path}: No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(sample_files, "write_npz", full)
-        with pytest.raises(OSError, match=r"samples.npz could not be written .*GiB beside its parts.*make room"):
+        with pytest.raises(OSError, match=r"cannot write .*samples.npz.*GiB beside its parts.*make room"):
             run_sample(settings(model, tmp_path))
     result = run_sample(settings(model, tmp_path))
     assert result.num_made == 0

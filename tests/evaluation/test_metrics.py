@@ -2,11 +2,11 @@
 
 import math
 
-import naive_evaluation as naive
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from harness import naive_evaluation as naive
 from torch import nn
 
 from sfd_fast.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from sfd_fast.config import ModelConfig, OptimizerConfig, SemVAEConfig, SFDConfig, TextureConfig, TransportConfig
 from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.formats.model_folder import read_card, read_config, read_statistics, save_model
 from sfd_fast.formats.released_model import (
     Converted,
     convert_released,
@@ -19,15 +20,11 @@ from sfd_fast.formats.released_model import (
     load_model,
     load_released,
     load_semvae,
-    read_card,
-    read_config,
-    read_statistics,
-    save_codec,
-    save_model,
 )
+from sfd_fast.formats.texture import ldm_state_dict, load_texture_codec, save_codec
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
-from sfd_fast.models.texture import IdentityCodec, TextureCodec, load_texture_codec
+from sfd_fast.models.texture import IdentityCodec, TextureCodec
 
 OFFICIAL = GOLDEN / "sfd.official.pt"
 TINY = ModelConfig(
@@ -251,7 +248,7 @@ def test_a_semvae_of_our_own_becomes_a_released_checkpoint(tmp_path):
 
 
 def test_an_ldm_checkpoint_converts_and_comes_back(tmp_path):
-    weights = OrderedDict(TextureCodec(SMALL_CODEC).ldm_state_dict())
+    weights = OrderedDict(ldm_state_dict(TextureCodec(SMALL_CODEC)))
     weights["loss.discriminator.weight"] = torch.randn(3)
     expected = {"epoch": 50, "state_dict": weights}
     torch.save(expected, tmp_path / "ldm.ckpt")

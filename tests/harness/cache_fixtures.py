@@ -1,6 +1,6 @@
 """A tree of 13 photographs in 3 classes, tiny encoders, and the cache that one uninterrupted run makes of them.
 
-For modules that say pytest_plugins = ["cache_fixtures"]; nobody writes to what these fixtures give.
+For modules that say pytest_plugins = ["harness.cache_fixtures"]; nobody writes to what these fixtures give.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from harness.tiny_caches import encode_config
 from harness.tiny_encoders import save_autoencoder, save_dinov2
 from sfd_fast.config import SemVAEConfig
 from sfd_fast.data.encode.prepare import run_encode
-from sfd_fast.formats.released_model import save_model
+from sfd_fast.formats.model_folder import save_model
 from sfd_fast.models.semvae import SemVAE
 
 

@@ -28,10 +28,10 @@ from sfd_fast.diffusion.transport import training_loss
 from sfd_fast.models import dit
 from sfd_fast.planning.footprint import LiveBytes
 from sfd_fast.planning.plan import memory
-from sfd_fast.training.diffusion import diffusion_job, initial_model
+from sfd_fast.training.diffusion import diffusion_job, initial_model, run_train
 from sfd_fast.training.engines import deepspeed as engine_module
 from sfd_fast.training.engines.interface import TorchEngine
-from sfd_fast.training.loop import Stop, build_engine, micro_batches, run_train
+from sfd_fast.training.loop import Stop, build_engine, micro_batches
 from sfd_fast.training.state import snapshot_pieces
 
 CASES = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from harness.tiny_run import tiny_config
-from sfd_fast.training.loop import run_train
+from sfd_fast.training.diffusion import run_train
 
 
 def attempt(config) -> int:

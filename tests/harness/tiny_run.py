@@ -74,7 +74,7 @@ def with_data(config: SFDConfig, **changes: object) -> SFDConfig:
 
 
 def main() -> None:
-    from sfd_fast.training.loop import run_train
+    from sfd_fast.training.diffusion import run_train
 
     data, out, *settings = sys.argv[1:]
     train = {key: int(value) for key, value in (setting.split("=") for setting in settings)}

@@ -9,11 +9,10 @@ from harness.tiny_pipelines import STATISTICS, TINY, random_model
 from harness.tiny_run import MODEL, tiny_config, with_data, write_data
 from safetensors.torch import load_file, save_file
 
-from sfd_fast.formats.released_model import save_codec
-from sfd_fast.models.diffusers_codec import load_codec
+from sfd_fast.formats.texture import load_codec, save_codec
 from sfd_fast.models.texture import IdentityCodec
 from sfd_fast.sampling.pipeline import SFDPipeline
-from sfd_fast.training.loop import run_train
+from sfd_fast.training.diffusion import run_train
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

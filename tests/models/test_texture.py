@@ -5,23 +5,23 @@ import torch
 from harness.support import GOLDEN, load_golden
 
 from sfd_fast.config import TextureConfig
-from sfd_fast.models.texture import (
-    IdentityCodec,
-    TextureCodec,
+from sfd_fast.formats.texture import (
     config_of_ldm,
     from_ldm,
+    ldm_state_dict,
     load_texture_codec,
     parameter_names,
+    texture_codec_from_ldm,
     to_ldm,
-    to_uint8,
 )
+from sfd_fast.models.texture import IdentityCodec, TextureCodec, to_uint8
 
 SMALL = TextureConfig(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, latent_channels=4)
 
 
 @pytest.fixture(scope="module")
 def golden_codec():
-    return TextureCodec.from_ldm(load_golden("sdvae.weights")), load_golden("sdvae.golden")
+    return texture_codec_from_ldm(load_golden("sdvae.weights")), load_golden("sdvae.golden")
 
 
 @pytest.mark.golden
@@ -38,7 +38,7 @@ def test_encoding_and_decoding_equal_the_released_autoencoder(golden_codec):
 @pytest.mark.golden
 def test_ldm_names_survive_the_way_to_diffusers_and_back(golden_codec):
     released = load_golden("sdvae.weights")
-    again = golden_codec[0].ldm_state_dict()
+    again = ldm_state_dict(golden_codec[0])
     assert again.keys() == released.keys()
     assert all(again[key].shape == released[key].shape and torch.equal(again[key], released[key]) for key in released)
 
@@ -74,9 +74,9 @@ def test_released_architecture_halves_the_image_four_times():
 def test_weights_of_a_training_loss_are_dropped():
     torch.manual_seed(0)
     codec = TextureCodec(SMALL).eval()
-    weights = codec.ldm_state_dict() | {"loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.ones(1)}
+    weights = ldm_state_dict(codec) | {"loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.ones(1)}
     image = torch.rand(1, 3, 8, 8)
-    again = TextureCodec.from_ldm(weights)
+    again = texture_codec_from_ldm(weights)
     assert torch.equal(again.encode(image)[0], codec.encode(image)[0])
 
 
@@ -84,7 +84,7 @@ def test_weights_of_a_training_loss_are_dropped():
 @pytest.mark.parametrize("name", ["codec.ckpt", "codec.pt"])
 def test_a_codec_loads_from_a_checkpoint_file(tmp_path, wrap, name):
     codec = TextureCodec(SMALL).eval()
-    torch.save(wrap(codec.ldm_state_dict()), tmp_path / name)
+    torch.save(wrap(ldm_state_dict(codec)), tmp_path / name)
     latents = torch.randn(1, 4, 4, 4)
     assert torch.equal(load_texture_codec(tmp_path / name).decode(latents), codec.decode(latents))
 
@@ -95,18 +95,18 @@ def test_a_codec_loads_from_safetensors():
 
 
 def test_incomplete_weights_are_refused_by_name():
-    weights = TextureCodec(SMALL).ldm_state_dict()
+    weights = ldm_state_dict(TextureCodec(SMALL))
     del weights["decoder.mid.attn_1.q.weight"]
     with pytest.raises(ValueError, match="the first is 'decoder.mid_block.attentions.0.to_q.weight'"):
-        TextureCodec.from_ldm(weights)
+        texture_codec_from_ldm(weights)
 
 
 def test_foreign_weights_are_refused_by_name():
     with pytest.raises(ValueError, match="'encoder.conv_in.weight' is missing"):
-        TextureCodec.from_ldm({"x_embedder.proj.weight": torch.zeros(2, 2)})
-    weights = TextureCodec(SMALL).ldm_state_dict()
+        texture_codec_from_ldm({"x_embedder.proj.weight": torch.zeros(2, 2)})
+    weights = ldm_state_dict(TextureCodec(SMALL))
     with pytest.raises(ValueError, match="'encoder.extra.weight' belongs to no KL autoencoder"):
-        TextureCodec.from_ldm(weights | {"encoder.extra.weight": torch.zeros(1)})
+        texture_codec_from_ldm(weights | {"encoder.extra.weight": torch.zeros(1)})
 
 
 def test_images_and_latents_of_another_shape_are_refused():

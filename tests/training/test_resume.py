@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from sfd_fast.training import checkpoints as checkpoints_module
 from sfd_fast.training.checkpoints import Checkpoints, write_tensors
-from sfd_fast.training.loop import Stop, run_train
+from sfd_fast.training.diffusion import run_train
+from sfd_fast.training.loop import Stop
 from sfd_fast.training.run.log import read_rows
 
 HARNESS = Path(__file__).resolve().parents[1] / "harness"

@@ -1,31 +1,13 @@
 """The manifest of a cache: what it was made from and of, so that a mixed-up or unfinished cache is refused."""
 
 import json
-from hashlib import sha256
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from sfd_fast.data.cache.shards import write_json
+from sfd_fast.files.digest import settings_digest
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-
-
-def weights_fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of all parameters and buffers: equal weights, wherever stored."""
-    digest = sha256()
-    for name, value in sorted(module.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def settings_fingerprint(settings: dict) -> str:
-    """SHA-256 of the settings as sorted JSON."""
-    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> dict | None:
@@ -65,7 +47,7 @@ def begin(folder: str | Path, settings: dict, sources: dict[str, str] | None = N
             "complete": False,
             "settings": settings,
             "sources": sources or {},
-            "fingerprint": settings_fingerprint(settings),
+            "fingerprint": settings_digest(settings),
         }
         write_json(Path(folder, MANIFEST), manifest)
         return manifest

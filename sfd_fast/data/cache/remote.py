@@ -1,7 +1,6 @@
 """Shards on remote storage: fsspec addresses are copied once into a local folder, then read like local files."""
 
 import fcntl
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -10,6 +9,7 @@ from pathlib import Path
 from sfd_fast.data.cache.manifest import MANIFEST, check_complete
 from sfd_fast.data.cache.shards import shard_paths
 from sfd_fast.data.images.index import INDEX_FOLDER
+from sfd_fast.files.atomic import write_atomically
 
 STATISTICS_SUFFIX = "_stats.pt"
 
@@ -69,9 +69,7 @@ def fetch_folder(address: str, cache_folder: str | Path) -> Path:
             if target.is_file() and target.stat().st_size == row["size"]:
                 continue
             folder.mkdir(exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-            filesystem.get_file(row["name"], str(temporary))
-            os.replace(temporary, target)
+            write_atomically(target, lambda temporary, name=row["name"]: filesystem.get_file(name, str(temporary)))
     return local
 
 

@@ -4,7 +4,6 @@ A shard is an ordinary safetensors file (the released layout, METHOD 6), so any 
 N samples of a shard.
 """
 
-import hashlib
 import json
 import math
 import mmap
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd_fast.files.atomic import AtomicFile, write_bytes
+from sfd_fast.files.atomic import AtomicFile, write_atomically
 
 METADATA_KEY = "sfd"
 """The only metadata key. Several keys are written in a different order by different processes (DESIGN, facts)."""
@@ -220,13 +219,7 @@ def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 def write_json(path: str | Path, content: Mapping) -> None:
     """Sorted JSON, written atomically. Raises OSError naming the file where the disk is full."""
-    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
-
-
-def checksum(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_atomically(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def shard_paths(paths: str | Path | Iterable[str | Path]) -> list[str]:

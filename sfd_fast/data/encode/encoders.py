@@ -9,10 +9,10 @@ import torch
 from sfd_kernels import feature_alignment_loss
 from torch import Tensor, nn
 
-from sfd_fast.data.cache.manifest import weights_fingerprint
 from sfd_fast.data.images.decode import flip_images, to_codec
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
+from sfd_fast.files.digest import module_digest
 from sfd_fast.models.vfm import VFM
 
 Rows = dict[str, Tensor]
@@ -41,7 +41,7 @@ class FeatureEncoder:
         return ("vfm",)
 
     def settings(self) -> dict:
-        return {"vfm": weights_fingerprint(self.vfm), "vfm_width": self.vfm.width, "vfm_grid": self.vfm.grid_size}
+        return {"vfm": module_digest(self.vfm), "vfm_width": self.vfm.width, "vfm_grid": self.vfm.grid_size}
 
     def layout(self) -> Layout:
         """dtype and shape of one sample of every tensor."""
@@ -93,9 +93,9 @@ class LatentEncoder:
 
     def settings(self) -> dict:
         return {
-            "vfm": weights_fingerprint(self.vfm),
-            "semvae": weights_fingerprint(self.semvae),
-            "texture_codec": weights_fingerprint(self.codec),
+            "vfm": module_digest(self.vfm),
+            "semvae": module_digest(self.semvae),
+            "texture_codec": module_digest(self.codec),
             "posterior": self.posterior,
             "features": self.features,
             "seed": self.seed,

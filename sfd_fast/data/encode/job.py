@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.data.cache.manifest import MANIFEST
-from sfd_fast.data.cache.shards import ShardWriter, checksum, map_tensors, read_header, write_json
+from sfd_fast.data.cache.shards import ShardWriter, map_tensors, read_header, write_json
 from sfd_fast.data.encode.encoders import FeatureEncoder, LatentEncoder
 from sfd_fast.data.encode.progress import Progress
 from sfd_fast.data.images.batches import decoded_batches
@@ -28,6 +28,7 @@ from sfd_fast.diffusion.statistics import (
     merge_all,
 )
 from sfd_fast.files.atomic import sweep
+from sfd_fast.files.digest import file_digest
 from sfd_fast.ranks import Ranks
 
 Report = Callable[[str], None]
@@ -84,7 +85,7 @@ class Job:
         path = self.path(k)
         if row is None or not path.is_file() or path.stat().st_size != row["bytes"]:
             return False
-        return not self.config.verify or checksum(path) == row["sha256"]
+        return not self.config.verify or file_digest(path) == row["sha256"]
 
     def encode_missing(self, row_of: Callable[[int], dict | None], ranks: Ranks, report: Report) -> list[int]:
         """Encodes, divided over the ranks, all shards that are not as row_of(k) says; returns once all are there."""
@@ -199,7 +200,7 @@ class Job:
         """
         path = self.path(k)
         tensors = map_tensors(path, read_header(path))
-        record = {"count": len(self.images(k)), "bytes": path.stat().st_size, "sha256": checksum(path)}
+        record = {"count": len(self.images(k)), "bytes": path.stat().st_size, "sha256": file_digest(path)}
         for stream, name in (("texture", "latents"), ("texture", "latents_mean"), ("semantic", "latents_sv")):
             if name in tensors:
                 moments = self.moments(k, name, tensors[name])

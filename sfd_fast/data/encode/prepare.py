@@ -48,8 +48,8 @@ class FeaturesConfig:
     batch_size: int = 32
     """images encoded at once; results differ between sizes in the last bits of fp32"""
     decoder: Literal["pil", "dali"] = "pil"
-    """pil: exact; dali: decodes on `device` within a small difference (sfd_fast.data.images.dali); worth it on a GPU: on
-    a CPU it is no faster than PIL (benchmarks/data.py)"""
+    """pil: exact; dali: decodes on `device` within a small difference (sfd_fast.data.images.dali); worth it on a GPU:
+    on a CPU it is no faster than PIL (benchmarks/data.py)"""
     on_bad: Literal["skip", "fail"] = "skip"
     """unreadable images"""
     verify: bool = False
@@ -124,7 +124,7 @@ def run_features(config: FeaturesConfig) -> None:
 def run_encode(config: EncodeConfig) -> None:
     """Writes latent shards with statistics and manifest into config.out."""
     from sfd_fast.formats.released_model import load_semvae
-    from sfd_fast.models.diffusers_codec import load_codec
+    from sfd_fast.formats.texture import load_codec
     from sfd_fast.models.vfm import load_vfm
 
     for name in ("images", "texture_codec", "semvae"):

@@ -21,6 +21,7 @@ from torch import Tensor
 from sfd_fast.data.cache.shards import ShardWriter, write_json
 from sfd_fast.data.images.decode import decode
 from sfd_fast.data.images.sources import Reader, Scan, scan
+from sfd_fast.files.atomic import TEMPORARY
 from sfd_fast.ranks import Ranks
 
 REPORT_FILE = "unreadable.json"
@@ -70,18 +71,18 @@ def is_plain(data: bytes) -> bool:
 class Journals:
     """Findings of a screening in progress, one JSON line for each image, in a file for each rank.
 
-    Their names hold the identity of the scan and end in .tmp: findings of other images are not used, and what is left
-    is swept away with the temporary files.
+    Their names hold the identity of the scan: findings of other images are not used. What is left is swept away with
+    the temporary files.
     """
 
     def __init__(self, folder: Path, found: Scan):
         listing = json.dumps([found.kind, found.root, found.containers, found.keys, found.offsets, found.sizes])
-        self.folder, self.name = folder, f".screened.{sha256(listing.encode()).hexdigest()[:16]}"
+        self.folder, self.name = folder, f"{TEMPORARY}screened-{sha256(listing.encode()).hexdigest()[:16]}"
 
     def read(self) -> dict[int, Finding]:
         """What all ranks of earlier runs found, by the number of the image."""
         findings = {}
-        for path in self.folder.glob(f"{self.name}.*.tmp"):
+        for path in self.folder.glob(f"{self.name}-*"):
             for line in path.read_text().splitlines():
                 try:
                     number, values = json.loads(line)
@@ -92,7 +93,7 @@ class Journals:
 
     def add(self, rank: int, findings: dict[int, Finding]) -> None:
         """Appends a block. Raises OSError naming the file where the disk is full."""
-        path = self.folder / f"{self.name}.{rank}.tmp"
+        path = self.folder / f"{self.name}-{rank}"
         lines = [json.dumps([number, dataclasses.asdict(finding)]) for number, finding in findings.items()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ class Journals:
             raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
     def remove(self) -> None:
-        for path in self.folder.glob(".screened.*.tmp"):
+        for path in self.folder.glob(f"{TEMPORARY}screened-*"):
             path.unlink(missing_ok=True)
 
 

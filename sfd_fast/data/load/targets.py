@@ -14,13 +14,14 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from sfd_fast.data.cache.manifest import read_manifest, weights_fingerprint
+from sfd_fast.data.cache.manifest import read_manifest
 from sfd_fast.data.encode.encoders import to_tokens
 from sfd_fast.data.images.decode import load
 from sfd_fast.data.images.index import INDEX_FILE, INDEX_FOLDER, ImageIndex
 from sfd_fast.data.load.latents import Batch, LatentLoader, LatentShards
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import split_latents
+from sfd_fast.files.digest import module_digest
 from sfd_fast.models.vfm import VFM
 
 
@@ -49,7 +50,7 @@ class SemVAETargets:
     def __init__(self, semvae: nn.Module, statistics: LatentStatistics, num_tokens: int):
         self.semvae, self.statistics = semvae.eval().requires_grad_(False), statistics
         self.shape = (num_tokens, semvae.config.feature_channels)
-        self.fingerprint = weights_fingerprint(semvae)
+        self.fingerprint = module_digest(semvae)
 
     def to(self, device: torch.device | str) -> "SemVAETargets":
         self.semvae, self.statistics = self.semvae.to(device), self.statistics.to(device)
@@ -73,7 +74,7 @@ class OnlineTargets:
     def __init__(self, vfm: VFM, index: ImageIndex, image_size: int, crop: str, num_threads: int = 2):
         self.vfm, self.index, self.image_size, self.crop = vfm, index, image_size, crop
         self.shape = (vfm.grid_size**2, vfm.width)
-        self.fingerprint = weights_fingerprint(vfm)
+        self.fingerprint = module_digest(vfm)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="online")
         self._expected: dict[int, Future] = {}
 

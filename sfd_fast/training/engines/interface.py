@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sfd_fast.config import OptimizerConfig, TrainConfig, require
-from sfd_fast.training.checkpoints import Checkpoints, write_tensors
+from sfd_fast.files.tensors import write_safetensors
+from sfd_fast.training.checkpoints import Checkpoints
 from sfd_fast.training.optimizer import AdamWEMA, build_optimizer, ema_names
 from sfd_fast.training.state import StateReader, restore
 
@@ -273,8 +274,8 @@ class TorchEngine:
         optimizer = {name: snapshot(value) for name, value in self.optimizer_tensors().items()}
 
         def write(folder: Path) -> None:
-            write_tensors(folder / "model.safetensors", model)
-            write_tensors(folder / "optimizer.safetensors", optimizer)
+            write_safetensors(folder / "model.safetensors", model)
+            write_safetensors(folder / "optimizer.safetensors", optimizer)
 
         checkpoints.save(step, write, state, background=True)
 

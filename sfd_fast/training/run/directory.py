@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sfd_fast.config import to_dict
-from sfd_fast.training.checkpoints import Checkpoints, read_state, write_atomically
+from sfd_fast.files.atomic import write_atomically
+from sfd_fast.training.checkpoints import Checkpoints, read_state
 from sfd_fast.training.engines.interface import Engine, together
 from sfd_fast.training.job import Job
 from sfd_fast.training.run.stop import STOP_FILE

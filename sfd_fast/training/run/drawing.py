@@ -34,7 +34,7 @@ def texture_decoder(config: SFDConfig) -> Decode:
     """What turns texture latents into images for sample grids."""
     if not config.data.texture_codec:
         return lambda texture: texture
-    from sfd_fast.models.diffusers_codec import load_codec
+    from sfd_fast.formats.texture import load_codec
 
     codec = load_codec(config.data.texture_codec)
     return lambda texture: codec.to(texture.device).decode(texture)

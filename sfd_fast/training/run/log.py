@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sfd_fast.training.checkpoints import write_atomically
+from sfd_fast.files.atomic import write_atomically
 
 METRICS = "metrics.jsonl"
 RECENT_NORMS = 100

@@ -12,7 +12,7 @@ from sfd_fast.data.cache.remote import fetch_folder
 from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.data.load.latents import LatentShards
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.training.loop import run_train
+from sfd_fast.training.diffusion import run_train
 
 
 @pytest.fixture

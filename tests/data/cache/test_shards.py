@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sfd_fast.data.cache.shards import ShardWriter, checksum, map_tensors, read_header, shard_paths, write_shard
+from sfd_fast.data.cache.shards import ShardWriter, map_tensors, read_header, shard_paths, write_shard
+from sfd_fast.files.digest import file_digest
 
 
 def example(n=5):
@@ -52,7 +53,7 @@ def test_rows_in_any_order_give_the_same_bytes_as_the_whole(tmp_path):
         for row in (3, 0, 4, 1, 2):
             for name, value in tensors.items():
                 writer.write(name, row, value[row : row + 1])
-    assert checksum(tmp_path / "a.safetensors") == checksum(tmp_path / "b.safetensors")
+    assert file_digest(tmp_path / "a.safetensors") == file_digest(tmp_path / "b.safetensors")
 
 
 def test_another_process_writes_the_same_bytes(tmp_path):
@@ -64,7 +65,7 @@ def test_another_process_writes_the_same_bytes(tmp_path):
     for name, hash_seed in (("a", "1"), ("b", "2")):
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, env=environment)
-    assert checksum(tmp_path / "a") == checksum(tmp_path / "b")
+    assert file_digest(tmp_path / "a") == file_digest(tmp_path / "b")
 
 
 def test_a_shard_appears_only_when_it_is_complete(tmp_path):

@@ -19,7 +19,7 @@ from sfd_fast.data.encode.job import Job
 from sfd_fast.data.encode.prepare import run_encode, run_features
 from sfd_fast.data.load.latents import LatentShards
 
-pytest_plugins = ["cache_fixtures"]
+pytest_plugins = ["harness.cache_fixtures"]
 
 
 def in_child(run, config, environment):
@@ -55,7 +55,7 @@ def test_a_killed_run_continues_to_the_same_folder(parts, encoded_cache, tmp_pat
     assert not json.loads((out / "manifest.json").read_text())["complete"], "killed too late to tell"
     for name in ("shard-00001.safetensors", "shard-00001.json", "manifest.json", "latents_stats.pt", "index/index.x"):
         path = out / name
-        path.with_name(f".{path.name}.{process.pid}.tmp").write_bytes(b"half")
+        path.with_name(f".writing-{process.pid}-1-{path.name}").write_bytes(b"half")
     if kind == "encode":
         with pytest.raises(ValueError, match="is an unfinished cache"):
             LatentShards(out)
@@ -67,11 +67,11 @@ def test_a_killed_run_continues_to_the_same_folder(parts, encoded_cache, tmp_pat
 
 def test_a_run_that_continues_gives_the_space_of_unfinished_shards_back_first(parts, tmp_path, monkeypatch):
     def stop(job, shards, ranks, report):
-        assert not list(job.out.glob(".*.tmp"))
+        assert not list(job.out.glob(".writing-*"))
         raise KeyboardInterrupt
 
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".shard-00000.safetensors.1.tmp").write_bytes(b"half")
+    (tmp_path / "out" / ".writing-1-1-shard-00000.safetensors").write_bytes(b"half")
     monkeypatch.setattr(Job, "encode_shards", stop)
     with pytest.raises(KeyboardInterrupt):
         run_encode(encode_config(parts, tmp_path / "out"))
@@ -125,7 +125,7 @@ def test_a_finished_cache_loses_what_a_run_that_was_killed_at_the_end_left(parts
     out = copied(encoded_cache, tmp_path)
     row = json.loads((out / "manifest.json").read_text())["shards"]["shard-00001.safetensors"]
     (out / "shard-00001.json").write_text(json.dumps(row))
-    for name in (".manifest.json.1.tmp", "index/.index.safetensors.1.tmp"):
+    for name in (".writing-1-1-manifest.json", "index/.writing-1-1-index.safetensors"):
         (out / name).write_bytes(b"half")
     before = (out / "shard-00001.safetensors").stat().st_mtime_ns
     run_encode(encode_config(parts, out, features=True))

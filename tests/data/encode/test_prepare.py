@@ -21,7 +21,7 @@ from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
 from sfd_fast.ranks import Ranks
 
-pytest_plugins = ["cache_fixtures"]
+pytest_plugins = ["harness.cache_fixtures"]
 
 
 def test_each_image_is_encoded_once_in_order(parts, encoded_cache):

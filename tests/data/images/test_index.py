@@ -167,7 +167,7 @@ def test_a_screening_that_was_killed_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(screening, "examine", stop_at_fifth)
     with pytest.raises(KeyboardInterrupt):
         open_index(tree, tmp_path / "out", num_threads=1, report=silent)
-    (journal,) = (tmp_path / "out").glob(".screened.*")
+    (journal,) = (tmp_path / "out").glob(".writing-screened-*")
     with journal.open("a") as file:
         file.write('\n[5, {"width": 3')  # killed within a line
     again = []

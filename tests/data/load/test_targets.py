@@ -16,10 +16,10 @@ from sfd_fast.data.encode.prepare import EncodeConfig, run_encode
 from sfd_fast.data.load.latents import LatentLoader, LatentShards
 from sfd_fast.data.load.targets import open_targets, with_targets
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.formats.released_model import load_semvae, save_model
+from sfd_fast.formats.model_folder import save_model
+from sfd_fast.formats.released_model import load_semvae
 from sfd_fast.models.semvae import SemVAE
-from sfd_fast.training.diffusion import diffusion_job
-from sfd_fast.training.loop import run_train
+from sfd_fast.training.diffusion import diffusion_job, run_train
 
 
 def save_semvae(folder, seed=0):

@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfd_fast import cli
+from sfd_fast.training.diffusion import run_train
 from sfd_fast.training.engines.deepspeed import own_device
-from sfd_fast.training.loop import run_train
 from sfd_fast.training.state import consolidated
 
 HARNESS = Path(__file__).resolve().parents[2] / "harness"

@@ -11,11 +11,12 @@ from harness.tiny_run import MODEL, tiny_config, write_data
 from sfd_fast.config import DeepSpeedConfig
 from sfd_fast.formats.released_model import write_released_dit
 from sfd_fast.models.dit import LightningDiT
-from sfd_fast.training.diffusion import diffusion_job, initial_model
+from sfd_fast.planning.description import show
+from sfd_fast.training.diffusion import diffusion_job, initial_model, run_train
 from sfd_fast.training.engines import watchdog as watchdog_module
 from sfd_fast.training.engines.interface import TorchEngine
 from sfd_fast.training.engines.watchdog import Watchdog
-from sfd_fast.training.loop import Stop, run_train
+from sfd_fast.training.loop import Stop
 from sfd_fast.training.run.log import StepLog
 
 
@@ -147,12 +148,12 @@ def test_seconds_of_training_go_on_after_a_stop(tmp_path, data, monkeypatch):
 
 
 def test_a_dry_run_refuses_what_the_run_would_and_counts_overridden_buckets(tmp_path, data, monkeypatch, capsys):
-    config = tiny_config(data, tmp_path / "run", dry_run=True, engine="deepspeed")
+    config = tiny_config(data, tmp_path / "run", engine="deepspeed")
     path = tmp_path / "overrides.json"
     path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 500_000_000}}))
 
     def buffers(made):
-        train(made)
+        show(diffusion_job(made))
         line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  buffers "))
         return float(line.split()[1])
 
@@ -162,8 +163,8 @@ def test_a_dry_run_refuses_what_the_run_would_and_counts_overridden_buckets(tmp_
     assert buffers(replace(config, deepspeed=settings)) - usual == pytest.approx(2 * 4 * 450e6 / 2**30, abs=2e-3)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    train(config)
+    show(diffusion_job(config))
     assert not capsys.readouterr().out  # rank 0 prints for all
     with pytest.raises(ValueError, match="one process, but 2 ranks were launched"):
-        train(replace(config, train=replace(config.train, engine="torch")))
+        show(diffusion_job(replace(config, train=replace(config.train, engine="torch"))))
     assert diffusion_job(config).notes == ()

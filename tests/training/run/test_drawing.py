@@ -8,15 +8,15 @@ import pytest
 import torch
 from harness.tiny_run import MODEL, pixels, tiny_config, write_data, write_reference
 
+from sfd_fast.commands.evaluate import EvaluateConfig, run_evaluate
 from sfd_fast.config import DeepSpeedConfig, GuidanceConfig, SamplerConfig, TrainConfig
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
-from sfd_fast.evaluation import EvaluateConfig, run_evaluate
 from sfd_fast.formats.released_model import load_model
 from sfd_fast.sampling.guidance import bind_labels, bind_null, cfg
 from sfd_fast.sampling.sampler import sample
-from sfd_fast.training.diffusion import diffusion_job
-from sfd_fast.training.loop import build_engine, run_train
+from sfd_fast.training.diffusion import diffusion_job, run_train
+from sfd_fast.training.loop import build_engine
 from sfd_fast.training.run import drawing as images_module
 from sfd_fast.training.run.drawing import UNGUIDED, Quality
 

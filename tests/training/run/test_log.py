@@ -8,9 +8,10 @@ import torch
 from harness.tiny_run import tiny_config, write_data
 
 from sfd_fast.config import GuidanceConfig
-from sfd_fast.training.diffusion import diffusion_job
+from sfd_fast.planning.description import show
+from sfd_fast.training.diffusion import diffusion_job, run_train
 from sfd_fast.training.engines.interface import OVERFLOW
-from sfd_fast.training.loop import NonFiniteError, Run, build_engine, run_train
+from sfd_fast.training.loop import NonFiniteError, Run, build_engine
 from sfd_fast.training.run.log import RunLog, StepLog, memory_gib
 
 
@@ -96,7 +97,7 @@ def test_notes_are_said_at_the_start(tmp_path, data, capsys):
     config = replace(config, guidance=GuidanceConfig(mode="autoguidance", scale=2.0))
     events = [r for r in run_train(config, device="cpu", progress=False).metrics if r["kind"] == "event"]
     assert [e["step"] for e in events] == [0] and "unguided" in events[0]["message"]
-    run_train(replace(config, train=replace(config.train, dry_run=True)), device="cpu", progress=False)
+    show(diffusion_job(config))
     assert "note: " in capsys.readouterr().out
     plain = run_train(tiny_config(data, tmp_path / "plain", sample_every=8), device="cpu", progress=False)
     assert not [r for r in plain.metrics if r["kind"] == "event"]

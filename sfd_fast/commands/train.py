@@ -1,0 +1,26 @@
+"""`sfd train`: trains the diffusion transformer, or shows what the run would do."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from sfd_fast.config import SFDConfig
+from sfd_fast.planning.description import show
+from sfd_fast.training.diffusion import diffusion_job, run_train
+from sfd_fast.training.loop import TrainResult
+
+
+@dataclass(frozen=True)
+class TrainOptions(SFDConfig):
+    """Every field of a run's configuration, and what to do with it."""
+
+    dry_run: bool = False
+    """show the whole plan of the run and train nothing"""
+
+
+def run(options: TrainOptions) -> TrainResult:
+    """Trains; with dry_run prints the plan of the run instead. Raises as run_train."""
+    config = SFDConfig(**{field.name: getattr(options, field.name) for field in fields(SFDConfig)})
+    if options.dry_run:
+        show(diffusion_job(config))
+        return TrainResult(Path(config.train.out), 0, None)
+    return run_train(config)

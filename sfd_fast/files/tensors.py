@@ -1,0 +1,58 @@
+"""Tensors in safetensors files, with one JSON description in the file's metadata."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.messages import first_line
+
+KEY = "sfd_fast"
+"""one metadata key: safetensors writes several in no fixed order, and equal tensors should be equal files"""
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], description: dict[str, Any] | None = None) -> None:
+    """An atomic safetensors file, every tensor in its own dtype, with a JSON description in its metadata."""
+    metadata = None if description is None else {KEY: json.dumps(description, sort_keys=True)}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a safetensors file and its description (empty where it has none).
+
+    Raises FileNotFoundError, or ValueError for a truncated or damaged file.
+    """
+    return _read(path, tensors=True)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The description of a safetensors file without its tensors; raises as read_safetensors."""
+    return _read(path, tensors=False)[1]
+
+
+def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+            return found, json.loads((file.metadata() or {}).get(KEY, "{}"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is truncated or damaged: {first_line(error)}") from None
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: object) -> None:
+    """Raises ValueError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"the weights of {source} hold NaN or infinity (first in '{name}'): that run diverged or the file is "
+                "damaged; take an earlier checkpoint"
+            )

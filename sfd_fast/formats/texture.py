@@ -1,0 +1,202 @@
+"""Texture codecs as files: our folders, folders of diffusers, and LDM checkpoints with their own parameter names.
+
+LDM's autoencoder has exactly the parameters of diffusers' AutoencoderKL with attention at the lowest level (METHOD 2).
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfd_fast.config import TextureConfig, to_dict
+from sfd_fast.files.messages import first_line
+from sfd_fast.files.tensors import read_safetensors, require_finite
+from sfd_fast.formats.model_folder import REST, read_directory, write_directory
+from sfd_fast.formats.released_file import read_torch_file, state_dict_of
+from sfd_fast.models.texture import Codec, DiffusersCodec, IdentityCodec, TextureCodec
+
+# (LDM, diffusers) names of the layers inside a residual block and inside an attention.
+RESIDUAL = (
+    ("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"), ("nin_shortcut", "conv_shortcut"),
+)  # fmt: skip
+ATTENTION = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+SQUEEZED = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight")
+"""1x1 convolutions of LDM that are Linears in diffusers"""
+
+
+def parameter_names(config: TextureConfig) -> dict[str, str]:
+    """LDM name -> diffusers name of every parameter that such an autoencoder may have.
+
+    Decoder levels are counted from the other end: up.i is up_blocks.(levels - 1 - i). Source: METHOD 2.
+    """
+    lowest = len(config.channel_multipliers) - 1
+    blocks, attentions, layers = {}, {}, {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for level in range(lowest + 1):
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{lowest - level}"
+        for j in range(config.num_res_blocks + 1):  # the decoder has one more
+            blocks[f"encoder.down.{level}.block.{j}"] = f"{down}.resnets.{j}"
+            blocks[f"decoder.up.{level}.block.{j}"] = f"{up}.resnets.{j}"
+            attentions[f"encoder.down.{level}.attn.{j}"] = f"{down}.attentions.{j}"
+            attentions[f"decoder.up.{level}.attn.{j}"] = f"{up}.attentions.{j}"
+        layers[f"encoder.down.{level}.downsample.conv"] = f"{down}.downsamplers.0.conv"
+        layers[f"decoder.up.{level}.upsample.conv"] = f"{up}.upsamplers.0.conv"
+    for side in ("encoder", "decoder"):
+        blocks[f"{side}.mid.block_1"] = f"{side}.mid_block.resnets.0"
+        blocks[f"{side}.mid.block_2"] = f"{side}.mid_block.resnets.1"
+        attentions[f"{side}.mid.attn_1"] = f"{side}.mid_block.attentions.0"
+        for ldm, diffusers in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")):
+            layers[f"{side}.{ldm}"] = f"{side}.{diffusers}"
+    for groups, parts in ((blocks, RESIDUAL), (attentions, ATTENTION)):
+        layers |= {f"{ldm}.{a}": f"{diffusers}.{b}" for ldm, diffusers in groups.items() for a, b in parts}
+    return {f"{ldm}.{leaf}": f"{name}.{leaf}" for ldm, name in layers.items() for leaf in ("weight", "bias")}
+
+
+def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    for key in tensors:
+        if key not in names:
+            raise ValueError(f"parameter '{key}' belongs to no KL autoencoder of the LDM family")
+    return {names[key]: value for key, value in tensors.items()}
+
+
+def from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LDM-named weights under diffusers' names; 1x1 convolutions of attention become Linears, losses are dropped."""
+    tensors = {key: value for key, value in tensors.items() if "loss" not in key}
+    renamed = _renamed(tensors, parameter_names(config_of_ldm(tensors)))
+    return {key: value[:, :, 0, 0] if _is_convolution(key, value) else value for key, value in renamed.items()}
+
+
+def _is_convolution(diffusers_key: str, value: Tensor) -> bool:
+    return diffusers_key.endswith(SQUEEZED) and value.ndim == 4
+
+
+def to_ldm(tensors: Mapping[str, Tensor], config: TextureConfig) -> dict[str, Tensor]:
+    """The inverse of from_ldm: diffusers-named weights under LDM names."""
+    widened = {key: value[:, :, None, None] if key.endswith(SQUEEZED) else value for key, value in tensors.items()}
+    return _renamed(widened, {name: ldm for ldm, name in parameter_names(config).items()})
+
+
+def config_of_ldm(tensors: Mapping[str, Tensor]) -> TextureConfig:
+    """Architecture of LDM-named weights, read from their shapes.
+
+    Raises ValueError where a part of an LDM autoencoder is missing.
+    """
+    for key in ("encoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.weight"):
+        if key not in tensors:
+            raise ValueError(f"these are not the weights of an LDM autoencoder: '{key}' is missing")
+    channels = tensors["encoder.conv_in.weight"].shape[0]
+    blocks = [re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv2\.weight", key) for key in tensors]
+    levels = sorted({int(match[1]) for match in blocks if match})
+    widths = [tensors[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in levels]
+    return TextureConfig(
+        channels=channels,
+        channel_multipliers=tuple(width // channels for width in widths),
+        num_res_blocks=1 + max(int(match[2]) for match in blocks if match),
+        latent_channels=tensors["post_quant_conv.weight"].shape[1],
+    )
+
+
+def texture_codec_from_ldm(tensors: Mapping[str, Tensor], source: object = "the file") -> TextureCodec:
+    """The autoencoder of LDM-named weights, in eval mode; its architecture is read from their shapes.
+
+    Raises ValueError where something is missing, unexpected or of another shape.
+    """
+    renamed = from_ldm(tensors)
+    with torch.device("meta"):
+        codec = TextureCodec(config_of_ldm(tensors))
+    expected = codec.autoencoder.state_dict()
+    wrong = [key for key in expected if key not in renamed or renamed[key].shape != expected[key].shape]
+    wrong += [key for key in renamed if key not in expected]
+    if wrong:
+        raise ValueError(
+            f"the weights of {source} do not make an LDM autoencoder: {len(wrong)} are missing, unexpected or of "
+            f"another shape, the first is '{wrong[0]}'"
+        )
+    codec.autoencoder.load_state_dict(renamed, assign=True)
+    return codec.eval()
+
+
+def ldm_state_dict(codec: TextureCodec) -> dict[str, Tensor]:
+    """Weights under the released (LDM) names."""
+    return to_ldm(codec.autoencoder.state_dict(), codec.config)
+
+
+def save_codec(path: str | Path, codec: Codec) -> None:
+    """Writes a texture codec's directory: the autoencoder's weights under the released (LDM) names, one of diffusers as
+    diffusers does. Raises OSError where the place cannot be written.
+    """
+    Path(path, REST).unlink(missing_ok=True)
+    if isinstance(codec, DiffusersCodec):
+        save_autoencoder(Path(path), codec)
+    elif isinstance(codec, IdentityCodec):
+        settings = {"latent_channels": codec.latent_channels, "downsampling": codec.downsampling}
+        write_directory(path, "identity", {}, {"config": settings})
+    else:
+        write_directory(path, "texture", ldm_state_dict(codec), {"config": to_dict(codec.config)})
+
+
+def load_texture_codec(path: str | Path) -> TextureCodec | IdentityCodec:
+    """The codec of our directory or of a released LDM file (.ckpt, .pt, .safetensors), on the CPU, in eval mode.
+
+    Raises FileNotFoundError, or ValueError for damaged, diverged or foreign weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        stored = read_directory(path)
+        if stored.kind == "identity":
+            return IdentityCodec(**stored.content["config"])
+        if stored.kind != "texture":
+            raise ValueError(f"{path} holds a model of kind '{stored.kind}', not a texture codec")
+        return texture_codec_from_ldm(stored.tensors, path)
+    if path.suffix == ".safetensors":
+        tensors = read_safetensors(path)[0]
+    else:
+        tensors = state_dict_of(read_torch_file(path))
+    require_finite(tensors, path)
+    return texture_codec_from_ldm(tensors, path)
+
+
+def is_diffusers_directory(path: str | Path) -> bool:
+    """Whether diffusers saved an AutoencoderKL there."""
+    config = Path(path, "config.json")
+    return config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderKL"
+
+
+def load_codec(path: str | Path) -> Codec:
+    """The texture codec of a directory saved by diffusers, of our directory, or of a released LDM file; frozen.
+
+    No network attempt. Raises FileNotFoundError for a missing path, ValueError for foreign or damaged weights.
+    """
+    codec = load_autoencoder(path) if is_diffusers_directory(path) else load_texture_codec(path)
+    return codec.eval().requires_grad_(False)
+
+
+def load_autoencoder(folder: str | Path) -> DiffusersCodec:
+    from diffusers import AutoencoderKL
+
+    try:
+        model, loaded = AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # diffusers and safetensors raise many kinds
+        raise ValueError(
+            f"{folder} is a directory of diffusers, but its AutoencoderKL cannot be loaded: {first_line(error)}"
+        ) from error
+    missing = loaded["missing_keys"]
+    if missing:  # diffusers would leave them at random values
+        raise ValueError(f"{folder} lacks {len(missing)} weights of its AutoencoderKL, the first is '{missing[0]}'")
+    require_finite(model.state_dict(), folder)
+    return DiffusersCodec(model)
+
+
+def save_autoencoder(folder: Path, codec: DiffusersCodec) -> None:
+    """Writes a directory that diffusers and load_codec read; each file appears under its name when it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+        codec.autoencoder.save_pretrained(temporary)
+        for path in sorted(Path(temporary).iterdir(), reverse=True):  # config.json, which names the kind, last
+            os.replace(path, folder / path.name)
