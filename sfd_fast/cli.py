@@ -66,7 +66,7 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "plan": Command(
-        "sfd_fast.planning.plan:PlanConfig", "sfd_fast.planning.plan:run_plan",
+        "sfd_fast.commands.plan:PlanConfig", "sfd_fast.commands.plan:run_plan",
         "memory per GPU and a lower bound of step time, before renting the GPUs", presets=MODEL_DEFAULTS,
     ),
     "sample": Command(

@@ -1,15 +1,19 @@
-"""The processes that prepare data together: one, or those of a launcher (torchrun, deepspeed)."""
+"""Who this process is among those that work together: ranks of torchrun, deepspeed, or SLURM's srun, or one alone."""
 
 import os
-from collections.abc import Callable
+import pickle
+import re
+import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
-import torch.distributed as dist
+from sfd_fast.config import require
 
 TIMEOUT = timedelta(days=7)
 """a rank may wait this long for the slowest one: shards take minutes, a whole data set hours"""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -17,16 +21,70 @@ class Ranks:
     """This process among those that share the work. Work is divided by number: item i belongs to rank i mod size."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
 
     @classmethod
-    def from_environment(cls) -> "Ranks":
-        """What the launcher says in RANK, WORLD_SIZE, LOCAL_RANK; starts a gloo group where there is none."""
-        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT)
-        return cls(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
+    def read(cls, environment: Mapping[str, str] = os.environ) -> "Ranks":
+        """From the variables of torchrun and deepspeed, or of the SLURM step that srun started, or alone.
+
+        The step's own variables count, not the job's: SLURM_NTASKS is set in the body of an sbatch script too, where
+        one process runs and no other will come. Raises ValueError for ranks that are named by halves, or contradict.
+        """
+        if "RANK" in environment:
+            rank, world_size = int(environment["RANK"]), int(environment.get("WORLD_SIZE", "1"))
+            require(
+                0 <= rank < world_size, f"RANK {rank} must be in [0, WORLD_SIZE = {world_size}): check the launcher"
+            )
+            return cls(rank, world_size, int(environment.get("LOCAL_RANK", rank)))
+        world_size = int(environment.get("WORLD_SIZE", "1"))
+        require(
+            world_size == 1,
+            f"WORLD_SIZE is {world_size}, but RANK is not set: no launcher sets one without the other; start the ranks "
+            "with torchrun, deepspeed or srun, or unset WORLD_SIZE",
+        )
+        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+        if tasks > 1:
+            return cls(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]))
+        return cls()
+
+    @classmethod
+    def announce(cls) -> "Ranks":
+        """As read(); sets the variables that torch.distributed and DeepSpeed look for where no launcher did."""
+        environment = os.environ
+        ranks = cls.read(environment)
+        if "RANK" not in environment:
+            if ranks.world_size > 1:
+                if not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+                    for name, value in slurm_meeting_point(environment).items():
+                        environment.setdefault(name, value)
+            else:
+                # a port of its own: two runs on one machine do not meet
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            environment |= {"RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.world_size)}
+        environment["LOCAL_RANK"] = str(ranks.local_rank)
+        return ranks
+
+    @classmethod
+    def join(cls) -> "Ranks":
+        """As read(); of several ranks, starts the gloo group through which they meet, where there is none yet."""
+        ranks = cls.read()
+        if ranks.world_size > 1:
+            import torch.distributed as dist
+
+            if not dist.is_initialized():
+                cls.announce()
+                dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
+        return ranks
+
+    @classmethod
+    def of_group(cls) -> "Ranks":
+        """The ranks of the process group that is there already; one process where there is none."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
 
     @property
     def first(self) -> bool:
@@ -34,28 +92,81 @@ class Ranks:
 
     def mine(self, count: int) -> range:
         """The items of 0 .. count - 1 that belong to this rank: disjoint over ranks, together all."""
-        return range(self.rank, count, self.size)
+        return range(self.rank, count, self.world_size)
+
+    def share(self, count: int) -> range:
+        """This rank's stretch of 0 .. count - 1: stretches in the order of ranks give all items in order."""
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks, on every rank."""
-        if self.size == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def on_first(self, work: Callable[[], None]) -> None:
-        """Runs work on rank 0 while the others wait; an exception there is raised on every rank."""
-        error: BaseException | None = None
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Runs work on rank 0; its result, or its exception, reaches every rank, so that none waits in vain.
+
+        An exception is raised as its own kind, where that can be sent.
+        """
+        if self.world_size == 1:
+            return work()
+        import torch.distributed as dist
+
+        result, failure, sent = None, None, [None, None]
         if self.first:
             try:
-                work()
-            except (ValueError, OSError) as caught:
-                error = caught
-        error = self.gather(error)[0]
-        if error is not None:
-            raise error
+                sent[0] = result = work()
+            except Exception as error:
+                failure, sent = error, [None, portable(error)]
+        dist.broadcast_object_list(sent, src=0)
+        if failure is not None or sent[1] is not None:
+            raise failure or sent[1]
+        return result if self.first else sent[0]
 
     def barrier(self) -> None:
         """Returns when every rank has arrived."""
         self.gather(None)
+
+
+def portable(error: Exception) -> Exception:
+    """The exception as other processes can unpickle it: its own kind where that is possible."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:  # whatever its kind's own code raises
+        pass
+    return RuntimeError(f"{type(error).__name__} on rank 0: {error}")
+
+
+def slurm_meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
+    """Address and port at which the ranks of a SLURM step find each other.
+
+    Rank 0 runs on the first host of the step. (SLURM_LAUNCH_NODE_IPADDR would be the host that called srun, which may
+    be a login node.) The port is made from job and step: steps of one job on one host do not meet.
+    """
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    require(bool(hosts), "SLURM_STEP_NODELIST is not set: start the ranks with srun, or set MASTER_ADDR, MASTER_PORT")
+    number = int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
+    # below 32768, where the ports begin that the system hands out to others
+    return {"MASTER_ADDR": first_host(hosts), "MASTER_PORT": str(15_000 + number % 15_000)}
+
+
+def first_host(hosts: str) -> str:
+    """The first host of a SLURM host list: "a[01-03,7]-b[2,4],c" -> "a01-b2".
+
+    Read here rather than by `scontrol show hostnames`, which thousands of ranks would start at once, and which
+    containers often lack.
+    """
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from sfd_fast.evaluation.evaluator import Evaluator, EvaluatorConfig
-from sfd_fast.evaluation.gather import on_rank_zero, ranks
 from sfd_fast.evaluation.images import open_images
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.ranks import Ranks
@@ -46,10 +45,10 @@ def run_evaluate(config: EvaluateConfig) -> dict:
     ValueError for anything wrong with the images, the reference or the weights, OSError for an output that cannot be
     written, before anything is computed.
     """
-    launched = Ranks.from_environment()
-    on_rank_zero(lambda: check_writable(Path(config.output)))
-    if torch.cuda.is_available() and launched.size > 1:
-        torch.cuda.set_device(launched.local_rank % torch.cuda.device_count())
+    ranks = Ranks.join()
+    ranks.on_first(lambda: check_writable(Path(config.output)))
+    if torch.cuda.is_available() and ranks.world_size > 1:
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     samples = open_images(config.samples, num_workers=config.num_workers)
     num_images = samples.num_images if config.num_images is None else config.num_images
     if not 2 <= num_images <= samples.num_images:
@@ -74,7 +73,7 @@ def run_evaluate(config: EvaluateConfig) -> dict:
         "torch": torch.__version__,
         "device": str(evaluator.device),
     }
-    if ranks()[0] == 0:
+    if ranks.first:
         print(format_report(report), flush=True)  # first: what took an hour is not lost to a full disk
         content = json.dumps(report, indent=2) + "\n"
         write_atomically(Path(config.output), content)

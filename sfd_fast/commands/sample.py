@@ -20,10 +20,10 @@ from sfd_fast import pictures
 from sfd_fast.config import GuidanceConfig, Precision, SamplerConfig, require, to_dict
 from sfd_fast.files.atomic import create_once
 from sfd_fast.files.digest import tensors_digest
+from sfd_fast.ranks import Ranks
 from sfd_fast.sampling.image_writer import AsyncWriter
 from sfd_fast.sampling.output import POLL_S, Progress, Pulse, SampleFiles, wait_for_all
 from sfd_fast.sampling.pipeline import SFDPipeline
-from sfd_fast.training.place import Place
 
 RUN = "run.json"
 """what the images of a folder are made from"""
@@ -115,19 +115,6 @@ class SampleResult:
     npz: Path | None = None
 
 
-def ranks() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun, deepspeed or srun set them; (0, 1, 0) without. Processes never meet.
-
-    Raises ValueError where they contradict each other.
-    """
-    place = Place.read()
-    require(
-        0 <= place.rank < place.world_size,
-        f"RANK {place.rank} must be in [0, WORLD_SIZE = {place.world_size}): check the launcher",
-    )
-    return place.rank, place.world_size, place.local_rank
-
-
 def balanced_labels(num: int, num_classes: int) -> torch.Tensor:
     """Every class in turn: the numbers of images of two classes differ by at most one."""
     return torch.arange(num) % num_classes
@@ -139,23 +126,23 @@ def run_sample(config: SampleConfig) -> SampleResult:
     Raises ValueError for bad settings, or where `out` holds samples of other ones; OSError where it cannot be written
     or another process has stopped.
     """
-    rank, world_size, local_rank = ranks()
+    ranks = Ranks.read()  # processes never meet
     require(bool(config.model), "model is empty; give a pipeline folder, for example --model runs/demo/model")
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{out} cannot be written ({error}): choose another folder with --out") from error
-    with Pulse(out, rank, config.stall_s):
-        return sample_share(config, rank, world_size, load_pipeline(config, local_rank))
+    with Pulse(out, ranks.rank, config.stall_s):
+        return sample_share(config, ranks, load_pipeline(config, ranks.local_rank))
 
 
-def sample_share(config: SampleConfig, rank: int, world_size: int, pipeline: SFDPipeline) -> SampleResult:
+def sample_share(config: SampleConfig, ranks: Ranks, pipeline: SFDPipeline) -> SampleResult:
     out = Path(config.out)
     labels = given_or_balanced(config, pipeline)
     labels, sample_ids = pipeline.checked_inputs(labels, None, config.seed)
     settings = chosen_settings(config, pipeline)
-    if rank == 0:
+    if ranks.first:
         say_unused_guide(pipeline, settings[1])
     claim(out, record_of(config, pipeline, labels, settings))
 
@@ -163,18 +150,18 @@ def sample_share(config: SampleConfig, rank: int, world_size: int, pipeline: SFD
     if not files.npz.exists():
         files.folder.mkdir(exist_ok=True)
     start = time.monotonic()
-    progress = Progress(files, shown=config.progress and rank == 0)
-    if rank == 0 and progress.units_before:
+    progress = Progress(files, shown=config.progress and ranks.first)
+    if ranks.first and progress.units_before:
         print(f"{progress.units_before} of {len(files.starts)} micro-batches are there already")
-    mine = [first for first in files.starts[rank::world_size] if not files.finished(first)]
+    mine = [first for first in files.starts[ranks.rank :: ranks.world_size] if not files.finished(first)]
     chosen = torch.cat([torch.tensor(files.numbers(first)) for first in mine] or [torch.empty(0).long()])
     images = pipeline.generate(labels[chosen], sample_ids[chosen], config.seed, *settings)
     with AsyncWriter(config.num_writers, max_waiting=4 * max(files.size, config.num_writers)) as writer:
         for first, part in zip(mine, images, strict=True):
             files.write(writer, first, part)
-            if rank == 0:
+            if ranks.first:
                 progress.update()
-    npz = finish(config, files, progress, pipeline, labels, settings, start) if rank == 0 else None
+    npz = finish(config, files, progress, pipeline, labels, settings, start) if ranks.first else None
     return SampleResult(out, len(chosen), time.monotonic() - start, npz)
 
 

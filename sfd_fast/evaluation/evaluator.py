@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from sfd_fast.evaluation.collect import Collected
 from sfd_fast.evaluation.features import FEATURE_KINDS, build_extractor, check_images, full_precision
-from sfd_fast.evaluation.gather import on_rank_zero, ranks, share
 from sfd_fast.evaluation.images import ImageSet, open_images, read_ahead
 from sfd_fast.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from sfd_fast.evaluation.statistics import Statistics, StoredStatistics, load_statistics, save_statistics
+from sfd_fast.ranks import Ranks
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
 NEED_REFERENCE_IMAGES = ("precision", "recall", "kid")
@@ -161,7 +161,7 @@ class Evaluator:
         if images is not None and (stored is None or needs_rows):
             self.record["reference"] |= images.describe()
             stop = images.num_images if stored is None else min(images.num_images, config.num_reference)
-            num_kept = max(0, config.num_reference - share(stop)[0]) if needs_rows else 0
+            num_kept = max(0, config.num_reference - Ranks.of_group().share(stop).start) if needs_rows else 0
             spatial = stored is None and self.extractor.num_spatial_features > 0
             collected = Collected(self.extractor, self.device, spatial=spatial, num_kept=num_kept)
             self.feed(images, collected.update, stop=stop, label="reference")
@@ -177,19 +177,20 @@ class Evaluator:
             if config.save_statistics:
                 save_statistics(config.save_statistics, config.features, pool, spatial)
 
-        on_rank_zero(finish)
+        Ranks.of_group().on_first(finish)
 
     def feed(self, images: ImageSet, update: Callable[[Tensor], None], *, label: str, stop: int | None = None) -> None:
         """Give this rank's share of images to `update`, with a progress bar on rank 0."""
-        start, stop = share(images.num_images if stop is None else stop)
+        ranks = Ranks.of_group()
+        mine = ranks.share(images.num_images if stop is None else stop)
         bar = tqdm(
-            total=stop - start,
+            total=len(mine),
             desc=f"{label}: {self.config.features} features",
             unit="img",
-            disable=not self.config.progress or ranks()[0] != 0,
+            disable=not self.config.progress or not ranks.first,
         )
         with bar:
-            for batch in read_ahead(images.batches(self.config.batch_size, start, stop)):
+            for batch in read_ahead(images.batches(self.config.batch_size, mine.start, mine.stop)):
                 update(torch.from_numpy(batch.copy()))  # a copy: what the file gave is read-only
                 self.on_batch()
                 bar.update(len(batch))
@@ -219,7 +220,7 @@ class Evaluator:
         Fills `skipped` and `warnings`. Raises ValueError for too few images.
         """
         gathered = self.samples.gather()
-        results, skipped, self.warnings = on_rank_zero(lambda: self._compute(gathered))
+        results, skipped, self.warnings = Ranks.of_group().on_first(lambda: self._compute(gathered))
         self.skipped = self.skipped | skipped
         return results
 

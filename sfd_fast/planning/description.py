@@ -4,18 +4,18 @@ import json
 
 from sfd_fast.config import ModelConfig, to_dict
 from sfd_fast.planning.plan import GIB, memory
+from sfd_fast.ranks import Ranks
 from sfd_fast.training.engines.deepspeed_json import BUCKETS, batch_shares, generate
 from sfd_fast.training.job import Job
+from sfd_fast.training.loop import check_ranks
 from sfd_fast.training.optimizer import learning_rate
-from sfd_fast.training.place import Place, check_ranks
 
 
 def describe(job: Job) -> str:
     """Configuration, sizes, schedule, predicted memory and, with DeepSpeed, its JSON. Raises as the run would."""
     train = job.train
-    place = Place.read()
-    check_ranks(train, place)
-    world_size = place.world_size
+    world_size = Ranks.read().world_size
+    check_ranks(train, world_size)
     micro, accumulation = batch_shares(train, world_size)
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     rates = [(s, learning_rate(job.optimizer, s, train.max_steps)) for s in milestones(job)]
@@ -61,7 +61,7 @@ def reason(name: str, size: int) -> str:
 def show(job: Job) -> None:
     """Prints the description; of several ranks only the first one does."""
     text = describe(job)
-    if Place.read().rank == 0:
+    if Ranks.read().first:
         print(text)
 
 

@@ -1,8 +1,8 @@
-"""Capacity planner: memory per rank and a lower bound of the step time, for a model on so many devices; `sfd plan`.
+"""Capacity planner: memory per rank and a lower bound of the step time, for a model on so many devices.
 
 Nothing runs on the devices in question. Memory is counted part by part as the engines allocate it (activations by
-footprint.py) and compared with two-rank runs in tests/test_plan.py. Times are bounds from operation counts, bytes and
-link speed, not predictions: no measured run on such a cluster stands behind them.
+footprint.py) and compared with two-rank runs in tests/planning. Times are bounds from operation counts, bytes and link
+speed, not predictions: no measured run on such a cluster stands behind them.
 """
 
 import functools
@@ -334,10 +334,3 @@ def plan(config: PlanConfig) -> Plan:
                     largest = micro_batch
                     break
     return Plan(config, count_parameters(config.model)[0], limit, options, refused)
-
-
-def run_plan(config: PlanConfig) -> None:
-    """Prints the plan: what `sfd plan` does."""
-    from sfd_fast.planning.table import format_plan
-
-    print(format_plan(plan(config)))

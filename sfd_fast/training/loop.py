@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from sfd_fast.config import to_dict
+from sfd_fast.config import TrainConfig, require, to_dict
 from sfd_fast.files.atomic import replace_folder
+from sfd_fast.ranks import Ranks
 from sfd_fast.training.checkpoints import Checkpoints
 from sfd_fast.training.engines.interface import OVERFLOW, Batch, Engine, TorchEngine, batch_size, together
 from sfd_fast.training.job import Job
 from sfd_fast.training.optimizer import learning_rate
-from sfd_fast.training.place import Place, check_ranks
 from sfd_fast.training.run.directory import prepare_directory, resume_point
 from sfd_fast.training.run.log import GradNormWatch, RunLog, StepLog, memory_gib
 from sfd_fast.training.run.stop import Stop
@@ -346,13 +346,22 @@ def export_model(run: Run, folder: Path) -> Path:
     return target
 
 
+def check_ranks(train: TrainConfig, world_size: int) -> None:
+    """Raises ValueError where several ranks were launched for the engine of one process: each would train alone."""
+    require(
+        train.engine == "deepspeed" or world_size == 1,
+        f"train.engine 'torch' runs in one process, but {world_size} ranks were launched; set train.engine to "
+        "'deepspeed'",
+    )
+
+
 def build_engine(job: Job, device: torch.device | str | None) -> Engine:
     """The engine that train.engine names, on `device` (None: CUDA where there is one, else the CPU)."""
     if job.train.engine == "deepspeed":
         from sfd_fast.training.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(job, device)
-    check_ranks(job.train, Place.read())
+    check_ranks(job.train, Ranks.read().world_size)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return TorchEngine(

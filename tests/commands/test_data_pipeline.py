@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sfd_fast import cli
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.models.diffusers_codec import DiffusersCodec
+from sfd_fast.models.texture import DiffusersCodec
 
 COUNTS = {"china": 7, "flower": 6, "hopper": 5}
 

@@ -20,11 +20,11 @@ from sfd_fast.evaluation import (
     EvaluatorConfig,
     Features,
     build_extractor,
-    gather,
 )
 from sfd_fast.evaluation.images import open_images, read_ahead
 from sfd_fast.evaluation.statistics import load_statistics
 from sfd_fast.evaluation.weights import WEIGHTS_NAME
+from sfd_fast.ranks import Ranks
 
 
 def digits(num_images, seed, *, size=16):
@@ -251,10 +251,10 @@ def _on_rank(rank, folder, config):
         result = {"metrics": run_evaluate(config)["metrics"], "failures": []}
         for error in (ValueError("bad"), OSError(28, "No space left on device"), Unportable("odd", 2)):
             try:
-                gather.on_rank_zero(lambda error=error: fail(error))
+                Ranks.of_group().on_first(lambda error=error: fail(error))
             except Exception as caught:
                 result["failures"].append([type(caught).__name__, str(caught)])
-        result["after"] = gather.on_rank_zero(lambda: 7)
+        result["after"] = Ranks.of_group().on_first(lambda: 7)
         (folder / f"rank{rank}.json").write_text(json.dumps(result))
     finally:
         dist.destroy_process_group()

@@ -17,8 +17,8 @@ from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import noise
+from sfd_fast.files import tensors
 from sfd_fast.planning.description import show
-from sfd_fast.training import checkpoints as checkpoints_module
 from sfd_fast.training.diffusion import VALIDATION_IDS, diffusion_job, held_out_batch, run_train, split_held_out
 from sfd_fast.training.export import export_checkpoint, is_checkpoint
 from sfd_fast.training.loop import NonFiniteError, build_engine
@@ -281,14 +281,14 @@ def test_a_spike_is_said_and_kept_as_a_row(tmp_path, data):
 
 def test_disk_full_while_saving_keeps_the_previous_checkpoint(tmp_path, data, monkeypatch):
     out = tmp_path / "run"
-    write = checkpoints_module.write_tensors
+    write = tensors.write_safetensors
 
     def full_disk(path, values):
         write(path, values)
         if "00000008" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sfd_fast.training.engines.interface.write_tensors", full_disk)
+    monkeypatch.setattr("sfd_fast.training.engines.interface.write_safetensors", full_disk)
     with pytest.raises(OSError, match="step 8 could not be written.*No space left.*the checkpoint of step 4 is intact"):
         train(tiny_config(data, out))
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["00000004", "latest"]

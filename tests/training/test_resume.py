@@ -14,8 +14,9 @@ import torch
 from harness.tiny_run import tiny_config, write_data
 from safetensors.torch import load_file
 
+from sfd_fast.files.tensors import write_safetensors
 from sfd_fast.training import checkpoints as checkpoints_module
-from sfd_fast.training.checkpoints import Checkpoints, write_tensors
+from sfd_fast.training.checkpoints import Checkpoints
 from sfd_fast.training.diffusion import run_train
 from sfd_fast.training.loop import Stop
 from sfd_fast.training.run.log import read_rows
@@ -188,7 +189,7 @@ def test_an_asynchronous_save_does_not_see_later_steps(tmp_path):
 
     def write(folder):
         may_write.wait()
-        write_tensors(folder / "x.safetensors", copied)
+        write_safetensors(folder / "x.safetensors", copied)
 
     checkpoints.save(1, write, {}, background=True)
     assert checkpoints.latest() is None

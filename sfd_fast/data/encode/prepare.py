@@ -115,7 +115,7 @@ def run_features(config: FeaturesConfig) -> None:
     from sfd_fast.models.vfm import load_vfm
 
     require(bool(config.images), "images is empty: give the folder of images")
-    ranks = Ranks.from_environment()
+    ranks = Ranks.join()
     device = device_of(config.device, ranks)
     vfm = load_vfm(config.vfm, grid_size=config.grid_size).to(device)
     run(config, FeatureEncoder(vfm, dtype=STORAGE[config.storage], flip=config.flip), "features", ranks, device)
@@ -129,7 +129,7 @@ def run_encode(config: EncodeConfig) -> None:
 
     for name in ("images", "texture_codec", "semvae"):
         require(bool(getattr(config, name)), f"{name} is empty: `sfd encode` needs images, texture_codec and semvae")
-    ranks = Ranks.from_environment()
+    ranks = Ranks.join()
     device = device_of(config.device, ranks)
     codec = load_codec(config.texture_codec).to(device)
     require(

@@ -24,7 +24,8 @@ class Progress:
         self.last = now
         rate = self.done / max(now - self.start, 1e-9)
         left = round((self.total - self.done) / rate)
+        size = self.ranks.world_size
         self.report(
-            f"{self.done}/{self.total} images of rank 0, {rate * self.ranks.size:.1f} images/s on {self.ranks.size} "
-            f"rank(s), {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+            f"{self.done}/{self.total} images of rank 0, {rate * size:.1f} images/s on {size} rank(s), "
+            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
         )

@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sfd_fast.ranks import Ranks
 from sfd_fast.training.checkpoints import Checkpoints, read_state
 from sfd_fast.training.engines.deepspeed_json import batch_shares, generate
 from sfd_fast.training.engines.interface import OVERFLOW, Batch, Objective, StepResult, stays_fp32, together
 from sfd_fast.training.engines.watchdog import Watchdog
 from sfd_fast.training.job import Job
 from sfd_fast.training.optimizer import AdamWEMA, build_optimizer, ema_names
-from sfd_fast.training.place import Place
 from sfd_fast.training.state import WEIGHT, Piece, StateReader, restore, snapshot_pieces, write_pieces
 
 INSTALL = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
@@ -83,8 +83,8 @@ class DeepSpeedEngine:
         train, settings = job.train, job.deepspeed
         kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
         deepspeed = load_deepspeed(kind)
-        place = Place.from_environment()
-        self.rank, self.world_size = place.rank, place.world_size
+        ranks = Ranks.announce()
+        self.rank, self.world_size = ranks.rank, ranks.world_size
         self.timeout = timedelta(seconds=settings.timeout_s)
         self.micro_size, self.accumulation = batch_shares(train, self.world_size)
         self.config = generate(train, job.optimizer, settings, world_size=self.world_size, device=kind)
@@ -95,7 +95,7 @@ class DeepSpeedEngine:
         # flags travel on the CPU, beside the collectives of the step: no rank waits for a device
         self.control = dist.new_group(backend="gloo", timeout=self.timeout) if self.world_size > 1 else None
         self.pending = None
-        self.device = own_device(kind, place.local_rank)
+        self.device = own_device(kind, ranks.local_rank)
 
         self.shapes = {name: value.shape for name, value in job.model.state_dict().items()}
         self.stage = settings.zero_stage

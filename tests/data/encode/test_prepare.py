@@ -118,7 +118,7 @@ def test_the_manifest_tells_where_images_and_encoders_were(parts, encoded_cache)
 
 
 def test_a_rank_uses_its_own_gpu():
-    second = Ranks(rank=3, size=4, local_rank=1)
+    second = Ranks(rank=3, world_size=4, local_rank=1)
     assert device_of("cuda", second) == torch.device("cuda", 1)
     assert device_of("cuda:0", second) == torch.device("cuda", 0)
     assert device_of("cpu", second) == torch.device("cpu")

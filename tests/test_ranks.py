@@ -5,7 +5,8 @@ import os
 import pytest
 
 from sfd_fast.config import TrainConfig
-from sfd_fast.training.place import Place, check_ranks, first_host, slurm_meeting_point
+from sfd_fast.ranks import Ranks, first_host, slurm_meeting_point
+from sfd_fast.training.loop import check_ranks
 
 STEP = {
     "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41",
@@ -27,44 +28,44 @@ def environment(monkeypatch):
 
 
 def test_torchrun_and_deepspeed_name_the_rank():
-    assert Place.read({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == Place(3, 1, 4)
+    assert Ranks.read({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == Ranks(3, 4, 1)
 
 
 def test_a_task_of_a_slurm_step_is_a_rank(environment):
     environment.update(STEP)
-    assert Place.from_environment() == Place(5, 1, 8)
+    assert Ranks.announce() == Ranks(5, 8, 1)
     assert {name: environment[name] for name in MEETING} == {
         "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07", "MASTER_PORT": "15043",
     }  # fmt: skip
-    assert Place.from_environment() == Place(5, 1, 8)  # now by the variables that it set
+    assert Ranks.announce() == Ranks(5, 8, 1)  # now by the variables that it set
 
 
 def test_a_meeting_point_that_the_user_chose_stays(environment):
     environment.update(STEP, MASTER_ADDR="ib7")
-    Place.from_environment()
+    Ranks.announce()
     assert environment["MASTER_ADDR"] == "ib7" and environment["MASTER_PORT"] == "15043"
 
 
 def test_tasks_of_srun_do_not_train_one_by_one_into_one_folder():
-    check_ranks(TrainConfig(engine="deepspeed"), Place.read(STEP))
+    check_ranks(TrainConfig(engine="deepspeed"), Ranks.read(STEP).world_size)
     with pytest.raises(ValueError, match="one process, but 8 ranks were launched; set train.engine to 'deepspeed'"):
-        check_ranks(TrainConfig(engine="torch"), Place.read(STEP))
+        check_ranks(TrainConfig(engine="torch"), Ranks.read(STEP).world_size)
 
 
 def test_the_body_of_a_batch_script_is_alone(environment):
     """sbatch --ntasks=8 sets these in the script itself, which runs once."""
     environment.update({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "41"})
-    assert Place.from_environment() == Place(0, 0, 1)
+    assert Ranks.announce() == Ranks(0, 1, 0)
     assert environment["MASTER_ADDR"] == "127.0.0.1" and environment["WORLD_SIZE"] == "1"
 
 
 def test_torchrun_inside_a_slurm_step_counts_as_torchrun():
-    assert Place.read(STEP | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}) == Place(1, 1, 2)
+    assert Ranks.read(STEP | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}) == Ranks(1, 2, 1)
 
 
 def test_half_a_launcher_is_an_error():
     with pytest.raises(ValueError, match="WORLD_SIZE is 4, but RANK is not set"):
-        Place.read({"WORLD_SIZE": "4"})
+        Ranks.read({"WORLD_SIZE": "4"})
 
 
 @pytest.mark.parametrize(
