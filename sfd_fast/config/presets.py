@@ -5,7 +5,7 @@ Sizes: METHOD 3 (depth x width x heads, patch 1). Parameters include the REPA he
 
 from dataclasses import asdict, replace
 
-from sfd_fast.config import ModelConfig
+from sfd_fast.config.model import ModelConfig
 
 #                                                                         parameters   FID no guidance / guided
 S = ModelConfig(depth=12, hidden_size=384, num_heads=6)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sfd_fast.config import require
+from sfd_fast.config.checks import require
 
 PUBLISHED = "released configurations, METHOD 4 and 5"
 RETRAINING = "released retraining recipe (8 GPUs, FID 3.23 / 1.38), METHOD 4"

@@ -17,7 +17,7 @@ from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import noise
-from sfd_fast.files import tensors
+from sfd_fast.files.tensors import write_safetensors
 from sfd_fast.planning.description import show
 from sfd_fast.training.diffusion import VALIDATION_IDS, diffusion_job, held_out_batch, run_train, split_held_out
 from sfd_fast.training.export import export_checkpoint, is_checkpoint
@@ -281,7 +281,7 @@ def test_a_spike_is_said_and_kept_as_a_row(tmp_path, data):
 
 def test_disk_full_while_saving_keeps_the_previous_checkpoint(tmp_path, data, monkeypatch):
     out = tmp_path / "run"
-    write = tensors.write_safetensors
+    write = write_safetensors
 
     def full_disk(path, values):
         write(path, values)

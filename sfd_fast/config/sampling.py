@@ -1,0 +1,62 @@
+"""How images are sampled: guidance and the solver."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sfd_fast.config.checks import require, require_positive
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """How sampling is guided (METHOD 5). Separate scales default to `scale`."""
+
+    mode: Literal["none", "cfg", "autoguidance"] = "none"
+    scale: float = 1.0
+    texture_scale: float | None = None
+    semantic_scale: float | None = None
+    interval_start: float = 0.0
+    """below this time of a stream's own clock that stream is not guided"""
+    interval_mode: Literal["both", "tex", "sem"] = "both"
+    """streams to which the interval applies; the other stays guided"""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.interval_start <= 1, f"guidance interval_start {self.interval_start} must be in [0, 1]"
+        )
+        separate = self.texture_scale is not None or self.semantic_scale is not None
+        require(
+            self.mode != "none" or (self.scale == 1.0 and not separate),
+            "a guidance scale is set while guidance mode is 'none'; set guidance.mode (`sfd sample`: "
+            "--guidance_mode) to 'cfg' or 'autoguidance'",
+        )
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """(texture, semantic) weight w in v_weak + w (v_main - v_weak); 1 changes nothing."""
+        texture = self.scale if self.texture_scale is None else self.texture_scale
+        semantic = self.scale if self.semantic_scale is None else self.semantic_scale
+        return texture, semantic
+
+    @property
+    def active(self) -> bool:
+        return self.mode != "none" and self.scales != (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The ODE solver over tau in [0, 1 + delta_t] (METHOD 5)."""
+
+    solver: Literal["euler", "midpoint", "heun", "ab2", "abm3", "rk4", "dopri5"] = "abm3"
+    """abm3 needs the fewest evaluations for a given error (benchmarks/sampling.py)"""
+    num_steps: int = 32
+    """steps over the whole interval; network evaluations are as many (heun and midpoint: twice, rk4: four times)"""
+    grid: Literal["exact", "released"] = "exact"
+    """exact: stage borders are grid points; released: num_steps + 1 even points, masks at each evaluation"""
+    timestep_shift: float = 1.0
+    """u' = s u / (1 + (s - 1) u) on normalised time; 1 changes nothing"""
+    atol: float = 1e-6
+    rtol: float = 1e-3
+    """tolerances of dopri5 only"""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_steps", "timestep_shift", "atol", "rtol")
