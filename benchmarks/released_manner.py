@@ -1,6 +1,6 @@
 """The network and sampling loop as the released system runs them: eager PyTorch, operation by operation, in fp32.
 
-A baseline to time against, written from METHOD.md with the weights of our own LightningDiT; not for use.
+A baseline to time against, written from docs/METHOD.md 3 to 5 with the weights of our own LightningDiT; not for use.
 Letters: B batch, N tokens, D width, H heads.
 """
 

@@ -141,7 +141,7 @@ def test_a_missing_cache_is_one_clear_line(tmp_path, capsys):
 
 
 def test_the_released_data_settings_are_one_flag_below_files_and_flags(tmp_path, capsys):
-    """Features: shorter side 256, centre 224, fp16, no flips. Latents: ADM crop 256, float32, both flips (METHOD 2)."""
+    """docs/METHOD.md 2. Features: shorter side 256, centre 224, fp16, no flips. Latents: ADM crop, fp32, both flips."""
     features = cli.parse("features", ["--preset", "imagenet256"])
     found = (features.image_size, features.crop, features.flip, features.storage, features.grid_size, features.vfm)
     assert found == (224, "resize", False, "fp16", 16, "dinov2-b")
@@ -178,7 +178,7 @@ def test_every_preset_has_a_recipe():
 
 
 def test_the_released_rows_hold_the_published_numbers():
-    """METHOD 4 and 5: 400k and 4M steps, w 1.6 and 1.5; the retraining recipe's lr, beta2, lambda and REPA loss."""
+    """docs/METHOD.md 4 and 5: 400k and 4M steps, w 1.6 and 1.5; the retraining recipe's lr, beta2, lambda, mode."""
     usual = cli.parse("train", ["--preset", "XL"])
     assert (usual.optimizer.lr, usual.optimizer.beta2, usual.train.max_steps) == (1e-4, 0.999, 400_000)
     assert (usual.guidance.mode, usual.guidance.scale) == ("autoguidance", 1.6)

@@ -65,7 +65,7 @@ class Size:
         return self.name == "tiny"
 
 
-#             batch tokens width heads hidden  tex sem grid features layers (METHOD: sizes at patch 1)
+#             batch tokens width heads hidden  tex sem grid features layers (docs/METHOD.md 3)
 SIZES = {
     "tiny": Size("tiny", 3, 7, 36, 3, 23, 3, 2, 3, 37, 2),
     "S": Size("S", 8, 256, 384, 6, 1024, 32, 16, 16, 768, 12),

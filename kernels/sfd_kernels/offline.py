@@ -34,7 +34,7 @@ from sfd_kernels.examples import MODES, SIZES, Make
 from sfd_kernels.registry import INTERPRET, Op
 
 BATCH = 32
-"""samples of 256 tokens: 8192 tokens, as DESIGN's floors are stated"""
+"""samples of 256 tokens: 8192 tokens, enough to fill a GPU"""
 
 LARGE_BYTES = 512 * 1024
 """A tensor from this size on is large and must be carried by 128-bit accesses. Below: weights, modulation, losses."""

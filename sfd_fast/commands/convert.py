@@ -29,7 +29,7 @@ class ConvertConfig:
     A released file becomes a folder, a folder becomes a released file, a training checkpoint of any engine, number of
     ranks and ZeRO stage becomes either, a released YAML becomes one of ours. With `codec` and `statistics` the result
     is a whole pipeline folder for `sfd sample` and SFDPipeline. It samples on the exact grid (the released one on
-    request, METHOD 5).
+    request, docs/METHOD.md 5).
     """
 
     source: str

@@ -58,7 +58,7 @@ class DemoConfig:
     train_steps: int = 1500
     guide_steps: int = 300
     guidance_scale: float = 1.5
-    """AutoGuidance weight; the released models use 1.5 and 1.6 (METHOD 5)"""
+    """AutoGuidance weight; the released models use 1.5 and 1.6 (docs/METHOD.md 5)"""
     num_steps: int = SamplerConfig().num_steps
     """steps of the default solver, one network evaluation each"""
     progress: bool = True

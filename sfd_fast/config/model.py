@@ -8,7 +8,7 @@ from sfd_fast.config.checks import require, require_positive
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """LightningDiT over the composite latent [texture | semantic] (METHOD 3)."""
+    """LightningDiT over the composite latent [texture | semantic] (docs/METHOD.md 3)."""
 
     hidden_size: int = 1152
     """width D; divisible by 4 and by num_heads"""
@@ -73,7 +73,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SemVAEConfig:
-    """The semantic autoencoder of VFM features (METHOD 2)."""
+    """The semantic autoencoder of VFM features (docs/METHOD.md 2)."""
 
     architecture: Literal["transformer", "linear", "mlp", "resnet", "pca"] = "transformer"
     feature_channels: int = 768
@@ -98,7 +98,7 @@ class SemVAEConfig:
 
 @dataclass(frozen=True)
 class TextureConfig:
-    """The KL autoencoder of the LDM family; the defaults are the released f16d32 one (METHOD 2)."""
+    """The KL autoencoder of the LDM family; the defaults are the released f16d32 one (docs/METHOD.md 2)."""
 
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)

@@ -1,6 +1,6 @@
 """Model sizes and settings of the released data as tables: a preset is a readable row, a variant `replace(XL, ...)`.
 
-Sizes: METHOD 3 (depth x width x heads, patch 1). Parameters include the REPA head.
+Sizes: docs/METHOD.md 3 (depth x width x heads, patch 1). Parameters include the REPA head.
 """
 
 from dataclasses import asdict, replace
@@ -14,7 +14,7 @@ L = ModelConfig(depth=24, hidden_size=1024, num_heads=16)
 XL = ModelConfig(depth=28, hidden_size=1152, num_heads=16)              # 682.8M       2.54 / 1.06 at 800 epochs
 XXL = ModelConfig(depth=24, hidden_size=1536, num_heads=24)             # 1037.2M      2.38 / 1.04 at 800 epochs
 H1P6B = ModelConfig(depth=28, hidden_size=1792, num_heads=28)
-B_GUIDE = B  # the released AutoGuidance guide: B, trained for 60K to 120K steps (METHOD 5)
+B_GUIDE = B  # the released AutoGuidance guide: B, trained for 60K to 120K steps (docs/METHOD.md 5)
 DIGITS = ModelConfig(
     depth=4, hidden_size=96, num_heads=4, grid_size=4, texture_channels=4, semantic_channels=4, num_classes=10,
     repa_channels=32, repa_hidden=128,
@@ -31,14 +31,14 @@ MODEL_DEFAULTS: dict[str, dict] = {name: {"model": asdict(row)} for name, row in
 """What --preset of `sfd train` fills in."""
 
 FEATURES_DEFAULTS: dict[str, dict] = {
-    # what the released SemVAE was trained on: shorter side to 256, centre 224 (METHOD 2)
+    # what the released SemVAE was trained on: shorter side to 256, centre 224 (docs/METHOD.md 2)
     "imagenet256": {
         "vfm": "dinov2-b", "image_size": 224, "grid_size": 16, "crop": "resize", "flip": False, "storage": "fp16",
     },
 }  # fmt: skip
 """What --preset of `sfd features` fills in."""
 ENCODE_DEFAULTS: dict[str, dict] = {
-    # what the released SFD was trained on: ADM crop, both flips, float32 samples of both posteriors (METHOD 2, 6)
+    # what the released SFD was trained on: ADM crop, both flips, float32 posterior samples (docs/METHOD.md 2 and 6)
     "imagenet256": {
         "vfm": "dinov2-b", "image_size": 256, "crop": "adm", "flip": True, "storage": "fp32", "posterior": "sample",
     },

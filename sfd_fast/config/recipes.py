@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from sfd_fast.config.checks import require
 
-PUBLISHED = "released configurations, METHOD 4 and 5"
-RETRAINING = "released retraining recipe (8 GPUs, FID 3.23 / 1.38), METHOD 4"
+PUBLISHED = "released configurations, docs/METHOD.md 4 and 5"
+RETRAINING = "released retraining recipe (8 GPUs, FID 3.23 / 1.38), docs/METHOD.md 4"
 OURS = "`sfd demo`, tried over several seeds"
 ANALOGY = "the released XL's; no run of this size is published"
 

@@ -8,7 +8,7 @@ from sfd_fast.config.checks import require, require_positive
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """How sampling is guided (METHOD 5). Separate scales default to `scale`."""
+    """How sampling is guided (docs/METHOD.md 5). Separate scales default to `scale`."""
 
     mode: Literal["none", "cfg", "autoguidance"] = "none"
     scale: float = 1.0
@@ -44,7 +44,7 @@ class GuidanceConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The ODE solver over tau in [0, 1 + delta_t] (METHOD 5)."""
+    """The ODE solver over tau in [0, 1 + delta_t] (docs/METHOD.md 5)."""
 
     solver: Literal["euler", "midpoint", "heun", "ab2", "abm3", "rk4", "dopri5"] = "abm3"
     """abm3 needs the fewest evaluations for a given error (benchmarks/sampling.py)"""

@@ -14,7 +14,7 @@ TrainingPrecision = Literal["parity", "bf16", "fp16", "fp32"]
 
 @dataclass(frozen=True)
 class TransportConfig:
-    """Clocks and losses of training (METHOD 4)."""
+    """Clocks and losses of training (docs/METHOD.md 4)."""
 
     delta_t: float = 0.3
     """how far semantics lead texture; 0 is synchronous, 1 strictly serial"""
@@ -185,7 +185,7 @@ class SFDConfig:
 
 @dataclass(frozen=True)
 class SemVAETrainingConfig:
-    """All that one SemVAE training run is made from. Defaults: the released recipe (METHOD 2)."""
+    """All that one SemVAE training run is made from. Defaults: the released recipe (docs/METHOD.md 2)."""
 
     semvae: SemVAEConfig = field(default_factory=SemVAEConfig)
     optimizer: OptimizerConfig = field(

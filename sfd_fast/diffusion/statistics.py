@@ -121,7 +121,7 @@ def merge_all(parts: Iterable[ChannelMoments]) -> ChannelMoments:
 class LatentStatistics:
     """Mean and standard deviation of every channel of both streams; z' = (z - mean) / std * multiplier.
 
-    A model decodes with the statistics it was trained with: they belong to the cache (METHOD 2).
+    A model decodes with the statistics it was trained with: they belong to the cache (docs/METHOD.md 2).
     """
 
     texture_mean: Tensor

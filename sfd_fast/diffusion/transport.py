@@ -47,7 +47,7 @@ def stage_mask(
 
     Texture moves after delta_t and semantics move up to 1. The mask belongs to the whole interval, whose inside must
     not contain a border (delta_t or 1): decided at its midpoint, so rounding of the ends does not matter.
-    Source: METHOD 5, exact grid.
+    Source: docs/METHOD.md 5, exact grid.
     """
     middle = 0.5 * (tau_start + tau_end)
     return middle > delta_t, middle < 1.0
@@ -57,7 +57,7 @@ def evaluation_mask(tau: float | Tensor, delta_t: float | Tensor) -> tuple[bool 
     """Which streams the released sampler moves at an evaluation at time tau: (tau >= delta_t, tau <= 1).
 
     With delta_t = 0 there is no mask, also not past the end, where dopri5 evaluates.
-    Source: METHOD 5, released grid; a step that straddles a border mixes masks.
+    Source: docs/METHOD.md 5, released grid; a step that straddles a border mixes masks.
     """
     if delta_t == 0:
         return True, True
@@ -69,7 +69,7 @@ def sample_tau(sample_ids: Tensor, config: TransportConfig, seed: int) -> Tensor
 
     u is uniform on (0, 1) or the logistic function of a standard normal (logit-normal).
     sample_ids: (B,) int64.  Returns (B,) float32 in [0, 1 + delta_t].
-    Source: paper (uniform) and released configurations (logit-normal), METHOD 4.
+    Source: paper (uniform) and released configurations (logit-normal), docs/METHOD.md 4.
     """
     if config.time_distribution == "uniform":
         u = random_numbers.uniform(sample_ids, seed=seed, stream=random_numbers.TRAIN_TIME)[:, 0]
@@ -107,7 +107,7 @@ def repa_loss(prediction: Tensor, target: Tensor, config: TransportConfig) -> Te
 
     cos: 1 - cos(prediction, target);  mse: mean squared error;  cos_mse: half the sum of both.
     prediction: (B, N, F); target: (B, N, F), or (B, F, h, w).  Returns (B,) float32.
-    Raises ValueError where the shapes differ. Source: REPA (arXiv 2410.06940), METHOD 4.
+    Raises ValueError where the shapes differ. Source: REPA (arXiv 2410.06940), docs/METHOD.md 4.
     """
     target = feature_tokens(target)
     if prediction.shape != target.shape:
@@ -142,7 +142,7 @@ def loss(
     (B,), dropped already; features: (B, N, F) or (B, F, h, w) from the VFM, needed where repa_weight > 0.
     Returns the mean over the batch of the sum of the terms, and the terms per sample {"velocity", "cosine", "repa"},
     each (B,) float32, with gradients; a term that is switched off is absent.
-    Raises ValueError where REPA is on and there are no features. Source: METHOD 4.
+    Raises ValueError where REPA is on and there are no features. Source: docs/METHOD.md 4.
     """
     with_repa = config.repa_weight > 0
     if with_repa and features is None:

@@ -21,7 +21,7 @@ from sfd_fast.config import (
 )
 from sfd_fast.config.presets import RELEASED_NAMES
 
-# Width of each vision model's patch tokens, under the released names (METHOD 2).
+# Width of each vision model's patch tokens, under the released names (docs/METHOD.md 2).
 VISION_CHANNELS = {
     "dinov2_vits14_reg": 384, "dinov2_vitb14_reg": 768, "dinov2_vitl14_reg": 1024, "dinov2_vitg14_reg": 1536,
     "mae_base": 768, "mae_large": 1024, "clip_vit_base_patch16": 768, "clip_vit_large_patch14": 1024,
@@ -184,7 +184,7 @@ class ReleasedConfig(NamedTuple):
 def read_config(values: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> ReleasedConfig:
     """SFDConfig of a released YAML tree (or constructor arguments), with the network from the weights where given.
 
-    Unlisted switches are off, other unlisted settings take the released trainer's defaults (METHOD 6).
+    Unlisted switches are off, other unlisted settings take the released trainer's defaults (docs/METHOD.md 6).
     Raises ValueError as `model_config`, and for settings that this system would compute otherwise.
     """
     tree = dict(values) if isinstance(values.get("model"), Mapping) else {"model": dict(values)}
@@ -201,8 +201,8 @@ def read_config(values: Mapping[str, Any], weights: Mapping[str, Tensor] | None 
         model=network,
         transport=_transport(sections["model"], sections["transport"], network),
         optimizer=_optimizer(sections["optimizer"]),
-        # 0.18215: what the released loader multiplies by where a configuration leaves it out (METHOD 2); constructor
-        # arguments say nothing about the latents, and the released configurations have 1.0
+        # 0.18215 where a configuration leaves it out (docs/METHOD.md 2); constructor arguments say nothing about the
+        # latents, and the released configurations have 1.0
         data=_data(sections["data"], 0.18215 if "model" in values else 1.0),
         train=_train(sections["train"]),
         sampler=_sampler(sections["sample"]),

@@ -13,7 +13,7 @@ HEADS = ("transformer_heads", "num_heads")
 
 
 def semvae_config(weights: Mapping[str, Tensor], settings: Mapping[str, Any] | None) -> SemVAEConfig:
-    """Config of SemVAE weights from their shapes; the number of heads stands only in the settings (METHOD 6).
+    """Config of SemVAE weights from their shapes; the number of heads stands only in the settings (docs/METHOD.md 6).
 
     settings: the YAML tree of the checkpoint, or a flat dictionary with `num_heads`.
     Raises ValueError where the weights are no SemVAE's or the number of heads is unknown.

@@ -1,6 +1,6 @@
 """Texture codecs as files: our folders, folders of diffusers, and LDM checkpoints with their own parameter names.
 
-LDM's autoencoder has exactly the parameters of diffusers' AutoencoderKL with attention at the lowest level (METHOD 2).
+LDM's autoencoder has the parameters of diffusers' AutoencoderKL with attention at the lowest level (docs/METHOD.md 2).
 """
 
 import json
@@ -32,7 +32,7 @@ SQUEEZED = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight")
 def parameter_names(config: TextureConfig) -> dict[str, str]:
     """LDM name -> diffusers name of every parameter that such an autoencoder may have.
 
-    Decoder levels are counted from the other end: up.i is up_blocks.(levels - 1 - i). Source: METHOD 2.
+    Decoder levels are counted from the other end: up.i is up_blocks.(levels - 1 - i). Source: docs/METHOD.md 2.
     """
     lowest = len(config.channel_multipliers) - 1
     blocks, attentions, layers = {}, {}, {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}

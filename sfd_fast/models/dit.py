@@ -30,7 +30,7 @@ from sfd_fast.models.embeddings import (
     position_embedding,
 )
 
-EPS = 1e-6  # of every RMSNorm, METHOD 3
+EPS = 1e-6  # of every RMSNorm, docs/METHOD.md 3
 
 
 class HeadNorm(nn.Module):
@@ -147,7 +147,7 @@ class FinalLayer(nn.Module):
 
 
 class LightningDiT(nn.Module):
-    """Velocity v(x, t_tex, t_sem, label) of the composite latent. Source: METHOD 3 (SFD on LightningDiT).
+    """Velocity v(x, t_tex, t_sem, label) of the composite latent. Source: docs/METHOD.md 3 (SFD on LightningDiT).
 
     residual: dtype of the residual stream, "fp32" (as released, also under bf16 autocast) or "bf16" (fewer bytes).
     attention_backend: a name of models.attention. checkpoint_activations: share of the blocks that are recomputed in
@@ -190,7 +190,7 @@ class LightningDiT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Xavier-uniform Linears (packed ones as they are) with zero bias, normal(0, 0.02) label table and timestep
-        MLPs, zero adaLN and final Linears, unit norm weights, fixed position embedding. Source: METHOD 3."""
+        MLPs, zero adaLN and final Linears, unit norm weights, fixed position embedding. Source: docs/METHOD.md 3."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from sfd_fast.config import ModelConfig
 
-TIMESTEP_FEATURES = 256  # METHOD 3
+TIMESTEP_FEATURES = 256  # docs/METHOD.md 3
 BASE = 10000.0  # of the position embedding's and the rotary embedding's frequencies
 
 
 def position_embedding(grid: int, width: int) -> Tensor:
     """(grid^2, width): sin then cos of the column's position, then the same of the row's; row-major tokens.
 
-    Frequencies 10000^(-i / (width / 4)). Source: METHOD 3 (MAE's fixed 2-D embedding, width axis first).
+    Frequencies 10000^(-i / (width / 4)). Source: docs/METHOD.md 3 (MAE's fixed 2-D embedding, width axis first).
     """
     frequencies = BASE ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # (grid, width / 4)
@@ -26,7 +26,8 @@ def position_embedding(grid: int, width: int) -> Tensor:
 def rotary_tables(grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """(cos, sin), each (grid^2, d): the first d/2 dims turn with the row, the others with the column.
 
-    Angle of pair i: position * 10000^(-2i / (d/2)); both members of an interleaved pair carry it. Source: METHOD 3.
+    Angle of pair i: position * 10000^(-2i / (d/2)); both members of an interleaved pair carry it.
+    Source: docs/METHOD.md 3.
     """
     half = head_dim // 2
     frequencies = BASE ** (-torch.arange(0, half, 2).float() / half)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sfd_fast.config import SemVAEConfig
 from sfd_fast.models.attention import attention
 
-LOGVAR_RANGE = (-30.0, 20.0)  # METHOD 2
+LOGVAR_RANGE = (-30.0, 20.0)  # docs/METHOD.md 2
 
 
 class SelfAttention(nn.Module):
@@ -136,7 +136,7 @@ def _stack(config: SemVAEConfig, inputs: int, outputs: int, depth: int, *, encod
 
 
 class SemVAE(nn.Module):
-    """Encoder to [mean | logvar] of C channels a token, decoder back to the features. Source: METHOD 2."""
+    """Encoder to [mean | logvar] of C channels a token, decoder back to the features. Source: docs/METHOD.md 2."""
 
     def __init__(self, config: SemVAEConfig) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def semvae_loss(
     """MSE + (1 - mean token cosine) + kl_weight * KL, KL = 0.5 * sum over tokens and channels of
     mean^2 + exp(logvar) - 1 - logvar, averaged over the batch.
 
-    reconstruction, features: (B, N, F); mean, logvar: (B, N, C). Source: METHOD 2 (cosine along the features).
+    reconstruction, features: (B, N, F); mean, logvar: (B, N, C). Source: docs/METHOD.md 2 (cosine along the features).
     """
     mse, cosine = feature_alignment_loss(reconstruction, features)
     kl = kl_divergence(mean, logvar).mean()

@@ -13,7 +13,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 
 class TextureCodec(nn.Module):
-    """KL autoencoder (METHOD 2) as diffusers' AutoencoderKL with attention at the lowest level and in the middle."""
+    """The LDM KL autoencoder (docs/METHOD.md 2): diffusers' with attention at the lowest level and in the middle."""
 
     def __init__(self, config: TextureConfig) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class IdentityCodec(nn.Module):
 def to_uint8(images: Tensor) -> Tensor:
     """Pixels of images: (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, clamp(127.5 x + 128, 0, 255) truncated.
 
-    Source: METHOD 2 (the released decoder's rounding).
+    Source: docs/METHOD.md 2 (the released decoder's rounding).
     """
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

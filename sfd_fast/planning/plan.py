@@ -19,7 +19,7 @@ from sfd_fast.training.engines.interface import stays_fp32
 
 GIB = 2**30
 BLOCK_BYTES_PER_CHANNEL = 123
-"""bytes that the fused operators of one block move per token and channel, forward and backward (DESIGN, counted)"""
+"""bytes that the fused operators of one block move per token and channel, forward and backward, counted by hand"""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def stream_weights(t_tex: Tensor, t_sem: Tensor, config: GuidanceConfig, delta_t
 
     Strictly below interval_start on its own clock a stream named by interval_mode is not guided. With delta_t = 0 there
     is one clock, and the interval applies to all channels whatever the mode.
-    t_tex, t_sem: (...).  Returns two tensors (...) of their dtype.  Source: METHOD 5.
+    t_tex, t_sem: (...).  Returns two tensors (...) of their dtype.  Source: docs/METHOD.md 5.
     """
     weights = []
     for name, time, scale in zip(("tex", "sem"), (t_tex, t_sem), config.scales):
@@ -71,7 +71,7 @@ class Guided:
 
 
 def check_scales(config: GuidanceConfig, delta_t: float) -> None:
-    """Raises ValueError for separate scales with one clock, which has one stream only (METHOD 5)."""
+    """Raises ValueError for separate scales with one clock, which has one stream only (docs/METHOD.md 5)."""
     texture, semantic = config.scales
     if delta_t == 0 and texture != semantic:
         raise ValueError(

@@ -84,7 +84,7 @@ def load_parts(
         model_folder = folder
         parts["training"] = training = read_config(model_folder)
         parts["delta_t"] = training.transport.delta_t
-        # The released grid stays on request: its dopri5 lets an image depend on its batch (METHOD 5).
+        # The released grid stays on request: its dopri5 lets an image depend on its batch (docs/METHOD.md 5).
         parts["sampler"], parts["guidance"] = replace(training.sampler, grid="exact"), training.guidance
         statistics = statistics or read_statistics(model_folder)
         codec = codec or training.data.texture_codec or None
@@ -108,7 +108,7 @@ def load_parts(
 def check_statistics(statistics: LatentStatistics, recorded: LatentStatistics | None, name: str) -> None:
     """Raises ValueError where a network was trained on latents with other statistics than the given ones.
 
-    Decoding with another cache's statistics, or a guide of another cache, costs several points of FID (METHOD 2).
+    Decoding with another cache's statistics, or a guide of another cache, costs several FID points (docs/METHOD.md 2).
     """
     if recorded is not None and recorded.digest() != statistics.digest():
         raise ValueError(
@@ -123,7 +123,7 @@ def check_multiplier(statistics: LatentStatistics, training: SFDConfig | None, m
     if trained != statistics.multiplier:
         raise ValueError(
             f"latent multiplier {statistics.multiplier} is given, but the model in {model_folder} was trained on "
-            f"latents times {trained}: give that one with the statistics (METHOD 2)"
+            f"latents times {trained}: give that one with the statistics (docs/METHOD.md 2)"
         )
 
 

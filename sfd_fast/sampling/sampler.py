@@ -100,7 +100,7 @@ def sample(
     or float64. callback(number of steps done, tau, x) follows every step of a fixed-grid solver; it must not keep x
     itself, which the next step overwrites.
     Returns (B, C, H, W) of x0's dtype; x0 is left as it is.
-    Raises ValueError as check_solver does.  Source: SFD (arXiv 2512.04926), METHOD 5.
+    Raises ValueError as check_solver does.  Source: SFD (arXiv 2512.04926), docs/METHOD.md 5.
     """
     check_solver(config, delta_t)
     callback = callback or (lambda step, tau, x: None)

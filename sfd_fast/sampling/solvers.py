@@ -72,7 +72,7 @@ def time_grid(config: SamplerConfig, delta_t: float) -> Tensor:
     exact: every stage border is a grid point; each stage gets its share of the steps, at least one, and even points
     between its borders (before the shift). released: linspace(0, 1 + delta_t, num_steps + 1), in float32.
     Returns (num_steps + 1,) float64, or float32 for the released grid.
-    Raises ValueError where num_steps is smaller than the number of stages.  Source: METHOD 5.
+    Raises ValueError where num_steps is smaller than the number of stages.  Source: docs/METHOD.md 5.
     """
     if config.grid == "released":
         end = 1 + delta_t

@@ -51,7 +51,7 @@ def export_released_checkpoint(source: str | Path, target: str | Path, *, weight
     """Writes a checkpoint as a file that the released code loads: raw weights as "model", the average `weights` as
     "ema"; no optimizer state. A SemVAE's format has one set of weights: those asked for.
 
-    Source: METHOD 6. Raises as export_checkpoint, and OSError where the place cannot be written.
+    Source: docs/METHOD.md 6. Raises as export_checkpoint, and OSError where the place cannot be written.
     """
     folder = find_checkpoint(source)
     model, options = untrained(read_state(folder))

@@ -29,7 +29,7 @@ TERMS = ("mse", "cosine", "kl")
 
 
 def semvae_terms(network: nn.Module, batch: Batch, config: SemVAETrainingConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss MSE + (1 - cosine) + kl_weight * KL at s = mean + std * eps, eps from (seed, sample id); METHOD 2.
+    """Loss MSE + (1 - cosine) + kl_weight * KL at s = mean + std * eps, eps from (seed, sample id); docs/METHOD.md 2.
 
     batch: features (B, N, F), sample_ids (B,).  Returns the scalar and the terms per sample, kl weighted.
     """

@@ -113,7 +113,7 @@ def test_settings_without_a_counterpart_are_listed():
 
 
 def test_unlisted_switches_are_off():
-    """METHOD 6: and the latent multiplier is 0.18215 where a file leaves it out."""
+    """docs/METHOD.md 6: and the latent multiplier is 0.18215 where a file leaves it out."""
     bare = {"model": {"model_type": "LightningDiT-B/1", "in_chans": 32, "use_swiglu": True, "use_rmsnorm": True}}
     config = read_config(bare).config
     model, transport = config.model, config.transport
@@ -132,7 +132,7 @@ def test_every_released_model_type_is_known(name):
 
 
 def test_guidance_of_at_most_one_is_none():
-    """METHOD 5: the released sampler skips guidance when w <= 1."""
+    """docs/METHOD.md 5: the released sampler skips guidance when w <= 1."""
     tree = changed("sample", autoguidance=False, cfg_scale=1.0, cfg_interval_start=0)
     assert not read_config(tree).config.guidance.active
     tree = changed("sample", autoguidance=False, cfg_scale=2.5)

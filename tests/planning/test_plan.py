@@ -35,7 +35,7 @@ SMALL = replace(S, depth=2)
 
 
 def test_parameters_are_the_published_ones():
-    """METHOD 3: 682.8M and 1037.2M with the REPA head and the frozen position embedding (256 tokens)."""
+    """docs/METHOD.md 3: 682.8M and 1037.2M with the REPA head and the frozen position embedding (256 tokens)."""
     assert round((count_parameters(XL)[0] + 256 * 1152) / 1e6, 1) == 682.8
     assert round((count_parameters(XXL)[0] + 256 * 1536) / 1e6, 1) == 1037.2
 
@@ -114,7 +114,7 @@ def test_recomputation_and_16_bit_weights_save_memory():
 
 
 def test_bounds_follow_operations_bytes_and_links():
-    """XL: 724.0e9 operations an image, 237.3e9 forward (DESIGN); 2 w P (N - 1) / N bytes over the link of one node."""
+    """XL: 724.0e9 operations an image, 237.3e9 forward; 2 w P (N - 1) / N bytes over the link of one node."""
     device = DEVICES["h100-80g"]
     settings = {"per_rank": 32, "checkpoint_activations": 0.0, "precision": "parity"}
     made = bound(XL, device, world_size=8, zero_stage=1, **settings)

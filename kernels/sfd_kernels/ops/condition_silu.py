@@ -15,7 +15,7 @@ def condition_silu(e_sem: Tensor, e_tex: Tensor | None, e_label: Tensor) -> Tens
     """SiLU(cat[e_sem, e_tex] + e_label): what every modulation Linear reads.
 
     e_sem and e_tex (B, D/2), e_label (B, D); with one clock e_tex is None and e_sem is (B, D). Returns (B, D) in the
-    promoted dtype of the inputs. Source: c = t_emb + y_emb, [sem | tex] (METHOD 3).
+    promoted dtype of the inputs. Source: c = t_emb + y_emb, [sem | tex] (docs/METHOD.md 3).
     """
     inputs = [tensor for tensor in (e_sem, e_tex, e_label) if tensor is not None]
     dtype = accumulation_dtype(*inputs)

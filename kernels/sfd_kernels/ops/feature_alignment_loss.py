@@ -15,7 +15,7 @@ def feature_alignment_loss(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor
 
     pred and target (B, N, F), of any two floating dtypes. A zero vector has cosine 0 and no gradient. Returns two (B,),
     float32 (float64 if an input is). Only pred gets a gradient: ValueError if target requires one.
-    Source: REPA (arXiv 2410.06940) and the SemVAE reconstruction (METHOD 2 and 4).
+    Source: REPA (arXiv 2410.06940) and the SemVAE reconstruction (docs/METHOD.md 2 and 4).
     """
     dtype = accumulation_dtype(pred, target)
     p, t = pred.to(dtype), target.to(dtype)

@@ -23,7 +23,7 @@ def flow_matching_loss(
 
     w_c is 1 for texture channels and semantic_weight for the others; the cosine runs along all channels, and a zero
     vector has cosine 0 and no gradient. pred, x0, x1 (B, C, H, W). Returns two (B,), float32 (float64 if an input is).
-    Only pred gets a gradient: ValueError if x0 or x1 requires one. Source: METHOD 4.
+    Only pred gets a gradient: ValueError if x0 or x1 requires one. Source: docs/METHOD.md 4.
     """
     dtype = accumulation_dtype(pred, x0, x1)
     p, v = pred.to(dtype), x1.to(dtype) - x0.to(dtype)

@@ -17,7 +17,7 @@ def gated_residual_norm_modulate(
 
     x and branch (B, N, D); gate, shift, scale (B, D), possibly slices of one packed (B, 6D); weight (D,); shift may be
     None. Returns x_new in the dtype of x and y in the dtype of scale; the norm sees x_new as rounded to its dtype.
-    Source: LightningDiT block (METHOD 3).
+    Source: LightningDiT block (docs/METHOD.md 3).
     """
     dtype = accumulation_dtype(x, branch, gate, weight, shift, scale)
     x_new = (x.to(dtype) + gate.to(dtype)[:, None] * branch.to(dtype)).to(x.dtype)

@@ -33,7 +33,7 @@ def masked_velocity_update(
     A guidance weight of 1 leaves v's own bits, whatever v_guide holds.
 
     x, base (B, C, H, W); history (K, B, C, H, W); v, v_guide like x, of any floating dtype; guidance (2,);
-    coefficients (2, 1 + K); write_slot and commit (1,) int64. Writes x, base, history. Source: METHOD 5.
+    coefficients (2, 1 + K); write_slot and commit (1,) int64. Writes x, base, history. Source: docs/METHOD.md 5.
     """
     dtype = accumulation_dtype(x, v, v_guide, coefficients)
     is_texture = (torch.arange(x.shape[1], device=x.device) < num_texture_channels)[:, None, None]

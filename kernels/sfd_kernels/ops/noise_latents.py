@@ -14,7 +14,7 @@ def noise_latents(x1: Tensor, x0: Tensor, t_tex: Tensor, t_sem: Tensor, num_text
     """x_t = (1 - t) x0 + t x1, with t = t_tex for the first num_texture_channels channels and t_sem for the others.
 
     x1 (data) and x0 (noise) (B, C, H, W); t_tex and t_sem (B,). Returns (B, C, H, W) in the dtype of x1.
-    Source: SFD (arXiv 2512.04926), asynchronous denoising (METHOD 1).
+    Source: SFD (arXiv 2512.04926), asynchronous denoising (docs/METHOD.md 1).
     """
     dtype = accumulation_dtype(x1, x0, t_tex, t_sem)
     is_texture = torch.arange(x1.shape[1], device=x1.device) < num_texture_channels

@@ -40,7 +40,7 @@ def qk_norm_rope(
 
     qkv (B, N, 3, H, d); weights (d,), None: no normalisation; cos and sin (N, d), None: no rotation; both entries of a
     pair are read. Returns q and k, each (B, N, H, d) in the dtype of qkv. cos and sin get no gradient.
-    Source: QK-norm and VisionRotaryEmbedding of LightningDiT (METHOD 3); RoPE, arXiv 2104.09864.
+    Source: QK-norm and VisionRotaryEmbedding of LightningDiT (docs/METHOD.md 3); RoPE, arXiv 2104.09864.
     """
     dtype = accumulation_dtype(qkv, q_weight, k_weight)
     outputs = []

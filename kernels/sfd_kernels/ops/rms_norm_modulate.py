@@ -15,7 +15,7 @@ def rms_norm_modulate(x: Tensor, weight: Tensor, shift: Tensor | None, scale: Te
 
     x (B, N, D), weight (D,), shift and scale (B, D), possibly slices of one packed (B, 6D); shift may be None.
     Returns (B, N, D) in the dtype of scale: in the autocast mix the next Linear takes bf16.
-    Source: LightningDiT block (METHOD 3); RMSNorm, arXiv 1910.07467.
+    Source: LightningDiT block (docs/METHOD.md 3); RMSNorm, arXiv 1910.07467.
     """
     dtype = accumulation_dtype(x, weight, shift, scale)
     x_hat, _ = normalize(x.to(dtype), eps)

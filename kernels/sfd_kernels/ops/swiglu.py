@@ -15,7 +15,7 @@ def swiglu(x: Tensor) -> Tensor:
     """SiLU(x[..., :H]) * x[..., H:].
 
     x (..., 2H), packed [gate | up]. Returns (..., H) in the dtype of x.
-    Source: arXiv 2002.05202; packing of LightningDiT's w12 (METHOD 3).
+    Source: arXiv 2002.05202; packing of LightningDiT's w12 (docs/METHOD.md 3).
     """
     gate, up = x.to(accumulation_dtype(x)).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)

@@ -15,7 +15,7 @@ def timestep_features(t: Tensor, num_features: int) -> Tensor:
     """[cos(t f_0), ..., cos(t f_{F/2-1}), sin(t f_0), ...] with f_i = exp(-ln(10000) i / (F/2)).
 
     t of any shape, in [0, 1] (not scaled by 1000): both clocks at once as (2, B). Returns (*t.shape, F), float32, or
-    float64 for float64 t. Raises ValueError for an odd F. Source: LightningDiT's TimestepEmbedder (METHOD 3).
+    float64 for float64 t. Raises ValueError for an odd F. Source: LightningDiT's TimestepEmbedder (docs/METHOD.md 3).
     """
     if num_features % 2:
         raise ValueError(f"num_features is {num_features}; it must be even: one half cosines, the other sines")

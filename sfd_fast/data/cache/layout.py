@@ -1,4 +1,4 @@
-"""The tensors of a latent shard, and the check that all shards of a cache are of one kind (METHOD 6)."""
+"""The tensors of a latent shard, and the check that all shards of a cache are of one kind (docs/METHOD.md 6)."""
 
 from sfd_fast.data.cache.shards import Entry, Header
 

@@ -1,6 +1,6 @@
 """Shard files: safetensors written in one streaming pass with the same bytes every time, and read through a memory map.
 
-A shard is an ordinary safetensors file (the released layout, METHOD 6), so any reader of the format opens it. Letters:
+A shard is an ordinary safetensors file (docs/METHOD.md 6), so any reader of the format opens it. Letters:
 N samples of a shard.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from sfd_fast.files.atomic import AtomicFile, write_atomically
 
 METADATA_KEY = "sfd"
-"""The only metadata key. Several keys are written in a different order by different processes (DESIGN, facts)."""
+"""The only metadata key. Several keys are written in a different order by different processes."""
 
 PAGE = 4096
 """bytes of a memory page"""

@@ -27,7 +27,7 @@ STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class FeaturesConfig:
     """VFM features of a folder of images, to train SemVAE on.
 
-    The released SemVAE's own: --preset imagenet256 (shorter side 256, centre 224, fp16, no flips; METHOD 2).
+    The released SemVAE's own: --preset imagenet256 (shorter side 256, centre 224, fp16, no flips; docs/METHOD.md 2).
     """
 
     images: str = ""

@@ -64,7 +64,7 @@ def adm_geometry(width: int, height: int, size: int) -> Geometry:
 def resize_geometry(width: int, height: int, size: int) -> Geometry:
     """The shorter side to size * 256 / 224 by BICUBIC, then the centred crop: the released SemVAE's training features.
 
-    The longer side is truncated and the corner rounded, as torchvision's Resize and CenterCrop do (METHOD 2).
+    The longer side is truncated and the corner rounded, as torchvision's Resize and CenterCrop do (docs/METHOD.md 2).
     """
     shorter = round(size * 256 / 224)
     if width < height:
@@ -107,7 +107,7 @@ def to_codec(images: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """float (B, 3, S, S) in [-1, 1] to uint8 (B, S, S, 3): clamp(127.5 x + 128, 0, 255), truncated (METHOD 2)."""
+    """float (B, 3, S, S) in [-1, 1] to uint8 (B, S, S, 3): clamp(127.5 x + 128, 0, 255) truncated, docs/METHOD.md 2."""
     return images.float().mul(127.5).add(128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -31,7 +31,7 @@ PLAN_STEPS = 16
 
 
 class LatentShards(SampleSet):
-    """A cache of latents, of the released layout or ours (METHOD 6): the same safetensors files.
+    """A cache of latents, of the released layout or ours (docs/METHOD.md 6): the same safetensors files.
 
     paths: a folder, files, or a list of them; fsspec addresses (s3://, gs://, hf://, memory://) are copied into
     `cache_folder` first. Memory: the page cache, and nothing per sample.

@@ -103,7 +103,7 @@ def picture_grid(images: Tensor) -> Tensor:
     canvas = torch.full((rows * columns, 3, height, width), -1.0)
     canvas[:count] = images
     canvas = canvas.view(rows, columns, 3, height, width).permute(2, 0, 3, 1, 4).reshape(3, rows * height, -1)
-    return (127.5 * canvas + 128).clamp(0, 255).to(torch.uint8)  # METHOD 2
+    return (127.5 * canvas + 128).clamp(0, 255).to(torch.uint8)  # docs/METHOD.md 2
 
 
 class Quality:
