@@ -133,6 +133,22 @@ class Ranks:
         self.gather(None)
 
 
+def launch_name(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What the ranks of one launch have in common, and those of another have not; None for a process alone.
+
+    Ranks that were started by hand, without an address to meet at, are told apart by their number only.
+    """
+    world_size = Ranks.read(environment).world_size
+    if world_size == 1:
+        return None
+    if "RANK" not in environment:
+        return f"SLURM step {environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
+    address, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    if address in ("localhost", "127.0.0.1", "::1"):  # of each machine its own
+        address = socket.gethostname()
+    return f"{world_size} ranks {environment.get('TORCHELASTIC_RUN_ID', '')} {address}:{port}"
+
+
 def portable(error: Exception) -> Exception:
     """The exception as other processes can unpickle it: its own kind where that is possible."""
     try:

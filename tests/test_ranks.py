@@ -5,7 +5,7 @@ import os
 import pytest
 
 from sfd_fast.config import TrainConfig
-from sfd_fast.ranks import Ranks, first_host, slurm_meeting_point
+from sfd_fast.ranks import Ranks, first_host, launch_name, slurm_meeting_point
 from sfd_fast.training.loop import check_ranks
 
 STEP = {
@@ -88,3 +88,19 @@ def test_steps_of_one_job_get_ports_of_their_own():
     assert len(ports) == 5 and all(15_000 <= int(port) < 30_000 for port in ports)
     with pytest.raises(ValueError, match="SLURM_STEP_NODELIST is not set"):
         slurm_meeting_point({})
+
+
+def test_ranks_of_one_launch_have_a_name_in_common_and_those_of_another_have_not():
+    ranks = [{"RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "gpu07", "MASTER_PORT": "29500"} for r in range(2)]
+    assert launch_name(ranks[0]) == launch_name(ranks[1])
+    assert launch_name(ranks[0] | {"MASTER_PORT": "29501"}) != launch_name(ranks[0])
+    steps = [STEP, STEP | {"SLURM_PROCID": "6"}, STEP | {"SLURM_STEP_ID": "3"}]
+    assert launch_name(steps[0]) == launch_name(steps[1]) != launch_name(steps[2])
+    assert launch_name({}) is None and launch_name({"RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+def test_launches_that_meet_on_localhost_are_told_apart_by_their_machine(monkeypatch):
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    here = launch_name(rank)
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    assert launch_name(rank) != here
