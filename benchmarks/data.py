@@ -110,7 +110,7 @@ def train_semvae(shards: LatentShards, path: str, steps: int) -> None:
         features = batch["features"].float().flatten(2).transpose(1, 2)
         noise = torch.randn(32, features.shape[1], semvae.config.latent_channels, generator=generator)
         reconstruction, mean, logvar = semvae(features, noise)
-        loss = semvae_loss(reconstruction, features, mean, logvar, kl_weight=1e-6).total
+        loss = semvae_loss(reconstruction, features, mean, logvar, kl_weight=1e-6)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -32,6 +32,7 @@ from sfd_fast.data import digits
 from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.statistics import ChannelMoments, LatentStatistics
+from sfd_fast.diffusion.transport import feature_map, feature_tokens
 from sfd_fast.evaluation.metrics import frechet_distance
 from sfd_fast.evaluation.statistics import RunningStatistics
 from sfd_fast.formats.released_model import load_semvae
@@ -177,10 +178,10 @@ def write_latents(
     for name, part in (("latents", train), ("latents_held_out", held_out)):
         features = encoder.features(part.images)  # (N, F, 4, 4)
         with torch.no_grad():
-            semantic, _ = semvae.encode(features.flatten(2).transpose(1, 2))  # (N, 16, C_s)
+            semantic, _ = semvae.encode(feature_tokens(features))  # (N, 16, C_s)
         shard = {
             "latents": codec.encode(part.images)[0],
-            "latents_sv": semantic.transpose(1, 2).unflatten(2, (4, 4)).contiguous(),
+            "latents_sv": feature_map(semantic).contiguous(),
             "labels": part.labels,
             "feats_dino": features,
         }

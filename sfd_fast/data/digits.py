@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sfd_fast.diffusion import random_numbers
+from sfd_fast.diffusion.transport import feature_map, feature_tokens
 
 FEATURE_CHANNELS = 32
 NUM_HELD_OUT = 500
@@ -58,8 +59,8 @@ class PatchEncoder(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, 8, 8) in [-1, 1] -> (B, F, 4, 4), normalised along F."""
-        tokens = self.norm(self.body(images[:, :1]).flatten(2).transpose(1, 2))  # (B, 16, F)
-        return tokens.transpose(1, 2).unflatten(2, (4, 4)).contiguous()
+        tokens = self.norm(feature_tokens(self.body(images[:, :1])))  # (B, 16, F)
+        return feature_map(tokens).contiguous()
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores, (B, 10)."""

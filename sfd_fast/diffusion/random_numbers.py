@@ -2,8 +2,9 @@
 
 A random number is a function of (seed, sample id, stream number, position) and of nothing else
 (sfd_kernels.philox_bits): no result depends on batch composition, world size or what was drawn before, and resuming
-needs no generator state. Two uses with the same number would be correlated: add a line here, never reuse one, never
-change one that runs depend on.
+needs no generator state. `stream` is such a number here and in the kernels; everywhere else a stream is the texture or
+the semantic channels, which have a clock each. Two uses with the same number would be correlated: add a line here,
+never reuse one, never change one that runs depend on.
 """
 
 import torch

@@ -98,8 +98,14 @@ def drop_labels(labels: Tensor, sample_ids: Tensor, *, probability: float, num_c
 
 
 def feature_tokens(features: Tensor) -> Tensor:
-    """VFM features as tokens: (B, F, h, w) becomes (B, h * w, F); (B, N, F) stays."""
+    """A map as tokens, row by row: (B, F, h, w) becomes (B, h * w, F); (B, N, F) stays."""
     return features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
+
+
+def feature_map(tokens: Tensor) -> Tensor:
+    """The inverse on a square grid: (B, N, F) becomes (B, F, h, w), a view."""
+    side = math.isqrt(tokens.shape[1])
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
 
 
 def repa_loss(prediction: Tensor, target: Tensor, config: TransportConfig) -> Tensor:

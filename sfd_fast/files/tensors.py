@@ -56,3 +56,18 @@ def require_finite(tensors: Mapping[str, Tensor], source: object) -> None:
                 f"the weights of {source} hold NaN or infinity (first in '{name}'): that run diverged or the file is "
                 "damaged; take an earlier checkpoint"
             )
+
+
+def check_fit(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises ValueError that names what of `expected` (a state dict) is missing, unexpected or of another shape."""
+    problems = [f"'{name}' is missing" for name in expected if name not in tensors]
+    problems += [f"'{name}' is unexpected" for name in tensors if name not in expected]
+    problems += [
+        f"'{name}' is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        listed = "; ".join(problems[:3])
+        raise ValueError(f"{source} do not fit the model (another size or another config): {listed}{more}")

@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, from_dict, to_
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.files import tensors as files
 from sfd_fast.files.atomic import write_atomically
-from sfd_fast.files.tensors import read_safetensors, require_finite, write_safetensors
+from sfd_fast.files.tensors import check_fit, read_safetensors, require_finite, write_safetensors
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
 
@@ -95,7 +95,7 @@ def save_model(
         raise ValueError("config.model is not the config of the model that is being saved")
     tensors = dict(model.state_dict())
     if weights is not None:
-        check_fit(model, weights, "the given weights")
+        check_fit(model.state_dict(), weights, "the given weights")
         tensors = {name: weights[name] for name in tensors}
     settings = to_dict(model.config)
     if kind == "dit":
@@ -107,24 +107,12 @@ def save_model(
     write_directory(path, kind, tensors, content)
 
 
-def load_model_folder(path: str | Path, **runtime: Any) -> LightningDiT:
-    """The network of a directory that `save_model` wrote, on the CPU, in eval mode; raises as `load_model`."""
-    stored = read_directory(path, "dit")
-    return build_dit(from_dict(ModelConfig, stored.content["config"]["model"]), stored.tensors, path, **runtime)
-
-
-def load_semvae_folder(path: str | Path) -> SemVAE:
-    """The SemVAE of our directory, on the CPU, in eval mode; raises as `load_semvae`."""
-    stored = read_directory(path, "semvae")
-    return build_semvae(from_dict(SemVAEConfig, stored.content["config"]), stored.tensors, path)
-
-
 def read_config(path: str | Path) -> SFDConfig:
     """Config of the run that trained the LightningDiT of a directory. ValueError where it was saved without one."""
     settings = read_description(path, "dit")[1]["config"]
     if set(settings) == {"model"}:
         raise ValueError(f"{path} was saved with its network's config only; save_model(..., config=...) keeps it all")
-    return from_dict(SFDConfig, _lists_as_tuples(settings))
+    return from_dict(SFDConfig, settings)
 
 
 def read_statistics(path: str | Path) -> LatentStatistics | None:
@@ -133,47 +121,20 @@ def read_statistics(path: str | Path) -> LatentStatistics | None:
     return None if values is None else LatentStatistics.from_json(values)
 
 
-def read_card(path: str | Path) -> dict[str, Any]:
-    """What `save_model` was given for the record."""
-    return read_description(path)[1].get("card", {})
-
-
 def build_dit(config: ModelConfig, tensors: Mapping[str, Tensor], source: object, **runtime: Any) -> LightningDiT:
-    with torch.device("meta"):
-        model = LightningDiT(config, **runtime)
-    return _filled(model, tensors, source)
+    """The network with these weights, in eval mode. ValueError where they do not fit."""
+    return fill(lambda: LightningDiT(config, **runtime), tensors, source).eval()
 
 
 def build_semvae(config: SemVAEConfig, tensors: Mapping[str, Tensor], source: object) -> SemVAE:
+    """The SemVAE with these weights, in eval mode. ValueError where they do not fit."""
+    return fill(lambda: SemVAE(config), tensors, source).eval()
+
+
+def fill(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], source: object) -> nn.Module:
+    """What `build` makes, with these tensors as its weights; nothing is initialised first."""
     with torch.device("meta"):
-        model = SemVAE(config)
-    return _filled(model, tensors, source)
-
-
-def _filled(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> nn.Module:
-    check_fit(model, tensors, f"the weights of {source}")
+        model = build()
+    check_fit(model.state_dict(), tensors, f"the weights of {source}")
     model.load_state_dict(dict(tensors), assign=True)
-    return model.eval()
-
-
-def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises ValueError that names what is missing, unexpected or of another shape."""
-    expected = model.state_dict()
-    problems = [f"'{name}' is missing" for name in expected if name not in tensors]
-    problems += [f"'{name}' is unexpected" for name in tensors if name not in expected]
-    problems += [
-        f"'{name}' is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        listed = "; ".join(problems[:3])
-        raise ValueError(f"{source} do not fit the model (another size or another config): {listed}{more}")
-
-
-def _lists_as_tuples(value: Any) -> Any:
-    """JSON has no tuples; a config has no lists."""
-    if isinstance(value, list):
-        return tuple(_lists_as_tuples(item) for item in value)
-    return {key: _lists_as_tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return model

@@ -13,15 +13,13 @@ from typing import Any, NamedTuple
 import yaml
 from torch import Tensor
 
-from sfd_fast.config import SFDConfig
+from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, from_dict
 from sfd_fast.files.tensors import read_safetensors, require_finite, write_safetensors
 from sfd_fast.formats.model_folder import (
     REST,
     WEIGHTS,
     build_dit,
     build_semvae,
-    load_model_folder,
-    load_semvae_folder,
     read_config,
     read_directory,
     save_model,
@@ -53,7 +51,8 @@ def load_model(path: str | Path, **runtime: Any) -> LightningDiT:
     """
     if Path(path).is_file():
         return load_released(path)
-    return load_model_folder(path, **runtime)
+    stored = read_directory(path, "dit")
+    return build_dit(from_dict(ModelConfig, stored.content["config"]["model"]), stored.tensors, path, **runtime)
 
 
 def load_semvae(path: str | Path, config: ReleasedSettings | None = None) -> SemVAE:
@@ -63,7 +62,8 @@ def load_semvae(path: str | Path, config: ReleasedSettings | None = None) -> Sem
     Raises as `load_model`.
     """
     if Path(path).is_dir():
-        return load_semvae_folder(path)
+        stored = read_directory(path, "semvae")
+        return build_semvae(from_dict(SemVAEConfig, stored.content["config"]), stored.tensors, path)
     released = _read_released(path, config)
     return build_semvae(semvae_config(released.weights, released.settings), released.weights, path)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfd_fast.config import TextureConfig, to_dict
 from sfd_fast.files.messages import first_line
-from sfd_fast.files.tensors import read_safetensors, require_finite
+from sfd_fast.files.tensors import check_fit, read_safetensors, require_finite
 from sfd_fast.formats.model_folder import REST, read_directory, write_directory
 from sfd_fast.formats.released_file import read_torch_file, state_dict_of
 from sfd_fast.models.texture import Codec, DiffusersCodec, IdentityCodec, TextureCodec
@@ -105,24 +105,12 @@ def texture_codec_from_ldm(tensors: Mapping[str, Tensor], source: object = "the 
 
     Raises ValueError where something is missing, unexpected or of another shape.
     """
-    renamed = from_ldm(tensors)
+    config, renamed = config_of_ldm(tensors), from_ldm(tensors)
     with torch.device("meta"):
-        codec = TextureCodec(config_of_ldm(tensors))
-    expected = codec.autoencoder.state_dict()
-    wrong = [key for key in expected if key not in renamed or renamed[key].shape != expected[key].shape]
-    wrong += [key for key in renamed if key not in expected]
-    if wrong:
-        raise ValueError(
-            f"the weights of {source} do not make an LDM autoencoder: {len(wrong)} are missing, unexpected or of "
-            f"another shape, the first is '{wrong[0]}'"
-        )
+        codec = TextureCodec(config)
+    check_fit(codec.autoencoder.state_dict(), renamed, f"the weights of {source}")
     codec.autoencoder.load_state_dict(renamed, assign=True)
     return codec.eval()
-
-
-def ldm_state_dict(codec: TextureCodec) -> dict[str, Tensor]:
-    """Weights under the released (LDM) names."""
-    return to_ldm(codec.autoencoder.state_dict(), codec.config)
 
 
 def save_codec(path: str | Path, codec: Codec) -> None:
@@ -130,49 +118,49 @@ def save_codec(path: str | Path, codec: Codec) -> None:
     diffusers does. Raises OSError where the place cannot be written.
     """
     Path(path, REST).unlink(missing_ok=True)
-    if isinstance(codec, DiffusersCodec):
-        save_autoencoder(Path(path), codec)
-    elif isinstance(codec, IdentityCodec):
+    if isinstance(codec, IdentityCodec):
         settings = {"latent_channels": codec.latent_channels, "downsampling": codec.downsampling}
         write_directory(path, "identity", {}, {"config": settings})
+    elif isinstance(codec, TextureCodec):
+        weights = to_ldm(codec.autoencoder.state_dict(), codec.config)
+        write_directory(path, "texture", weights, {"config": to_dict(codec.config)})
     else:
-        write_directory(path, "texture", ldm_state_dict(codec), {"config": to_dict(codec.config)})
+        save_autoencoder(Path(path), codec)
 
 
-def load_texture_codec(path: str | Path) -> TextureCodec | IdentityCodec:
-    """The codec of our directory or of a released LDM file (.ckpt, .pt, .safetensors), on the CPU, in eval mode.
+def load_codec(path: str | Path) -> Codec:
+    """The texture codec of a directory saved by diffusers, of our directory, or of a released LDM file (.ckpt, .pt,
+    .safetensors); frozen, on the CPU.
 
-    Raises FileNotFoundError, or ValueError for damaged, diverged or foreign weights.
+    No network attempt. Raises FileNotFoundError, or ValueError for damaged, diverged or foreign weights.
     """
     path = Path(path)
-    if path.is_dir():
-        stored = read_directory(path)
-        if stored.kind == "identity":
-            return IdentityCodec(**stored.content["config"])
-        if stored.kind != "texture":
-            raise ValueError(f"{path} holds a model of kind '{stored.kind}', not a texture codec")
-        return texture_codec_from_ldm(stored.tensors, path)
-    if path.suffix == ".safetensors":
-        tensors = read_safetensors(path)[0]
+    if is_diffusers_directory(path):
+        codec = load_autoencoder(path)
+    elif path.is_dir():
+        codec = codec_of_directory(path)
     else:
-        tensors = state_dict_of(read_torch_file(path))
-    require_finite(tensors, path)
-    return texture_codec_from_ldm(tensors, path)
+        tensors = (
+            read_safetensors(path)[0] if path.suffix == ".safetensors" else state_dict_of(read_torch_file(path))
+        )
+        require_finite(tensors, path)
+        codec = texture_codec_from_ldm(tensors, path)
+    return codec.eval().requires_grad_(False)
+
+
+def codec_of_directory(path: Path) -> Codec:
+    stored = read_directory(path)
+    if stored.kind == "identity":
+        return IdentityCodec(**stored.content["config"])
+    if stored.kind != "texture":
+        raise ValueError(f"{path} holds a model of kind '{stored.kind}', not a texture codec")
+    return texture_codec_from_ldm(stored.tensors, path)
 
 
 def is_diffusers_directory(path: str | Path) -> bool:
     """Whether diffusers saved an AutoencoderKL there."""
     config = Path(path, "config.json")
     return config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderKL"
-
-
-def load_codec(path: str | Path) -> Codec:
-    """The texture codec of a directory saved by diffusers, of our directory, or of a released LDM file; frozen.
-
-    No network attempt. Raises FileNotFoundError for a missing path, ValueError for foreign or damaged weights.
-    """
-    codec = load_autoencoder(path) if is_diffusers_directory(path) else load_texture_codec(path)
-    return codec.eval().requires_grad_(False)
 
 
 def load_autoencoder(folder: str | Path) -> DiffusersCodec:

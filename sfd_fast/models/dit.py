@@ -283,10 +283,6 @@ class LightningDiT(nn.Module):
         pixels = pixels.permute(0, 5, 1, 3, 2, 4)  # (B, C, side, patch, side, patch)
         return pixels.reshape(batch, config.channels, config.grid_size, config.grid_size).contiguous()
 
-    def num_flops(self, *, training: bool = False) -> int:
-        """Floating-point operations per image, see `num_flops`."""
-        return num_flops(self.config, training=training)
-
 
 def _repa_head(config: ModelConfig) -> nn.Sequential:
     hidden = config.repa_hidden

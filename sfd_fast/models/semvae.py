@@ -5,7 +5,6 @@ Parameter names are those of the released checkpoints (nn.MultiheadAttention's i
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,8 @@ from sfd_kernels import feature_alignment_loss, swiglu
 from torch import Tensor, nn
 
 from sfd_fast.config import SemVAEConfig
+from sfd_fast.diffusion.posterior import LOGVAR_RANGE, sample_posterior
 from sfd_fast.models.attention import attention
-
-LOGVAR_RANGE = (-30.0, 20.0)  # docs/METHOD.md 2
 
 
 class SelfAttention(nn.Module):
@@ -192,32 +190,19 @@ class SemVAE(nn.Module):
             raise ValueError(f"{what} of shape {tuple(values.shape)} were given; this SemVAE takes (B, N, {channels})")
 
 
-def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """mean + exp(logvar / 2) * noise, all of one shape; noise is standard normal."""
-    return mean + (0.5 * logvar).exp() * noise
-
-
-class SemVAELoss(NamedTuple):
-    """Scalars: total = mse + cosine + kl_weight * kl."""
-
-    total: Tensor
-    mse: Tensor
-    cosine: Tensor
-    kl: Tensor
-
-
 def semvae_loss(
     reconstruction: Tensor, features: Tensor, mean: Tensor, logvar: Tensor, *, kl_weight: float
-) -> SemVAELoss:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """MSE + (1 - mean token cosine) + kl_weight * KL, KL = 0.5 * sum over tokens and channels of
-    mean^2 + exp(logvar) - 1 - logvar, averaged over the batch.
+    mean^2 + exp(logvar) - 1 - logvar.
 
-    reconstruction, features: (B, N, F); mean, logvar: (B, N, C). Source: docs/METHOD.md 2 (cosine along the features).
+    reconstruction, features: (B, N, F); mean, logvar: (B, N, C).  Returns the mean over the batch of the sum, and the
+    terms per sample {"mse", "cosine", "kl"}, each (B,), kl weighted.
+    Source: docs/METHOD.md 2 (cosine along the features).
     """
     mse, cosine = feature_alignment_loss(reconstruction, features)
-    kl = kl_divergence(mean, logvar).mean()
-    mse, cosine = mse.mean(), cosine.mean()
-    return SemVAELoss(mse + cosine + kl_weight * kl, mse, cosine, kl)
+    terms = {"mse": mse, "cosine": cosine, "kl": kl_weight * kl_divergence(mean, logvar)}
+    return sum(terms.values()).mean(), terms
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

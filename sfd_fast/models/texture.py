@@ -8,35 +8,17 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from sfd_fast.config import TextureConfig
+from sfd_fast.diffusion.posterior import LOGVAR_RANGE
 
-LOGVAR_RANGE = (-30.0, 20.0)
 
+class DiffusersCodec(nn.Module):
+    """AutoencoderKL of diffusers. Its scaling factor is not used: latents are standardised."""
 
-class TextureCodec(nn.Module):
-    """The LDM KL autoencoder (docs/METHOD.md 2): diffusers' with attention at the lowest level and in the middle."""
-
-    def __init__(self, config: TextureConfig) -> None:
+    def __init__(self, autoencoder: nn.Module) -> None:
         super().__init__()
-        from diffusers import AutoencoderKL  # heavy; only who decodes or encodes pixels needs it
-
-        self.config = config
-        num_plain = len(config.channel_multipliers) - 1
-        self.autoencoder = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * num_plain + ("AttnDownEncoderBlock2D",),
-            up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * num_plain,
-            block_out_channels=tuple(config.channels * m for m in config.channel_multipliers),
-            layers_per_block=config.num_res_blocks,
-            latent_channels=config.latent_channels,
-            norm_num_groups=32,
-        )
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.latent_channels
-
-    @property
-    def downsampling(self) -> int:
-        return self.config.downsampling
+        self.autoencoder = autoencoder
+        self.latent_channels = autoencoder.config.latent_channels
+        self.downsampling = 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of the latent: images (B, 3, H, W) in [-1, 1] -> (mean, logvar), each (B, C, H / s, W / s)."""
@@ -50,30 +32,28 @@ class TextureCodec(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents: (B, C, H / s, W / s) -> (B, 3, H, W), about [-1, 1]."""
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"latents of shape {tuple(latents.shape)} were given; the codec takes (B, {self.latent_channels}, h, w)"
+        _check(latents, self.latent_channels)
+        return self.autoencoder.decode(latents).sample
+
+
+class TextureCodec(DiffusersCodec):
+    """The LDM KL autoencoder (docs/METHOD.md 2): diffusers' with attention at the lowest level and in the middle."""
+
+    def __init__(self, config: TextureConfig) -> None:
+        from diffusers import AutoencoderKL  # heavy; only who decodes or encodes pixels needs it
+
+        num_plain = len(config.channel_multipliers) - 1
+        super().__init__(
+            AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * num_plain + ("AttnDownEncoderBlock2D",),
+                up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * num_plain,
+                block_out_channels=tuple(config.channels * m for m in config.channel_multipliers),
+                layers_per_block=config.num_res_blocks,
+                latent_channels=config.latent_channels,
+                norm_num_groups=32,
             )
-        return self.autoencoder.decode(latents).sample
-
-
-class DiffusersCodec(nn.Module):
-    """AutoencoderKL behind the interface of TextureCodec. Its scaling factor is not used: latents are standardised."""
-
-    def __init__(self, autoencoder: nn.Module):
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.latent_channels = autoencoder.config.latent_channels
-        self.downsampling = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior: images (B, 3, H, W) in [-1, 1] -> (mean, logvar), each (B, C, H / s, W / s)."""
-        posterior = self.autoencoder.encode(images).latent_dist
-        return posterior.mean, posterior.logvar
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents: (B, C, H / s, W / s) -> (B, 3, H, W), about [-1, 1]."""
-        return self.autoencoder.decode(latents).sample
+        )
+        self.config = config
 
 
 class IdentityCodec(nn.Module):
@@ -100,12 +80,15 @@ class IdentityCodec(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, H/s, W/s) -> (B, 3, H, W)."""
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"latents of shape {tuple(latents.shape)} were given; this pixel space takes "
-                f"(B, {self.latent_channels}, H, W)"
-            )
+        _check(latents, self.latent_channels)
         return pixel_shuffle(latents, self.downsampling).expand(-1, 3, -1, -1).clone()
+
+
+def _check(latents: Tensor, channels: int) -> None:
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(
+            f"latents of shape {tuple(latents.shape)} were given; this codec decodes (B, {channels}, H, W)"
+        )
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -116,4 +99,4 @@ def to_uint8(images: Tensor) -> Tensor:
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-Codec = TextureCodec | DiffusersCodec | IdentityCodec
+Codec = DiffusersCodec | IdentityCodec

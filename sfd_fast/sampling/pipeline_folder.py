@@ -12,7 +12,9 @@ from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SFDConfi
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.files.messages import first_line
-from sfd_fast.formats.texture import load_codec
+from sfd_fast.formats.model_folder import read_config, read_statistics, save_model
+from sfd_fast.formats.released_model import load_model
+from sfd_fast.formats.texture import load_codec, save_codec
 
 INDEX = "pipeline.json"
 """marks a folder as a pipeline and holds its settings"""
@@ -28,9 +30,6 @@ def save_parts(
     **settings,
 ) -> None:
     """Writes a pipeline's folder; settings (plain data) go into pipeline.json. Raises OSError where it cannot."""
-    from sfd_fast.formats.model_folder import save_model
-    from sfd_fast.formats.texture import save_codec
-
     save_model(folder / "transformer", model, config=training, statistics=statistics)
     if guide is not None:
         save_model(folder / "guide", guide, statistics=statistics)
@@ -65,9 +64,6 @@ def load_parts(
     folder: Path, guide: str | Path | None, codec: str | Path | nn.Module | None, statistics: LatentStatistics | None
 ) -> dict:
     """Arguments of SFDPipeline from files; raises as from_pretrained."""
-    from sfd_fast.formats.model_folder import read_config, read_statistics
-    from sfd_fast.formats.released_model import load_model
-
     parts: dict = {}
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text())

@@ -14,10 +14,12 @@ from sfd_fast.config import SFDConfig, require
 from sfd_fast.data.load.held_out import SPREAD
 from sfd_fast.data.load.latents import LatentLoader, LatentShards
 from sfd_fast.data.load.targets import Targets, open_targets, with_targets
-from sfd_fast.diffusion.normalise import add_posterior_noise
+from sfd_fast.diffusion.posterior import add_posterior_noise
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import sample_tau, training_loss
-from sfd_fast.models.dit import LightningDiT
+from sfd_fast.formats.model_folder import save_model
+from sfd_fast.formats.released_model import load_model
+from sfd_fast.models.dit import LightningDiT, num_flops
 from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.job import Job
 from sfd_fast.training.loop import TrainResult, build_engine, run_job
@@ -127,8 +129,6 @@ def initial_model(config: SFDConfig) -> LightningDiT:
 
 def load_initial_weights(model: LightningDiT, config: SFDConfig) -> None:
     """Fine-tuning: copies the weights of train.init_from. ValueError names what does not fit."""
-    from sfd_fast.formats.released_model import load_model
-
     path = Path(config.train.init_from)
     given, wanted = load_model(path).state_dict(), model.state_dict()
     table = "y_embedder.embedding_table.weight"
@@ -249,8 +249,6 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         return (share * CLOCK_BINS).long().clamp(0, CLOCK_BINS - 1)
 
     def export(folder: Path, state: dict[str, Tensor], step: int) -> None:
-        from sfd_fast.formats.model_folder import save_model
-
         with torch.device("meta"):
             averaged = LightningDiT(config.model)
         averaged.load_state_dict(state, assign=True)
@@ -288,7 +286,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         identity=identity,
         free_keys=FREE_KEYS,
         num_samples=len(shards),
-        flops_per_sample=model.num_flops(training=True),
+        flops_per_sample=num_flops(model.config, training=True),
     )
 
 

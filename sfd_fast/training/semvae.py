@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from sfd_kernels import feature_alignment_loss
 from torch import Tensor, nn
 
 from sfd_fast.config import SemVAETrainingConfig, TrainConfig, require
@@ -18,7 +17,8 @@ from sfd_fast.data.load.held_out import SPREAD
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
 from sfd_fast.files.atomic import replace_folder
-from sfd_fast.models.semvae import SemVAE, kl_divergence
+from sfd_fast.formats.model_folder import save_model
+from sfd_fast.models.semvae import SemVAE, semvae_loss
 from sfd_fast.training.diffusion import FREE_TRAIN_KEYS, VALIDATION_IDS
 from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.job import Job
@@ -37,9 +37,7 @@ def semvae_terms(network: nn.Module, batch: Batch, config: SemVAETrainingConfig)
     shape = (features.shape[1], config.semvae.latent_channels)
     eps = noise(ids, shape, config.train.seed, random_numbers.SEMVAE_NOISE)
     reconstruction, mean, logvar = network(features, eps)
-    mse, cosine = feature_alignment_loss(reconstruction, features)
-    terms = {"mse": mse, "cosine": cosine, "kl": config.semvae.kl_weight * kl_divergence(mean, logvar)}
-    return sum(terms.values()).mean(), terms
+    return semvae_loss(reconstruction, features, mean, logvar, kl_weight=config.semvae.kl_weight)
 
 
 def validation_loss(engine: Engine, config: SemVAETrainingConfig, shards: FeatureShards) -> dict[str, float]:
@@ -62,8 +60,6 @@ def validation_loss(engine: Engine, config: SemVAETrainingConfig, shards: Featur
 
 
 def save_semvae(folder: Path, model: SemVAE, step: int) -> None:
-    from sfd_fast.formats.model_folder import save_model
-
     save_model(folder, model, card={"step": step})
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from sfd_fast.config import ModelConfig, OptimizerConfig, SemVAEConfig, SFDConfig, TextureConfig, TransportConfig
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.formats.model_folder import read_card, read_config, read_statistics, save_model
+from sfd_fast.formats.model_folder import read_config, read_description, read_statistics, save_model
 from sfd_fast.formats.released_model import (
     Converted,
     convert_released,
@@ -21,7 +21,7 @@ from sfd_fast.formats.released_model import (
     load_released,
     load_semvae,
 )
-from sfd_fast.formats.texture import ldm_state_dict, load_texture_codec, save_codec
+from sfd_fast.formats.texture import load_codec, save_codec, to_ldm
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
 from sfd_fast.models.texture import IdentityCodec, TextureCodec
@@ -70,7 +70,7 @@ def test_a_network_comes_back_with_every_bit_and_its_run(tmp_path):
     assert again.config == TINY and not again.training
     assert same_state(again.state_dict(), model.state_dict())
     assert read_config(tmp_path) == RUN
-    assert read_card(tmp_path) == {"step": 1200, "data": "digits"}
+    assert read_description(tmp_path)[1]["card"] == {"step": 1200, "data": "digits"}
     for name in ("texture_mean", "texture_std", "semantic_mean", "semantic_std"):
         assert torch.equal(getattr(read_statistics(tmp_path), name), getattr(statistics, name))
     assert read_statistics(tmp_path).multiplier == 0.7
@@ -115,15 +115,15 @@ def test_a_semvae_comes_back_with_every_bit(tmp_path, architecture):
 def test_codecs_come_back(tmp_path):
     codec = TextureCodec(SMALL_CODEC).eval()
     save_codec(tmp_path / "texture", codec)
-    again = load_texture_codec(tmp_path / "texture")
+    again = load_codec(tmp_path / "texture")
     assert again.config == SMALL_CODEC
     assert same_state(again.autoencoder.state_dict(), codec.autoencoder.state_dict())
     save_codec(tmp_path / "pixels", IdentityCodec(4, 2))
-    pixels = load_texture_codec(tmp_path / "pixels")
+    pixels = load_codec(tmp_path / "pixels")
     assert (pixels.latent_channels, pixels.downsampling) == (4, 2)
     save_model(tmp_path / "dit", tiny_model())
     with pytest.raises(ValueError, match="kind 'dit', not a texture codec"):
-        load_texture_codec(tmp_path / "dit")
+        load_codec(tmp_path / "dit")
 
 
 @pytest.mark.golden
@@ -248,12 +248,12 @@ def test_a_semvae_of_our_own_becomes_a_released_checkpoint(tmp_path):
 
 
 def test_an_ldm_checkpoint_converts_and_comes_back(tmp_path):
-    weights = OrderedDict(ldm_state_dict(TextureCodec(SMALL_CODEC)))
+    weights = OrderedDict(to_ldm(TextureCodec(SMALL_CODEC).autoencoder.state_dict(), SMALL_CODEC))
     weights["loss.discriminator.weight"] = torch.randn(3)
     expected = {"epoch": 50, "state_dict": weights}
     torch.save(expected, tmp_path / "ldm.ckpt")
     assert convert_released(tmp_path / "ldm.ckpt", tmp_path / "d").kind == "texture"
-    assert load_texture_codec(tmp_path / "d").config == SMALL_CODEC
+    assert load_codec(tmp_path / "d").config == SMALL_CODEC
     export_released(tmp_path / "d", tmp_path / "again.ckpt")
     again = torch.load(tmp_path / "again.ckpt", weights_only=True)
     assert again["epoch"] == 50 and same_state(again["state_dict"], weights)
@@ -310,7 +310,7 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_runs(tmp_path):
             return eval, (f"open({str(tmp_path / 'flag')!r}, 'w')",)
 
     released_file(tmp_path / "a.pt", config=Evil())
-    for attempt in (load_released, load_semvae, load_texture_codec, load_model):
+    for attempt in (load_released, load_semvae, load_codec, load_model):
         with pytest.raises(ValueError, match="asks to load 'eval', which could run foreign code"):
             attempt(tmp_path / "a.pt")
     assert not (tmp_path / "flag").exists()

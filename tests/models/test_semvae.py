@@ -7,8 +7,9 @@ from sklearn.decomposition import PCA as ReferencePCA
 from torch.distributions import Normal, kl_divergence
 
 from sfd_fast.config import SemVAEConfig
+from sfd_fast.diffusion.posterior import sample_posterior
 from sfd_fast.models import semvae
-from sfd_fast.models.semvae import SemVAE, sample_posterior, semvae_loss
+from sfd_fast.models.semvae import SemVAE, semvae_loss
 
 GOLDEN_CONFIG = SemVAEConfig(
     feature_channels=24, hidden_size=48, num_heads=6, encoder_depth=2, decoder_depth=2, latent_channels=4
@@ -43,9 +44,9 @@ def test_encoder_and_decoder_equal_the_released_ones(golden_semvae):
 def test_loss_and_all_gradients_equal_the_golden_ones(golden_semvae, kl_weight, suffix, prefix):
     model, tensors = golden_semvae
     reconstruction, mean, logvar = model(tensors["features"])
-    loss = semvae_loss(reconstruction, tensors["features"], mean, logvar, kl_weight=kl_weight)
-    loss.total.backward()
-    for value, key in ((loss.mse, "mse"), (loss.cosine, "cosine"), (loss.total, f"total_{suffix}")):
+    total, terms = semvae_loss(reconstruction, tensors["features"], mean, logvar, kl_weight=kl_weight)
+    total.backward()
+    for value, key in ((terms["mse"].mean(), "mse"), (terms["cosine"].mean(), "cosine"), (total, f"total_{suffix}")):
         torch.testing.assert_close(value, tensors[key], rtol=1e-4, atol=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
@@ -83,7 +84,7 @@ def test_every_variant_reconstructs_better_after_training(architecture):
     losses = []
     for _ in range(150):
         reconstruction, mean, logvar = model(features)
-        loss = semvae_loss(reconstruction, features, mean, logvar, kl_weight=0.0).total
+        loss = semvae_loss(reconstruction, features, mean, logvar, kl_weight=0.0)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

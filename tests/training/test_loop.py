@@ -460,7 +460,7 @@ def test_new_classes_keep_only_the_null_row(tmp_path, data):
 
 
 def test_a_checkpoint_exports_averages_or_weights(tmp_path, data):
-    from sfd_fast.formats.model_folder import read_card, read_config, read_statistics
+    from sfd_fast.formats.model_folder import read_config, read_description, read_statistics
     from sfd_fast.formats.released_model import load_model
 
     config = tiny_config(data, tmp_path / "run")
@@ -469,7 +469,7 @@ def test_a_checkpoint_exports_averages_or_weights(tmp_path, data):
     assert is_checkpoint(tmp_path / "run") and not is_checkpoint(data)
     export_checkpoint(tmp_path / "run", tmp_path / "ema")
     assert_same_bits(load_model(tmp_path / "ema").state_dict(), load_model(result.model).state_dict())
-    assert read_config(tmp_path / "ema") == config and read_card(tmp_path / "ema")["step"] == 8
+    assert read_config(tmp_path / "ema") == config and read_description(tmp_path / "ema")[1]["card"]["step"] == 8
     assert torch.equal(read_statistics(tmp_path / "ema").texture_std, torch.ones(2))
     saved = tensors(tmp_path / "run", 8)
     name = "blocks.0.mlp.w3.weight"

@@ -1,4 +1,4 @@
-"""From a batch of pixels to the rows of a shard: VFM features, and latents of both random_numbers.
+"""From a batch of pixels to the rows of a shard: VFM features, and latents of both streams.
 
 Letters: B images, S pixels, N tokens, F feature width, C_t and C_s channels, h, w latent grid.
 """
@@ -11,23 +11,13 @@ from torch import Tensor, nn
 
 from sfd_fast.data.images.decode import flip_images, to_codec
 from sfd_fast.diffusion import random_numbers
-from sfd_fast.diffusion.transport import noise
+from sfd_fast.diffusion.posterior import sample_posterior
+from sfd_fast.diffusion.transport import feature_map, feature_tokens, noise
 from sfd_fast.files.digest import module_digest
 from sfd_fast.models.vfm import VFM
 
 Rows = dict[str, Tensor]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
-def to_grid(tokens: Tensor) -> Tensor:
-    """(B, N, F), row by row, to (B, F, h, w) of a square grid."""
-    side = int(tokens.shape[1] ** 0.5)
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
-
-
-def to_tokens(grid: Tensor) -> Tensor:
-    """(B, F, h, w) to (B, N, F): the inverse of to_grid."""
-    return grid.flatten(2).transpose(1, 2)
 
 
 class FeatureEncoder:
@@ -51,9 +41,9 @@ class FeatureEncoder:
 
     def __call__(self, images: Tensor, ids: Tensor) -> tuple[Rows, Tensor | None]:
         """images: (B, S, S, 3) uint8 on the encoder's device; ids: (B,) image numbers.  Returns (rows, None)."""
-        rows = {"feats_dino": to_grid(self.vfm.features(images))}
+        rows = {"feats_dino": feature_map(self.vfm.features(images))}
         if self.flip:
-            rows["feats_dino_flip"] = to_grid(self.vfm.features(flip_images(images)))
+            rows["feats_dino_flip"] = feature_map(self.vfm.features(flip_images(images)))
         return rows, None
 
 
@@ -135,19 +125,19 @@ class LatentEncoder:
             else:
                 rows[f"latents{suffix}"] = self._sample(*texture, ids, numbers[0])
             features = self.vfm.features(view)
-            mean, logvar = (to_grid(part) for part in self.semvae.encode(features))
+            mean, logvar = (feature_map(part) for part in self.semvae.encode(features))
             semantic = self._sample(mean, logvar, ids, numbers[1]).to(self.dtype)
             rows[f"latents_sv{suffix}"] = semantic
-            decoded = self.semvae.decode(to_tokens(semantic.float()))
+            decoded = self.semvae.decode(feature_tokens(semantic.float()))
             cosines.append(1 - feature_alignment_loss(decoded.float(), features.float())[1])
             if self.features:
-                rows[f"feats_dino{suffix}"] = to_grid(features)
+                rows[f"feats_dino{suffix}"] = feature_map(features)
         return rows, torch.stack(cosines)
 
     def _sample(self, mean: Tensor, logvar: Tensor, ids: Tensor, stream: int) -> Tensor:
         """mean + exp(logvar / 2) * noise(seed, image number)."""
-        mean, logvar = mean.float(), logvar.float()
-        return mean + torch.exp(0.5 * logvar) * noise(ids.to(mean.device), mean.shape[1:], self.seed, stream)
+        eps = noise(ids.to(mean.device), mean.shape[1:], self.seed, stream)
+        return sample_posterior(mean.float(), logvar.float(), eps)
 
 
 Encoder = Callable[[Tensor, Tensor], tuple[Rows, Tensor | None]]

@@ -21,8 +21,8 @@ from sfd_fast.data.cache.shards import map_tensors, read_header
 from sfd_fast.data.load.held_out import Part, SampleSet
 from sfd_fast.data.load.order import flips, shuffled_indices
 from sfd_fast.data.load.rows import Memory, Places, RowTable, RunTable
-from sfd_fast.diffusion.normalise import add_posterior_noise, multiply_add
-from sfd_fast.diffusion.statistics import ChannelMoments, LatentStatistics, join_channels
+from sfd_fast.diffusion.posterior import add_posterior_noise
+from sfd_fast.diffusion.statistics import ChannelMoments, LatentStatistics, join_channels, multiply_add
 from sfd_fast.diffusion.transport import split_latents
 
 Batch = dict[str, Tensor]

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sfd_fast.data.cache.manifest import read_manifest
-from sfd_fast.data.encode.encoders import to_tokens
 from sfd_fast.data.images.decode import load
 from sfd_fast.data.images.index import INDEX_FILE, INDEX_FOLDER, ImageIndex
 from sfd_fast.data.load.latents import Batch, LatentLoader, LatentShards
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.diffusion.transport import split_latents
+from sfd_fast.diffusion.transport import feature_tokens, split_latents
 from sfd_fast.files.digest import module_digest
-from sfd_fast.models.vfm import VFM
+from sfd_fast.formats.released_model import load_semvae
+from sfd_fast.models.vfm import VFM, load_vfm
 
 
 class Targets(Protocol):
@@ -59,7 +59,7 @@ class SemVAETargets:
     @torch.no_grad()
     def __call__(self, latents: Tensor, numbers: Tensor, flip: Tensor) -> Tensor:
         _, semantic = split_latents(latents, self.statistics.texture_channels)
-        return self.semvae.decode(to_tokens(self.statistics.denormalize_semantic(semantic.float()))).float()
+        return self.semvae.decode(feature_tokens(self.statistics.denormalize_semantic(semantic.float()))).float()
 
     def expect(self, numbers: Tensor) -> None:
         pass
@@ -125,8 +125,6 @@ def open_targets(
         raise ValueError(f"data.targets '{kind}' is unknown; choose stored, semvae or online")
     settings = (read_manifest(shards.folder) or {}).get("settings", {})
     if kind == "semvae":
-        from sfd_fast.formats.released_model import load_semvae
-
         if not semvae:
             raise ValueError("semvae targets need the SemVAE that the cache was encoded with: set data.semvae")
         if not shards.semantic_channels:
@@ -141,8 +139,6 @@ def open_targets(
         return targets
     if not settings:
         raise ValueError(f"{shards.folder} has no manifest: online targets need a cache made by `sfd encode`")
-    from sfd_fast.models.vfm import load_vfm
-
     if not vfm:
         raise ValueError("online targets need the VFM that the cache was encoded with: set data.vfm")
     index = _index(shards.folder, images)

@@ -15,6 +15,7 @@ from sfd_fast.config import SFDConfig, require
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import noise, split_latents
+from sfd_fast.formats.texture import load_codec
 from sfd_fast.models.texture import to_uint8
 from sfd_fast.sampling.guidance import bind_labels, bind_null, cfg
 from sfd_fast.sampling.sampler import sample
@@ -34,8 +35,6 @@ def texture_decoder(config: SFDConfig) -> Decode:
     """What turns texture latents into images for sample grids."""
     if not config.data.texture_codec:
         return lambda texture: texture
-    from sfd_fast.formats.texture import load_codec
-
     codec = load_codec(config.data.texture_codec)
     return lambda texture: codec.to(texture.device).decode(texture)
 

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 
 from sfd_fast.data.cache.shards import write_json, write_shard
 from sfd_fast.data.load.latents import LatentLoader, LatentShards
-from sfd_fast.diffusion.normalise import multiply_add
-from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.diffusion.statistics import LatentStatistics, multiply_add
 
 
 def make_cache(
