@@ -7,9 +7,12 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sfd_fast.config import require
+
+if TYPE_CHECKING:
+    import torch
 
 TIMEOUT = timedelta(days=7)
 """a rank may wait this long for the slowest one: shards take minutes, a whole data set hours"""
@@ -85,6 +88,31 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+
+    def device(self, name: str = "auto") -> "torch.device":
+        """The device called `name`; one of CUDA has its number and is the current one from now on.
+
+        auto, or empty: cuda where torch sees one, else the CPU. cuda: the only GPU that this rank sees (SLURM often
+        shows each rank its own, and always as number 0), or else number `local_rank`. cuda:N, cpu: as they say.
+        Raises ValueError for a CUDA device that is not there.
+        """
+        import torch
+
+        kind, _, number = name.partition(":")
+        if kind in ("auto", ""):
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if kind != "cuda":
+            return torch.device(kind)
+        require(torch.cuda.is_available(), f"device {name} needs a CUDA device, and torch sees none: choose cpu")
+        require(number == "" or number.isdecimal(), f"device '{name}' is unknown; choose auto, cpu, cuda or cuda:N")
+        count = torch.cuda.device_count()
+        index = int(number) if number else (self.local_rank if count > 1 else 0)
+        require(
+            index < count,
+            f"CUDA device {index} is not there: this process sees {count}; start at most {count} process(es) here",
+        )
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
 
     @property
     def first(self) -> bool:

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from sfd_fast.config import TrainConfig
 from sfd_fast.ranks import Ranks, first_host, launch_name, slurm_meeting_point
@@ -104,3 +105,29 @@ def test_launches_that_meet_on_localhost_are_told_apart_by_their_machine(monkeyp
     here = launch_name(rank)
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
     assert launch_name(rank) != here
+
+
+@pytest.mark.parametrize(
+    ("given", "num_devices", "expected_or_message"),
+    [
+        ("cuda", 4, "cuda:3"), ("cuda:1", 4, "cuda:1"), ("", 4, "cuda:3"), ("auto", 8, "cuda:3"), ("cpu", 4, "cpu"),
+        ("auto", 0, "cpu"),
+        ("cuda", 1, "cuda:0"),  # srun --gpus-per-task=1 shows each rank one device, whatever its place on the node
+        ("cuda", 2, "CUDA device 3 is not there: this process sees 2"),
+        ("cuda:1", 1, "CUDA device 1 is not there: this process sees 1"),
+        ("cuda:x", 1, "device 'cuda:x' is unknown; choose"),
+        ("cuda", 0, "torch sees none: choose cpu"),
+    ],
+)  # fmt: skip
+def test_the_device_of_a_rank_is_current_and_has_a_number(given, num_devices, expected_or_message, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    if " " in expected_or_message:
+        with pytest.raises(ValueError, match=expected_or_message):
+            Ranks(7, 8, 3).device(given)
+    else:
+        chosen = Ranks(7, 8, 3).device(given)
+        assert str(chosen) == expected_or_message
+        assert current == ([chosen.index] if chosen.type == "cuda" else [])

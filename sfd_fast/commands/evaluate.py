@@ -47,8 +47,8 @@ def run_evaluate(config: EvaluateConfig) -> dict:
     """
     ranks = Ranks.join()
     ranks.on_first(lambda: check_writable(Path(config.output)))
-    if torch.cuda.is_available() and ranks.world_size > 1:
-        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+    if ranks.world_size > 1:
+        ranks.device(config.device)
     samples = open_images(config.samples, num_workers=config.num_workers)
     num_images = samples.num_images if config.num_images is None else config.num_images
     if not 2 <= num_images <= samples.num_images:

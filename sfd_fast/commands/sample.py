@@ -134,7 +134,7 @@ def run_sample(config: SampleConfig) -> SampleResult:
     except OSError as error:
         raise OSError(f"{out} cannot be written ({error}): choose another folder with --out") from error
     with Pulse(out, ranks.rank, config.stall_s):
-        return sample_share(config, ranks, load_pipeline(config, ranks.local_rank))
+        return sample_share(config, ranks, load_pipeline(config, ranks))
 
 
 def sample_share(config: SampleConfig, ranks: Ranks, pipeline: SFDPipeline) -> SampleResult:
@@ -192,25 +192,8 @@ def finish(
     return npz
 
 
-def choose_device(given: str, local_rank: int) -> str:
-    """The device of this process. Raises ValueError for one that is not there."""
-    kind, _, index = (given or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
-    if kind != "cuda":
-        return given or kind
-    require(torch.cuda.is_available(), f"--device {given} needs a CUDA device, and torch sees none: give --device cpu")
-    number, count = int(index) if index.isdecimal() else local_rank, torch.cuda.device_count()
-    require(
-        number < count,
-        f"CUDA device {number} is not there: this machine has {count}; start at most {count} process(es) on it",
-    )
-    return f"cuda:{number}"
-
-
-def load_pipeline(config: SampleConfig, local_rank: int) -> SFDPipeline:
-    device = choose_device(config.device, local_rank)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    options = {"precision": config.precision, "backend": config.backend, "device": device}
+def load_pipeline(config: SampleConfig, ranks: Ranks) -> SFDPipeline:
+    options = {"precision": config.precision, "backend": config.backend, "device": ranks.device(config.device)}
     if config.micro_batch_size:
         options["micro_batch_size"] = config.micro_batch_size
     return SFDPipeline.from_pretrained(config.model, guide=config.guide or None, codec=config.codec or None, **options)

@@ -361,9 +361,9 @@ def build_engine(job: Job, device: torch.device | str | None) -> Engine:
         from sfd_fast.training.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(job, device)
-    check_ranks(job.train, Ranks.read().world_size)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = Ranks.read()
+    check_ranks(job.train, ranks.world_size)
+    device = ranks.device("auto" if device is None else str(device))
     return TorchEngine(
-        job.model, job.objective, optimizer=job.optimizer, train=job.train, device=torch.device(device)
+        job.model, job.objective, optimizer=job.optimizer, train=job.train, device=device
     )

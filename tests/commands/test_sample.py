@@ -19,7 +19,7 @@ from PIL import Image
 
 from sfd_fast import pictures
 from sfd_fast.commands import sample as generate
-from sfd_fast.commands.sample import SampleConfig, balanced_labels, choose_device, chosen_settings, run_sample
+from sfd_fast.commands.sample import SampleConfig, balanced_labels, chosen_settings, run_sample
 from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.statistics import LatentStatistics
@@ -425,24 +425,6 @@ def test_a_claim_that_is_being_written_is_read_when_it_is_whole(model, tmp_path,
     monkeypatch.setattr(generate, "CLAIM_S", 0.3)
     with pytest.raises(ValueError, match="run.json is damaged .*delete it to go on"):
         generate.read_claim(whole)
-
-
-@pytest.mark.parametrize(
-    ("given", "num_devices", "expected_or_message"),
-    [
-        ("cuda", 4, "cuda:3"), ("cuda:1", 4, "cuda:1"), ("", 4, "cuda:3"), ("cpu", 4, "cpu"), ("", 0, "cpu"),
-        ("cuda", 2, "CUDA device 3 is not there: this machine has 2"),
-        ("cuda", 0, "torch sees none: give --device cpu"),
-    ],
-)  # fmt: skip
-def test_the_device_of_a_process_has_an_index(given, num_devices, expected_or_message, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_devices > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
-    if " " in expected_or_message:
-        with pytest.raises(ValueError, match=expected_or_message):
-            choose_device(given, 3)
-    else:
-        assert choose_device(given, 3) == expected_or_message
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def run_features(config: FeaturesConfig) -> None:
 
     require(bool(config.images), "images is empty: give the folder of images")
     ranks = Ranks.join()
-    device = device_of(config.device, ranks)
+    device = ranks.device(config.device)
     vfm = load_vfm(config.vfm, grid_size=config.grid_size).to(device)
     run(config, FeatureEncoder(vfm, dtype=STORAGE[config.storage], flip=config.flip), "features", ranks, device)
 
@@ -130,7 +130,7 @@ def run_encode(config: EncodeConfig) -> None:
     for name in ("images", "texture_codec", "semvae"):
         require(bool(getattr(config, name)), f"{name} is empty: `sfd encode` needs images, texture_codec and semvae")
     ranks = Ranks.join()
-    device = device_of(config.device, ranks)
+    device = ranks.device(config.device)
     codec = load_codec(config.texture_codec).to(device)
     require(
         config.image_size % codec.downsampling == 0,
@@ -148,13 +148,6 @@ def run_encode(config: EncodeConfig) -> None:
         seed=config.seed,
     )
     run(config, encoder, "latents", ranks, device)
-
-
-def device_of(name: str, ranks: Ranks) -> torch.device:
-    """The device called `name`. auto is cuda where there is CUDA, and cuda without a number is cuda:LOCAL_RANK."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cuda", ranks.local_rank) if name == "cuda" else torch.device(name)
 
 
 def run(

@@ -52,16 +52,6 @@ class LostRankError(OSError):
     """Another rank died or hangs."""
 
 
-def own_device(kind: str, local_rank: int) -> torch.device:
-    """The device of this rank, made the current one: the only one that it sees, or else number `local_rank`."""
-    if kind != "cuda":
-        return torch.device(kind)
-    index = local_rank if torch.cuda.device_count() > 1 else 0
-    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes the device's number from there
-    torch.cuda.set_device(index)
-    return torch.device(kind, index)
-
-
 def take_out(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Replaces parameters by plain tensors of the same attribute names: neither cast nor sharded by DeepSpeed."""
     taken = {}
@@ -81,9 +71,12 @@ class DeepSpeedEngine:
     def __init__(self, job: Job, device: torch.device | str | None = None):
         self.job = job
         train, settings = job.train, job.deepspeed
-        kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
-        deepspeed = load_deepspeed(kind)
         ranks = Ranks.announce()
+        self.device = ranks.device("auto" if device is None else str(device))
+        kind = self.device.type
+        if kind == "cuda":
+            os.environ["LOCAL_RANK"] = str(self.device.index)  # DeepSpeed takes the device's number from there
+        deepspeed = load_deepspeed(kind)
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.timeout = timedelta(seconds=settings.timeout_s)
         self.micro_size, self.accumulation = batch_shares(train, self.world_size)
@@ -95,7 +88,6 @@ class DeepSpeedEngine:
         # flags travel on the CPU, beside the collectives of the step: no rank waits for a device
         self.control = dist.new_group(backend="gloo", timeout=self.timeout) if self.world_size > 1 else None
         self.pending = None
-        self.device = own_device(kind, ranks.local_rank)
 
         self.shapes = {name: value.shape for name, value in job.model.state_dict().items()}
         self.stage = settings.zero_stage

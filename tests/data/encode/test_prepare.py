@@ -13,13 +13,12 @@ from harness.tiny_caches import GRID, SIZE, encode_config, features_config, stor
 from harness.tiny_encoders import save_dinov2
 from PIL import Image
 
-from sfd_fast.data.encode.prepare import FeaturesConfig, device_of, located, run_encode, run_features
+from sfd_fast.data.encode.prepare import FeaturesConfig, located, run_encode, run_features
 from sfd_fast.data.images import screening
 from sfd_fast.data.images.decode import square
 from sfd_fast.data.load.latents import LatentLoader, LatentShards
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
-from sfd_fast.ranks import Ranks
 
 pytest_plugins = ["harness.cache_fixtures"]
 
@@ -115,13 +114,6 @@ def test_the_manifest_tells_where_images_and_encoders_were(parts, encoded_cache)
     sources = json.loads((encoded_cache / "manifest.json").read_text())["sources"]
     assert sources == {name: parts[name] for name in ("images", "vfm", "semvae", "texture_codec")}
     assert located("dinov2-b") == "dinov2-b"
-
-
-def test_a_rank_uses_its_own_gpu():
-    second = Ranks(rank=3, world_size=4, local_rank=1)
-    assert device_of("cuda", second) == torch.device("cuda", 1)
-    assert device_of("cuda:0", second) == torch.device("cuda", 0)
-    assert device_of("cpu", second) == torch.device("cpu")
 
 
 @needs_dali

@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfd_fast import cli
-from sfd_fast.training.diffusion import run_train
-from sfd_fast.training.engines.deepspeed import own_device
+from sfd_fast.training.diffusion import diffusion_job, run_train
+from sfd_fast.training.engines import deepspeed as engine_module
 from sfd_fast.training.state import consolidated
 
 HARNESS = Path(__file__).resolve().parents[2] / "harness"
@@ -403,15 +403,29 @@ def test_a_rank_that_hangs_ends_all_with_a_clear_error(tmp_path):
     assert "time.sleep" in ended[1][1] or "__iter__" in ended[1][1]
 
 
-@pytest.mark.parametrize(("devices", "number"), [(1, 0), (8, 3)])
-def test_a_rank_takes_its_own_device_or_the_only_one_it_sees(monkeypatch, devices, number):
-    """srun --gpus-per-task=1 shows each rank one device, whatever its place on the node."""
+def test_the_device_is_chosen_before_deepspeed_is_initialised(monkeypatch, tmp_path):
+    """srun --gpus-per-task=1 shows each rank one device, number 0, whatever its place on the node."""
+
+    class Met(Exception):
+        pass
+
+    class Library:
+        def init_distributed(self, **options):
+            raise Met(options["dist_backend"], os.environ["LOCAL_RANK"], list(current))
+
     current = []
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    for name, value in (("RANK", 3), ("LOCAL_RANK", 3), ("WORLD_SIZE", 4)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert own_device("cuda", 3) == torch.device("cuda", number)
-    assert current == [number] and os.environ["LOCAL_RANK"] == str(number)
+    monkeypatch.setattr(engine_module, "load_deepspeed", lambda kind: Library())
+    monkeypatch.setattr(engine_module, "quiet", lambda *_: None)
+    write_data(tmp_path / "data")
+    job = diffusion_job(tiny_config(tmp_path / "data", tmp_path / "run", engine="deepspeed", global_batch_size=8))
+    with pytest.raises(Met) as met:
+        engine_module.DeepSpeedEngine(job)
+    assert met.value.args == ("nccl", "0", [0])
 
 
 def test_deepspeed_absent_is_an_error_with_the_install_command(tmp_path, monkeypatch):
