@@ -75,13 +75,13 @@ def killing(folder: Path, kills: int) -> None:
         made = kill_config(folder, f"unbroken-{kind[0]}-{kind[1]}", kind)
         assert finish(fork_ranks(made)) == [0, 0]
         step_s[kind] = (time.monotonic() - start) / MAX_STEPS
-        wanted[kind] = final_state(Path(made.train.out))
+        wanted[kind] = final_state(Path(made.run.out))
     draw = random.Random(0)
     out = []
     for number in range(kills):
         kind = KINDS[number % len(KINDS)]
         made = kill_config(folder, f"killed-{number}", kind)
-        run = Path(made.train.out)
+        run = Path(made.run.out)
         draws = 0
         while True:
             draws += 1
@@ -105,7 +105,7 @@ def kill(made: SFDConfig, draw: random.Random, step_s: float, *, aimed: bool) ->
     """Starts the run and kills one rank or both: after a random step and a random part of two steps, or, where aimed,
     while a checkpoint is being written. Returns how many were killed alive, and whether a write was cut.
     """
-    checkpoints = Path(made.train.out) / "checkpoints"
+    checkpoints = Path(made.run.out) / "checkpoints"
     children = fork_ranks(made)
     wait_for_step(checkpoints, draw.randrange(0, MAX_STEPS - 8, 2), children)
     if aimed:

@@ -17,7 +17,7 @@ from soak_ranks import launch, row
 import torch
 from harness.deepspeed_ranks import build_engine, training_loss
 from sfd_kernels import reference_only
-from sfd_fast.config import DeepSpeedConfig, ModelConfig, OptimizerConfig, SFDConfig, TrainConfig
+from sfd_fast.config import DeepSpeedConfig, ModelConfig, OptimizerConfig, RunConfig, SFDConfig, TrainConfig
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.config.presets import XXL
 from sfd_fast.training.job import Job
@@ -40,8 +40,9 @@ def xxl_config(model: ModelConfig, out: Path) -> SFDConfig:
     return SFDConfig(
         model=model,
         optimizer=OptimizerConfig(lr=STEP / model.hidden_size, moments="bf16", ema_decay=0.9),
+        run=RunConfig(out=str(out)),
         train=TrainConfig(
-            out=str(out), engine="deepspeed", precision="fp32", global_batch_size=2, checkpoint_activations=1.0
+            engine="deepspeed", precision="fp32", global_batch_size=2, checkpoint_activations=1.0
         ),
         deepspeed=DeepSpeedConfig(zero_stage=3, config_file=str(overrides)),
     )
@@ -77,7 +78,7 @@ def xxl_ranks(folder: Path, model: ModelConfig) -> None:
     made = xxl_config(model, folder / f"xxl-{rank}")
     network = xxl_network(made)
     job = Job(
-        config=made, train=made.train, optimizer=made.optimizer, deepspeed=made.deepspeed, model=network,
+        config=made, model=network,
         objective=lambda net, batch: training_loss(net, batch, made, seed=0),
         terms=("repa", "velocity", "cosine"), batches=lambda start, engine: iter(()), export=lambda *a: None,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from sfd_fast import __version__
 from sfd_fast.config import require
+from sfd_fast.config.checks import annotations, unmarked
 from sfd_fast.config.presets import ENCODE_DEFAULTS, FEATURES_DEFAULTS, MODEL_DEFAULTS
 from sfd_fast.config.recipes import RECIPES, recipe
 
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Command] = {
     "train-semvae": Command(
         "sfd_fast.commands.train_semvae:TrainSemVAEOptions", "sfd_fast.commands.train_semvae:run",
         "train the semantic autoencoder on VFM features",
+        short={"out": "run.out", "max_steps": "train.max_steps", "deepspeed_config": "deepspeed.config_file"},
     ),
     "encode": Command(
         "sfd_fast.data.encode.prepare:EncodeConfig", "sfd_fast.data.encode.prepare:run_encode",
@@ -62,7 +64,8 @@ COMMANDS: dict[str, Command] = {
         "sfd_fast.commands.train:TrainOptions", "sfd_fast.commands.train:run", "train the diffusion transformer",
         presets=MODEL_DEFAULTS, recipes=True,
         short={
-            "init_from": "train.init_from", "deepspeed_config": "deepspeed.config_file",
+            "out": "run.out", "max_steps": "train.max_steps", "init_from": "train.init_from",
+            "deepspeed_config": "deepspeed.config_file",
         },
     ),
     "plan": Command(
@@ -222,11 +225,12 @@ def in_full(word: str, short: dict[str, str]) -> str:
 def bool_keys(kind: type, prefix: str = "") -> set[str]:
     """Paths of the true-or-false fields of a dataclass tree."""
     keys = set()
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
-            keys |= bool_keys(field.type, f"{prefix}{field.name}.")
-        elif field.type is bool:
-            keys.add(prefix + field.name)
+    for name, annotation in annotations(kind).items():
+        held = unmarked(annotation)[0]
+        if dataclasses.is_dataclass(held):
+            keys |= bool_keys(held, f"{prefix}{name}.")
+        elif held is bool:
+            keys.add(prefix + name)
     return keys
 
 

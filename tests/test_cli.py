@@ -231,7 +231,10 @@ def test_short_flags_serve_as_the_full_ones(tmp_path):
     config = cli.parse("train", short)
     assert (config.dry_run, config.train.init_from) == (True, "weights.pt")
     assert config.deepspeed.config_file == str(file)
-    assert config == replace(cli.parse("train", []), train=config.train, deepspeed=config.deepspeed)
+    assert config == replace(cli.parse("train", []), dry_run=True, train=config.train, deepspeed=config.deepspeed)
+    for command in ("train", "train-semvae"):
+        config = cli.parse(command, ["--out", "runs/a", "--max-steps=5"])
+        assert (config.run.out, config.train.max_steps) == ("runs/a", 5)
 
 
 def test_short_flags_are_listed(capsys):

@@ -19,6 +19,7 @@ from sfd_fast.config import (
     FeatureDataConfig,
     GuidanceConfig,
     OptimizerConfig,
+    RunConfig,
     SamplerConfig,
     SemVAEConfig,
     SemVAETrainingConfig,
@@ -131,10 +132,13 @@ def optimizer_config(lr: float) -> OptimizerConfig:
     )
 
 
-def train_config(config: DemoConfig, name: str, num_steps: int) -> TrainConfig:
-    return TrainConfig(
-        out=str(Path(config.out) / name), max_steps=num_steps, global_batch_size=64, seed=config.seed,
-        precision="fp32", log_every=25, validate_every=max(num_steps // 4, 1), sample_every=0,
+def train_config(config: DemoConfig, num_steps: int) -> TrainConfig:
+    return TrainConfig(max_steps=num_steps, global_batch_size=64, seed=config.seed, precision="fp32")
+
+
+def watched(config: DemoConfig, name: str, num_steps: int) -> RunConfig:
+    return RunConfig(
+        out=str(Path(config.out) / name), log_every=25, validate_every=max(num_steps // 4, 1), sample_every=0,
         checkpoint_every=max(num_steps // 2, 1), keep_checkpoints=1,
     )  # fmt: skip
 
@@ -147,7 +151,8 @@ def semvae_config(config: DemoConfig, cache: Path) -> SemVAETrainingConfig:
         ),
         optimizer=optimizer_config(2e-3),
         data=FeatureDataConfig(path=str(cache / "features"), validation_samples=100, flip=False),
-        train=train_config(config, "semvae", config.semvae_steps),
+        train=train_config(config, config.semvae_steps),
+        run=watched(config, "semvae", config.semvae_steps),
     )  # fmt: skip
 
 
@@ -157,7 +162,8 @@ def diffusion_config(config: DemoConfig, cache: Path) -> SFDConfig:
         transport=TransportConfig(delta_t=0.3, repa_weight=0.5),
         optimizer=optimizer_config(2e-3),
         data=DataConfig(path=str(cache / "latents"), validation_path=str(cache / "latents_held_out"), flip=False),
-        train=train_config(config, "main", config.train_steps),
+        train=train_config(config, config.train_steps),
+        run=watched(config, "main", config.train_steps),
     )
 
 
@@ -165,7 +171,8 @@ def guide_config(config: DemoConfig, main: SFDConfig) -> SFDConfig:
     """AutoGuidance's weaker model: smaller, trained for less, on the same cache."""
     return SFDConfig(
         model=DIGITS_GUIDE, transport=main.transport, optimizer=main.optimizer, data=main.data,
-        train=train_config(config, "guide", config.guide_steps),
+        train=train_config(config, config.guide_steps),
+        run=watched(config, "guide", config.guide_steps),
     )  # fmt: skip
 
 

@@ -22,5 +22,5 @@ def run(options: TrainOptions) -> TrainResult:
     config = SFDConfig(**{field.name: getattr(options, field.name) for field in fields(SFDConfig)})
     if options.dry_run:
         show(diffusion_job(config))
-        return TrainResult(Path(config.train.out), 0, None)
+        return TrainResult(Path(config.run.out), 0, None)
     return run_train(config)

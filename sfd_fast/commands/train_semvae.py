@@ -24,5 +24,5 @@ def run(options: TrainSemVAEOptions) -> TrainResult:
     if options.dry_run:
         check_used(config)
         show(semvae_job(config))
-        return TrainResult(Path(config.train.out), 0, None)
+        return TrainResult(Path(config.run.out), 0, None)
     return run_train_semvae(config)

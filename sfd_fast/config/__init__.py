@@ -3,10 +3,11 @@
 Times are on the clock t = 0 noise, t = 1 data; the global time tau runs over [0, 1 + delta_t].
 """
 
-from sfd_fast.config.checks import Precision, from_dict, require, require_positive, to_dict
+from sfd_fast.config.checks import Precision, Settings, from_dict, overlaid, require, require_positive, to_dict
 from sfd_fast.config.data import DataConfig, FeatureDataConfig
 from sfd_fast.config.model import ModelConfig, SemVAEConfig, TextureConfig
 from sfd_fast.config.optimizer import OptimizerConfig
+from sfd_fast.config.run import RunConfig
 from sfd_fast.config.sampling import GuidanceConfig, SamplerConfig
 from sfd_fast.config.training import (
     DeepSpeedConfig,
@@ -25,15 +26,18 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "Precision",
+    "RunConfig",
     "SFDConfig",
     "SamplerConfig",
     "SemVAEConfig",
     "SemVAETrainingConfig",
+    "Settings",
     "TextureConfig",
     "TrainConfig",
     "TrainingPrecision",
     "TransportConfig",
     "from_dict",
+    "overlaid",
     "require",
     "require_positive",
     "to_dict",

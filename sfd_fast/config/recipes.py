@@ -49,8 +49,8 @@ SHARDED = {"train.engine": "deepspeed", "deepspeed.zero_stage": 1}
 """XXL: ZeRO 1 is what `sfd plan --preset XXL --gpus 8 --gpu h100-80g` names; moments and averages are most of what one
 GPU holds, and it sends no more than ZeRO 0"""
 DEMO = {
-    "train.global_batch_size": 64, "train.precision": "fp32", "train.validate_every": 300, "train.sample_every": 0,
-    "train.checkpoint_every": 600, "data.flip": False, "optimizer.warmup_steps": 100, "optimizer.schedule": "cosine",
+    "train.global_batch_size": 64, "train.precision": "fp32", "run.validate_every": 300, "run.sample_every": 0,
+    "run.checkpoint_every": 600, "data.flip": False, "optimizer.warmup_steps": 100, "optimizer.schedule": "cosine",
     "optimizer.final_lr_ratio": 0.0, "optimizer.ema_decay": 0.998, "optimizer.ema_warmup": True,
 }  # fmt: skip
 

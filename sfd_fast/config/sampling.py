@@ -1,28 +1,29 @@
 """How images are sampled: guidance and the solver."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from sfd_fast.config.checks import require, require_positive
+from sfd_fast.config.checks import Fraction, Positive, Range, Settings, require
+
+MAX_STEPS = 100_000
+"""more steps than any solver has a use for: a slip of the hand, which would run for ever"""
 
 
 @dataclass(frozen=True)
-class GuidanceConfig:
+class GuidanceConfig(Settings, section="guidance", may_change=True):
     """How sampling is guided (docs/METHOD.md 5). Separate scales default to `scale`."""
 
     mode: Literal["none", "cfg", "autoguidance"] = "none"
     scale: float = 1.0
     texture_scale: float | None = None
     semantic_scale: float | None = None
-    interval_start: float = 0.0
+    interval_start: Fraction = 0.0
     """below this time of a stream's own clock that stream is not guided"""
     interval_mode: Literal["both", "tex", "sem"] = "both"
     """streams to which the interval applies; the other stays guided"""
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.interval_start <= 1, f"guidance interval_start {self.interval_start} must be in [0, 1]"
-        )
+        super().__post_init__()
         separate = self.texture_scale is not None or self.semantic_scale is not None
         require(
             self.mode != "none" or (self.scale == 1.0 and not separate),
@@ -43,20 +44,17 @@ class GuidanceConfig:
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Settings, section="sampler", may_change=True):
     """The ODE solver over tau in [0, 1 + delta_t] (docs/METHOD.md 5)."""
 
     solver: Literal["euler", "midpoint", "heun", "ab2", "abm3", "rk4", "dopri5"] = "abm3"
     """abm3 needs the fewest evaluations for a given error (benchmarks/sampling.py)"""
-    num_steps: int = 32
+    num_steps: Annotated[int, Range(1, MAX_STEPS)] = 32
     """steps over the whole interval; network evaluations are as many (heun and midpoint: twice, rk4: four times)"""
     grid: Literal["exact", "released"] = "exact"
     """exact: stage borders are grid points; released: num_steps + 1 even points, masks at each evaluation"""
-    timestep_shift: float = 1.0
+    timestep_shift: Positive = 1.0
     """u' = s u / (1 + (s - 1) u) on normalised time; 1 changes nothing"""
-    atol: float = 1e-6
-    rtol: float = 1e-3
+    atol: Positive = 1e-6
+    rtol: Positive = 1e-3
     """tolerances of dopri5 only"""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_steps", "timestep_shift", "atol", "rtol")

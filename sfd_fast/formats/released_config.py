@@ -14,6 +14,7 @@ from sfd_fast.config import (
     GuidanceConfig,
     ModelConfig,
     OptimizerConfig,
+    RunConfig,
     SamplerConfig,
     SFDConfig,
     TrainConfig,
@@ -204,7 +205,10 @@ def read_config(values: Mapping[str, Any], weights: Mapping[str, Tensor] | None 
         # 0.18215 where a configuration leaves it out (docs/METHOD.md 2); constructor arguments say nothing about the
         # latents, and the released configurations have 1.0
         data=_data(sections["data"], 0.18215 if "model" in values else 1.0),
-        train=_train(sections["train"]),
+        train=TrainConfig(
+            **sections["train"].fields(max_steps="max_steps", global_batch_size="global_batch_size", seed="global_seed")
+        ),
+        run=_run(sections["train"]),
         sampler=_sampler(sections["sample"]),
         guidance=_guidance(sections["sample"], sections["model"]),
     )
@@ -258,15 +262,12 @@ def _data(section: _Section, absent_multiplier: float) -> DataConfig:
     return DataConfig(latent_multiplier=multiplier, **section.fields(path="data_path", num_workers="num_workers"))
 
 
-def _train(section: _Section) -> TrainConfig:
-    fields = section.fields(
-        max_steps="max_steps", global_batch_size="global_batch_size", seed="global_seed", log_every="log_every",
-        checkpoint_every="ckpt_every",
-    )  # fmt: skip
+def _run(section: _Section) -> RunConfig:
+    fields = section.fields(log_every="log_every", checkpoint_every="ckpt_every")
     folder, name = section.take("output_dir", None), section.take("exp_name", None)
     if folder or name:
         fields["out"] = str(Path(folder or "", name or ""))
-    return TrainConfig(**fields)
+    return RunConfig(**fields)
 
 
 def _sampler(section: _Section) -> SamplerConfig:
@@ -319,9 +320,9 @@ def to_released(config: SFDConfig) -> dict[str, Any]:
         },
         "train": {
             "max_steps": config.train.max_steps, "global_batch_size": config.train.global_batch_size,
-            "global_seed": config.train.seed, "output_dir": str(Path(config.train.out).parent),
-            "exp_name": Path(config.train.out).name, "log_every": config.train.log_every,
-            "ckpt_every": config.train.checkpoint_every,
+            "global_seed": config.train.seed, "output_dir": str(Path(config.run.out).parent),
+            "exp_name": Path(config.run.out).name, "log_every": config.run.log_every,
+            "ckpt_every": config.run.checkpoint_every,
         },
         # the released trainer clips whenever max_grad_norm is listed, to zero gradients if it is 0
         "optimizer": {"lr": config.optimizer.lr, "beta2": config.optimizer.beta2}

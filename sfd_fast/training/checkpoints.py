@@ -179,7 +179,7 @@ class Checkpoints:
         good = "there is none yet" if good is None else f"the checkpoint of step {good} is intact"
         return OSError(
             f"the checkpoint of step {step} could not be written to {self.root} ({error}); {good}; "
-            "free some space or choose another train.out, then start again: it resumes by itself"
+            "free some space or choose another run.out, then start again: it resumes by itself"
         )
 
 

@@ -29,21 +29,6 @@ VALIDATION_IDS = 2**40
 """first sample id of held-out data: no position of a run comes near it, so its noise and times are its own and fixed"""
 CLOCK_BINS = 10
 UNUSED_TARGETS = "transport.repa_weight is 0: data.targets is not used"
-FREE_TRAIN_KEYS = frozenset(
-    f"train.{key}"
-    for key in (
-        "out", "max_steps", "micro_batch_size", "compile", "checkpoint_activations", "attention", "log_every",
-        "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "spike_factor",
-        "eval_every", "eval_images", "eval_reference", "eval_features", "eval_weights",
-        "init_from", "init_classes", "engine", "num_sample_images", "tensorboard", "peak_tflops",
-        "profile_steps", "profile_start", "nvtx",
-    )
-)  # fmt: skip
-FREE_KEYS = FREE_TRAIN_KEYS | {
-    "data.path", "data.validation_path", "data.cache_folder", "data.num_workers", "data.texture_codec", "data.semvae",
-    "data.vfm", "data.images", "sampler.*", "guidance.*", "deepspeed.*",
-}  # fmt: skip
-"""what may differ between a run and its continuation"""
 
 
 def split_held_out(config: SFDConfig) -> tuple[LatentShards, LatentShards | None]:
@@ -257,7 +242,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
     check_evaluation(config, decoded=decode is not None or bool(config.data.texture_codec))
     decode = decode or texture_decoder(config)
     quality = partial(Quality, config=config, statistics=statistics, decode=decode)
-    drawn = config.train.sample_every > 0 or config.train.eval_every > 0
+    drawn = config.run.sample_every > 0 or config.run.eval_every > 0
     unguided = drawn and config.guidance.mode == "autoguidance" and config.guidance.active
     unused = config.data.targets != "stored" and config.transport.repa_weight == 0
     identity = {"num_samples": len(shards), "statistics": statistics.digest()}
@@ -267,9 +252,6 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         identity["target_weights"] = targets.fingerprint[:16]
     return Job(
         config=config,
-        train=config.train,
-        optimizer=config.optimizer,
-        deepspeed=config.deepspeed,
         model=model,
         objective=objective,
         terms=term_names(config),
@@ -278,13 +260,12 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         evaluate=None if held_out is None else evaluate,
         flaw=data().flaw,
         samples=lambda engine: sample_picture(engine, config, statistics, decode),
-        quality=quality if config.train.eval_every else None,
+        quality=quality if config.run.eval_every else None,
         notes=tuple(note for note, said in ((UNGUIDED, unguided), (UNUSED_TARGETS, unused)) if said),
         bins=bins,
         num_bins=CLOCK_BINS,
         record={"statistics": statistics.to_json()},
         identity=identity,
-        free_keys=FREE_KEYS,
         num_samples=len(shards),
         flops_per_sample=num_flops(model.config, training=True),
     )
@@ -300,7 +281,7 @@ def run_train(
 ) -> TrainResult:
     """Trains the two-clock diffusion transformer on latent shards; a killed run goes on from its last checkpoint.
 
-    config.data.path: folder of shards with their statistics; config.train.out: run directory. decode: texture latents
+    config.data.path: folder of shards with their statistics; config.run.out: run directory. decode: texture latents
     (B, C_t, h, w) -> images (B, 1 or 3, H, W) in [-1, 1] for sample grids (None: data.texture_codec, or the channels
     themselves). progress=False shows no bar.
     Raises as run_job does, and ValueError where model, data and transport contradict each other.

@@ -69,7 +69,7 @@ def untrained(state: dict) -> tuple[LightningDiT | SemVAE, dict]:
     settings = state["config"]
     if "semvae" in settings:
         return SemVAE(from_dict(SemVAEConfig, settings["semvae"])), {}
-    config = from_dict(SFDConfig, tuples(settings))
+    config = from_dict(SFDConfig, settings)
     statistics = LatentStatistics.from_json(state["record"]["statistics"])
     return LightningDiT(config.model), {"config": config, "statistics": statistics}
 
@@ -83,10 +83,3 @@ def stored_weights(folder: Path, model: nn.Module, weights: str) -> dict[str, Te
     absent = [name for name, p in model.named_parameters() if p.requires_grad and name not in flat]
     require(not absent, f"checkpoint {folder} lacks {', '.join(absent[:3])}: it belongs to another model")
     return {name: flat[name].view(value.shape) if name in flat else value for name, value in model.state_dict().items()}
-
-
-def tuples(value: object) -> object:
-    """JSON has no tuples; a config has no lists."""
-    if isinstance(value, list):
-        return tuple(tuples(item) for item in value)
-    return {key: tuples(item) for key, item in value.items()} if isinstance(value, dict) else value

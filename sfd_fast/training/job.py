@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
+from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, RunConfig, SemVAETrainingConfig, SFDConfig, TrainConfig
 from sfd_fast.training.engines.interface import Batch, Engine, Objective
 
 
@@ -14,11 +14,8 @@ from sfd_fast.training.engines.interface import Batch, Engine, Objective
 class Job:
     """A network, its objective and its data, ready for any engine."""
 
-    config: object
-    """the whole configuration dataclass; saved with every checkpoint"""
-    train: TrainConfig
-    optimizer: OptimizerConfig
-    deepspeed: DeepSpeedConfig
+    config: SFDConfig | SemVAETrainingConfig
+    """saved with every checkpoint"""
     model: nn.Module
     objective: Objective
     terms: tuple[str, ...]
@@ -42,11 +39,25 @@ class Job:
     """what a resumed run must find again, for example the fingerprint of the statistics"""
     record: dict = field(default_factory=dict)
     """what else a checkpoint's state.json holds, for example the statistics of the latents"""
-    free_keys: frozenset[str] = frozenset()
-    """configuration keys that may differ when a run is resumed; "x.*" frees a whole section"""
     num_samples: int = 0
     """size of the training set, for epochs"""
     flops_per_sample: float = 0.0
     unit: str = "step"
     notes: tuple[str, ...] = ()
     """what a user should know of this run, one line each: said at its start and by the dry run"""
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.config.train
+
+    @property
+    def run(self) -> RunConfig:
+        return self.config.run
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        return self.config.optimizer
+
+    @property
+    def deepspeed(self) -> DeepSpeedConfig:
+        return self.config.deepspeed

@@ -70,10 +70,10 @@ class Run:
         train = job.train
         self.job, self.engine = job, engine
         # a divisor of neither would delay the count of bad steps past max_bad_steps
-        self.read_every = min(train.log_every, train.max_bad_steps)
+        self.read_every = min(job.run.log_every, train.max_bad_steps)
         names = ["loss", *job.terms, "grad_norm"]
         self.steps = StepLog(names, self.read_every, engine.device, num_bins=job.num_bins)
-        self.norms = GradNormWatch(train.spike_factor)
+        self.norms = GradNormWatch(job.run.spike_factor)
         self.bad_in_row = 0
         self.skipped = 0
         self.step = 0
@@ -179,8 +179,8 @@ def log_row(run: Run, log: RunLog, clock: Clock, lr: float) -> None:
         row["epoch"] = run.step * job.train.global_batch_size / job.num_samples
     if job.flops_per_sample:
         row["tflops"] = images_per_s * job.flops_per_sample / 1e12
-        if job.train.peak_tflops:
-            row["mfu"] = row["tflops"] / (job.train.peak_tflops * engine.world_size)
+        if job.run.peak_tflops:
+            row["mfu"] = row["tflops"] / (job.run.peak_tflops * engine.world_size)
     row["memory_gib"] = engine.max_over_ranks(memory_gib(engine.device))
     if job.num_bins:
         row["loss_by_clock"] = run.steps.bin_means(engine.sum_over_ranks)
@@ -212,10 +212,10 @@ def run_job(job: Job, engine: Engine, *, resume: bool = True, progress: bool = T
 
 def train_job(job: Job, engine: Engine, *, resume: bool, progress: bool) -> TrainResult:
     train = job.train
-    folder = Path(train.out)
+    folder = Path(job.run.out)
     leader = engine.rank == 0
     checkpoints = Checkpoints(
-        folder / "checkpoints", keep=train.keep_checkpoints, rank=engine.rank, world_size=engine.world_size,
+        folder / "checkpoints", keep=job.run.keep_checkpoints, rank=engine.rank, world_size=engine.world_size,
         timeout_s=job.deepspeed.timeout_s,
     )  # fmt: skip
     run = Run(job, engine)
@@ -230,7 +230,7 @@ def train_job(job: Job, engine: Engine, *, resume: bool, progress: bool) -> Trai
             checkpoints.clean()
         return RunLog(
             folder, start_step=run.step, max_steps=train.max_steps, write=leader, progress=progress,
-            tensorboard=train.tensorboard, unit=job.unit,
+            tensorboard=job.run.tensorboard, unit=job.unit,
         )  # fmt: skip
 
     log = together(engine, f"write the run directory {folder}", prepare)
@@ -260,15 +260,15 @@ def judge_images(run: Run, log: RunLog, quality: Callable, stop: Stop) -> bool:
 
 def owes_evaluation(run: Run, log: RunLog) -> bool:
     """Whether the run was stopped before the evaluation of its last step, or that was not asked for then."""
-    train = run.job.train
+    job = run.job
     there = any(row["kind"] == "evaluation" and row["step"] == run.step for row in log.rows)
-    owed = run.step > 0 and due(run.step, train.eval_every, train.max_steps) and run.job.quality is not None
+    owed = run.step > 0 and due(run.step, job.run.eval_every, job.train.max_steps) and job.quality is not None
     return owed and run.engine.agreed(run.engine.rank == 0 and not there)  # only rank 0 has the rows
 
 
 def train_steps(run: Run, log: RunLog, checkpoints: Checkpoints, stop: Stop) -> bool:
     """Steps until max_steps or until any rank is asked to stop; returns whether it was stopped."""
-    job, engine, train = run.job, run.engine, run.job.train
+    job, engine, train, watch = run.job, run.engine, run.job.train, run.job.run
     last = train.max_steps
     owed = owes_evaluation(run, log)
     if run.step >= last and not owed:
@@ -284,7 +284,7 @@ def train_steps(run: Run, log: RunLog, checkpoints: Checkpoints, stop: Stop) -> 
     clock = Clock()
     begin, before = time.perf_counter(), run.wall_s
     run_steps = iter(job.batches(run.step, engine))
-    trace = Trace(train, Path(train.out) / "profile", engine)
+    trace = Trace(watch, Path(watch.out) / "profile", engine)
     with stop, trace, contextlib.closing(run_steps):
         while run.step < last:
             trace.step()
@@ -301,11 +301,11 @@ def train_steps(run: Run, log: RunLog, checkpoints: Checkpoints, stop: Stop) -> 
             log.advance()
             stopping = engine.any_rank(stop.requested())
             step = run.step
-            saving = stopping or due(step, train.checkpoint_every, last)
-            logging = due(step, train.log_every, last)
-            validating = job.evaluate is not None and due(step, train.validate_every, last)
-            sampling = job.samples is not None and due(step, train.sample_every, last)
-            judging = quality is not None and due(step, train.eval_every, last) and not stopping
+            saving = stopping or due(step, watch.checkpoint_every, last)
+            logging = due(step, watch.log_every, last)
+            validating = job.evaluate is not None and due(step, watch.validate_every, last)
+            sampling = job.samples is not None and due(step, watch.sample_every, last)
+            judging = quality is not None and due(step, watch.eval_every, last) and not stopping
             if run.steps.full or saving or logging or validating or sampling or judging:
                 # reading waits for the device: no training that is still queued counts as a pause
                 run.read(log)

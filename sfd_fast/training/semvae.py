@@ -4,7 +4,6 @@ Letters: B batch, N tokens, F channels of a feature, C latent channels.
 """
 
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from sfd_fast.diffusion.transport import noise
 from sfd_fast.files.atomic import replace_folder
 from sfd_fast.formats.model_folder import save_model
 from sfd_fast.models.semvae import SemVAE, semvae_loss
-from sfd_fast.training.diffusion import FREE_TRAIN_KEYS, VALIDATION_IDS
+from sfd_fast.training.diffusion import VALIDATION_IDS
 from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.job import Job
 from sfd_fast.training.loop import TrainResult, build_engine, run_job
@@ -95,9 +94,6 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
 
     return Job(
         config=config,
-        train=config.train,
-        optimizer=config.optimizer,
-        deepspeed=config.deepspeed,
         model=model,
         objective=lambda network, batch: semvae_terms(network, batch, config),
         terms=TERMS,
@@ -106,26 +102,27 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
         evaluate=None if held_out is None else lambda engine: validation_loss(engine, config, held_out),
         flaw=data().flaw,
         identity={"num_samples": len(shards)} | ({} if held_out is None else {"held_out": SPREAD}),
-        free_keys=FREE_TRAIN_KEYS | {"data.path", "data.cache_folder", "deepspeed.*"},
         num_samples=len(shards),
     )
 
 
 def check_used(config: SemVAETrainingConfig) -> None:
     """Raises ValueError for settings of the diffusion transformer that SemVAE's training would pass over."""
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    for name in ("checkpoint_activations", "residual", "attention", "init_from", "init_classes", "eval_every"):
-        value = getattr(config.train, name)
+    diffusion = ("checkpoint_activations", "residual", "attention", "init_from", "init_classes")
+    plain = TrainConfig()
+    given = {f"train.{name}": getattr(config.train, name) for name in diffusion}
+    default = {f"train.{name}": getattr(plain, name) for name in diffusion}
+    for key, value in (given | {"run.eval_every": config.run.eval_every}).items():
         require(
-            value == defaults[name],
-            f"train.{name} {value!r} is a setting of the diffusion transformer, which SemVAE has not: leave it out",
+            value == default.get(key, 0),
+            f"{key} {value!r} is a setting of the diffusion transformer, which SemVAE has not: leave it out",
         )
 
 
 def fit_pca(config: SemVAETrainingConfig) -> TrainResult:
     """PCA has nothing to train: one exact pass over the training features."""
     shards, _ = load_features(config)
-    folder = Path(config.train.out)
+    folder = Path(config.run.out)
     prepare_directory(folder, config, resume=True, write=True)
     model = SemVAE(config.semvae)
     size = config.train.global_batch_size

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sfd_fast import cli
 from sfd_fast.commands.convert import ConvertConfig, run_convert
-from sfd_fast.config import FeatureDataConfig, SemVAEConfig, SemVAETrainingConfig, TrainConfig
+from sfd_fast.config import FeatureDataConfig, RunConfig, SemVAEConfig, SemVAETrainingConfig, TrainConfig
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.formats.model_folder import read_config
 from sfd_fast.formats.released_model import load_model, load_released, load_semvae
@@ -141,10 +141,8 @@ def test_a_run_of_semvae_becomes_the_released_file(tmp_path):
     config = SemVAETrainingConfig(
         semvae=SemVAEConfig(feature_channels=8, hidden_size=12, num_heads=2, encoder_depth=1, decoder_depth=1),
         data=FeatureDataConfig(path=str(data)),
-        train=TrainConfig(
-            out=str(tmp_path / "run"), max_steps=2, global_batch_size=4, precision="fp32", sample_every=0,
-            tensorboard=False,
-        ),
+        train=TrainConfig(max_steps=2, global_batch_size=4, precision="fp32"),
+        run=RunConfig(out=str(tmp_path / "run"), sample_every=0, tensorboard=False),
     )  # fmt: skip
     run_train_semvae(config, device="cpu", progress=False)
     cli.main(["convert", "--source", str(tmp_path / "run"), "--target", str(tmp_path / "s.pt"), "--weights", "model"])

@@ -30,18 +30,18 @@ def made(tmp_path_factory):
     images = write_tree(root / "tree", COUNTS)
     vfm, codec = save_dinov2(root / "vfm"), save_autoencoder(root / "codec")
     preparing = {"images": images, "vfm": vfm, "image_size": 32, "shard_size": 4, "num_threads": 1, "device": "cpu"}
-    training = {"train__log_every": 1, "train__tensorboard": "false", "train__precision": "fp32"}
+    training = {"run__log_every": 1, "run__tensorboard": "false", "train__precision": "fp32"}
     sfd("features", **preparing, out=root / "features", grid_size=8)
     sfd(
-        "train-semvae", **training, train__out=root / "semvae", train__max_steps=4, train__global_batch_size=6,
-        train__validate_every=4, data__path=root / "features", data__validation_samples=3,
+        "train-semvae", **training, run__out=root / "semvae", train__max_steps=4, train__global_batch_size=6,
+        run__validate_every=4, data__path=root / "features", data__validation_samples=3,
         semvae__feature_channels=24, semvae__hidden_size=24, semvae__num_heads=2, semvae__encoder_depth=1,
         semvae__decoder_depth=1, semvae__latent_channels=3,
     )  # fmt: skip
     sfd("encode", **preparing, out=root / "latents", texture_codec=codec, semvae=root / "semvae" / "model")
     sfd(
-        "train", **training, train__out=root / "run", train__max_steps=3, train__global_batch_size=6,
-        train__validate_every=3, train__sample_every=3, train__num_sample_images=4, data__path=root / "latents",
+        "train", **training, run__out=root / "run", train__max_steps=3, train__global_batch_size=6,
+        run__validate_every=3, run__sample_every=3, run__num_sample_images=4, data__path=root / "latents",
         data__validation_samples=3, data__targets="semvae", data__semvae=root / "semvae" / "model",
         data__texture_codec=codec, model__hidden_size=32, model__depth=2, model__num_heads=2, model__grid_size=8,
         model__texture_channels=4, model__semantic_channels=3, model__num_classes=3, model__repa_channels=24,

@@ -25,7 +25,7 @@ from sfd_fast.config.presets import PRESETS, preset
         (lambda: TransportConfig(delta_t=1.2), "delta_t 1.2 must be in \\[0, 1\\]"),
         (lambda: TransportConfig(velocity_loss=False, cosine_loss=False), "at least one of them must train"),
         (lambda: GuidanceConfig(scale=2.0), "set guidance.mode \\(`sfd sample`: --guidance_mode\\) to 'cfg' or 'auto"),
-        (lambda: OptimizerConfig(lr=0), "OptimizerConfig.lr = 0 must be greater than 0"),
+        (lambda: OptimizerConfig(lr=0), "optimizer.lr 0 must be greater than 0"),
         (lambda: TrainConfig(global_batch_size=10, micro_batch_size=4), "must be a multiple of micro_batch_size 4"),
         (lambda: SFDConfig(transport=TransportConfig(delta_t=0.0)), "delta_t = 0 has one clock"),
         (lambda: SFDConfig(model=ModelConfig(repa_channels=0)), "there is no REPA head to train"),
@@ -37,7 +37,7 @@ def test_contradictions_are_refused(make, message):
 
 
 def test_an_unknown_key_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown key 'dept' for ModelConfig; did you mean 'depth'"):
+    with pytest.raises(ValueError, match="unknown key 'model.dept'; did you mean 'model.depth'"):
         from_dict(ModelConfig, {"dept": 3})
 
 

@@ -99,7 +99,7 @@ def test_a_released_file_becomes_our_configuration():
     assert (config.optimizer.lr, config.optimizer.beta2, config.optimizer.max_grad_norm) == (2e-4, 0.95, 0)
     assert (config.data.path, config.data.latent_multiplier) == ("outputs/latents", 1.0)
     assert (config.train.max_steps, config.train.global_batch_size, config.train.seed) == (4_000_000, 256, 3)
-    assert (config.train.out, config.train.checkpoint_every) == ("outputs/train/sfd_xl", 80_000)
+    assert (config.run.out, config.run.checkpoint_every) == ("outputs/train/sfd_xl", 80_000)
     assert config.sampler == SamplerConfig(solver="dopri5", num_steps=249, grid="released")
     assert config.guidance == GuidanceConfig(mode="autoguidance", scale=1.5, interval_start=0.2)
 
@@ -245,7 +245,7 @@ def test_our_configuration_survives_the_way_to_a_released_file_and_back(config):
     again = read_config(yaml.safe_load(yaml.safe_dump(to_released(config))))
     for part in ("model", "transport", "optimizer", "sampler", "guidance"):
         assert getattr(again.config, part) == getattr(config, part)
-    assert again.config.train.out == config.train.out
+    assert again.config.run.out == config.run.out
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

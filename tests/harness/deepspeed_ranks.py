@@ -84,7 +84,7 @@ def stopped_at(step, made):
 
 def after_steps(made, action):
     """Waits until the run has logged a few steps, then acts."""
-    log = Path(made.train.out) / "metrics.jsonl"
+    log = Path(made.run.out) / "metrics.jsonl"
     while not log.exists() or log.read_text().count("\n") < 5:
         time.sleep(0.01)
     action()
@@ -272,8 +272,8 @@ def measured_footprints(folder, footprints):
 
         def start(made=made, batches=batches):
             job = replace(
-                plain, config=made, train=made.train, optimizer=made.optimizer, deepspeed=made.deepspeed,
-                model=initial_model(made), objective=lambda net, b: training_loss(net, b, made, seed=0),
+                plain, config=made, model=initial_model(made),
+                objective=lambda net, b: training_loss(net, b, made, seed=0),
             )  # fmt: skip
             engine = build_engine(job, "cpu")
             engine.train_step(batches, 1e-3)
@@ -396,7 +396,7 @@ def pre_emption(folder):
         ask = {
             "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
             "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
-            "STOP": Path(made.train.out, "STOP").touch,
+            "STOP": Path(made.run.out, "STOP").touch,
         }[cause]
         if RANK == 1:
             threading.Thread(target=lambda made=made, ask=ask: after_steps(made, ask)).start()

@@ -1,14 +1,14 @@
 """A tiny training run on random latents; as a program (`python tiny_run.py DATA OUT [key=value...]`) to be killed."""
 
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sfd_fast.config import DataConfig, ModelConfig, OptimizerConfig, SamplerConfig, SFDConfig, TrainConfig
+from sfd_fast.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SamplerConfig, SFDConfig, TrainConfig
 from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.diffusion.statistics import LatentStatistics
 
@@ -42,6 +42,15 @@ def write_data(folder: Path, num_samples: int = 40, seed: int = 0) -> Path:
     return folder
 
 
+def run_and_train(**settings: object) -> dict:
+    """Settings of both groups by their bare names, divided: {"run": RunConfig, "train": TrainConfig}."""
+    run = {field.name for field in fields(RunConfig)}
+    return {
+        "run": RunConfig(**{key: value for key, value in settings.items() if key in run}),
+        "train": TrainConfig(**{key: value for key, value in settings.items() if key not in run}),
+    }
+
+
 def tiny_config(data: Path | str, out: Path | str, **train: object) -> SFDConfig:
     """A run of a second or two."""
     settings = {
@@ -52,7 +61,7 @@ def tiny_config(data: Path | str, out: Path | str, **train: object) -> SFDConfig
         model=MODEL,
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=3, ema_decay=0.9, max_grad_norm=1.0, schedule="cosine"),
         data=DataConfig(path=str(data), validation_samples=8),
-        train=TrainConfig(out=str(out), **settings),
+        **run_and_train(out=str(out), **settings),
         sampler=SamplerConfig(num_steps=6, solver="euler"),
     )
 

@@ -316,7 +316,7 @@ def test_a_write_that_the_system_refuses_keeps_the_previous_checkpoint(tmp_path,
 
 def test_an_unwritable_directory_is_an_error_that_says_so(tmp_path, data):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="run directory .*file/run cannot be written.*train.out"):
+    with pytest.raises(OSError, match="run directory .*file/run cannot be written.*run.out"):
         train(tiny_config(data, tmp_path / "file" / "run"))
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import fsspec
 import pytest
 import torch
-from harness.tiny_run import write_data
+from harness.tiny_run import run_and_train, write_data
 from safetensors.torch import load_file, save_file
 
-from sfd_fast.config import FeatureDataConfig, OptimizerConfig, SemVAEConfig, SemVAETrainingConfig, TrainConfig
+from sfd_fast.config import FeatureDataConfig, OptimizerConfig, SemVAEConfig, SemVAETrainingConfig
 from sfd_fast.data.cache.manifest import begin
 from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.data.load.features import FeatureLoader, FeatureShards
@@ -35,7 +35,7 @@ def config(data, out, **train):
         ),
         optimizer=OptimizerConfig(lr=3e-3, ema_decay=0.0),
         data=FeatureDataConfig(path=str(data), validation_samples=8),
-        train=TrainConfig(out=str(out), **settings),
+        **run_and_train(out=str(out), **settings),
     )
 
 

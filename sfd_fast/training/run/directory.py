@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sfd_fast.config import to_dict
+from sfd_fast.config.checks import changeable, flatten
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.training.checkpoints import Checkpoints, read_state
 from sfd_fast.training.engines.interface import Engine, together
@@ -21,7 +22,7 @@ def prepare_directory(
     """
     if not resume and (folder / "checkpoints").is_dir():
         raise ValueError(
-            f"{folder} already holds a run; resume it (resume=True), choose another train.out, or delete the folder"
+            f"{folder} already holds a run; resume it (resume=True), choose another run.out, or delete the folder"
         )
     if not write:
         return
@@ -32,7 +33,7 @@ def prepare_directory(
             write_atomically(folder / name, text)
         (folder / STOP_FILE).unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(f"the run directory {folder} cannot be written ({error}); choose another train.out") from error
+        raise OSError(f"the run directory {folder} cannot be written ({error}); choose another run.out") from error
 
 
 def check_resumable(job: Job, state: dict) -> None:
@@ -42,34 +43,20 @@ def check_resumable(job: Job, state: dict) -> None:
     """
     default, new = (flatten(json.loads(json.dumps(to_dict(c)))) for c in (type(job.config)(), job.config))
     old = default | flatten(state["config"])
-    keys = [k for k in sorted(old.keys() | new.keys()) if not is_free(k, job.free_keys)]
+    keys = sorted((old.keys() | new.keys()) - changeable(type(job.config)))
     different = [k for k in keys if old.get(k) != new.get(k)]
     if different:
         pairs = ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in different)
         raise ValueError(
-            f"the checkpoint in {job.train.out} belongs to another configuration: {pairs}; set them back, or choose "
-            "another train.out (train.init_from starts a new run from these weights)"
+            f"the checkpoint in {job.run.out} belongs to another configuration: {pairs}; set them back, or choose "
+            "another run.out (train.init_from starts a new run from these weights)"
         )
     for key, value in job.identity.items():
         if state["identity"].get(key) != value:
             raise ValueError(
-                f"the checkpoint in {job.train.out} was trained on other data: {key} was {state['identity'].get(key)} "
-                f"and is {value}; give the data it was trained on, or choose another train.out"
+                f"the checkpoint in {job.run.out} was trained on other data: {key} was {state['identity'].get(key)} "
+                f"and is {value}; give the data it was trained on, or choose another run.out"
             )
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def is_free(key: str, free: frozenset[str]) -> bool:
-    return key in free or any(f.endswith(".*") and key.startswith(f[:-1]) for f in free)
 
 
 def resume_point(job: Job, engine: Engine, checkpoints: Checkpoints) -> tuple[Path | None, dict]:
@@ -86,12 +73,12 @@ def resume_point(job: Job, engine: Engine, checkpoints: Checkpoints) -> tuple[Pa
         check_resumable(job, state)
         return latest, state
 
-    latest, state = together(engine, f"resume the run in {job.train.out}", find)
+    latest, state = together(engine, f"resume the run in {job.run.out}", find)
     step = state["step"] if state else 0
     first, last = -int(engine.max_over_ranks(-step)), int(engine.max_over_ranks(step))
     if first != last:
         raise OSError(
-            f"ranks see different checkpoints in {job.train.out}: of steps {first} to {last}, this rank "
-            f"({engine.rank}) {step}; train.out must be a folder that all nodes share"
+            f"ranks see different checkpoints in {job.run.out}: of steps {first} to {last}, this rank "
+            f"({engine.rank}) {step}; run.out must be a folder that all nodes share"
         )
     return latest, state

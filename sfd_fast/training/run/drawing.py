@@ -77,11 +77,11 @@ def colours(images: Tensor) -> Tensor:
 
 
 def sample_picture(engine: Engine, config: SFDConfig, statistics: LatentStatistics, decode: Decode) -> Tensor:
-    """A grid of the first train.num_sample_images images: (3, H, W) uint8, the same on every rank.
+    """A grid of the first run.num_sample_images images: (3, H, W) uint8, the same on every rank.
 
     Each rank draws its share, and those past the last in vain: under ZeRO 3 the ranks' forwards go together.
     """
-    count = config.train.num_sample_images
+    count = config.run.num_sample_images
     with drawing(engine, config, statistics, decode) as draw:
         if config.sampler.solver == "dopri5":
             # its steps depend on its images: ranks that drew different ones would not go together
@@ -106,7 +106,7 @@ def picture_grid(images: Tensor) -> Tensor:
 
 
 class Quality:
-    """Metrics of train.eval_images generated images against train.eval_reference, as `sfd evaluate` computes them.
+    """Metrics of run.eval_images generated images against run.eval_reference, as `sfd evaluate` computes them.
 
     Made before the first step, so that a missing reference or missing weights end a run at its start. Each rank draws
     the same number of full micro-batches, which ZeRO 3 needs: the ranks' forwards go together. Images past the last are
@@ -125,22 +125,22 @@ class Quality:
         """say: takes one line for whatever is left out of the figures or makes them incomparable."""
         from sfd_fast.evaluation import Evaluator, EvaluatorConfig
 
-        train = config.train
+        train, run = config.train, config.run
         require(
             config.sampler.solver != "dopri5" or config.deepspeed.zero_stage < 3 or engine.world_size == 1,
             "sampler.solver 'dopri5' takes as many steps as its images need; under deepspeed.zero_stage 3 all ranks "
-            "must evaluate the network equally often, so choose a solver with fixed steps for train.eval_every",
+            "must evaluate the network equally often, so choose a solver with fixed steps for run.eval_every",
         )
         self.engine, self.config, self.statistics, self.decode = engine, config, statistics, decode
         self.say, self.said = say, set()
         share = max(1, train.global_batch_size // engine.world_size)
-        self.size = min(train.micro_batch_size or share, train.eval_images)
+        self.size = min(train.micro_batch_size or share, run.eval_images)
         with torch.random.fork_rng(devices=[]):  # a network's construction draws its first weights
             self.evaluator = Evaluator(
                 EvaluatorConfig(
-                    reference=train.eval_reference,
-                    features=train.eval_features,
-                    weights=train.eval_weights or None,
+                    reference=run.eval_reference,
+                    features=run.eval_features,
+                    weights=run.eval_weights or None,
                     device=str(engine.device),
                     progress=False,
                 ),
@@ -157,7 +157,7 @@ class Quality:
 
     def micro_batches(self) -> Iterator[Tensor]:
         """This rank's image numbers, (B,) at a time: ranks in order hold 0, 1, ..., as one process would have them."""
-        batches = -(-self.config.train.eval_images // self.size)
+        batches = -(-self.config.run.eval_images // self.size)
         per_rank = -(-batches // self.engine.world_size)
         first = self.engine.rank * per_rank
         for batch in range(first, first + per_rank):
@@ -174,7 +174,7 @@ class Quality:
             for ids in self.micro_batches():
                 if self.engine.agreed(stopping()):
                     return None
-                images = draw(ids)[: max(0, self.config.train.eval_images - int(ids[0]))]
+                images = draw(ids)[: max(0, self.config.run.eval_images - int(ids[0]))]
                 broken += (~images.flatten(1).isfinite().all(dim=1)).sum()
                 for part in to_uint8(images).split(DECODED_AT_ONCE) if len(images) else ():
                     self.evaluator.update(part)
@@ -189,13 +189,13 @@ class Quality:
 
 
 def check_evaluation(config: SFDConfig, *, decoded: bool) -> None:
-    """Raises ValueError where train.eval_every is set and generated latents cannot become images to evaluate.
+    """Raises ValueError where run.eval_every is set and generated latents cannot become images to evaluate.
 
     decoded: whether something turns texture latents into images.
     """
     channels = config.model.texture_channels
     require(
-        config.train.eval_every == 0 or decoded or channels in (1, 3),
-        f"train.eval_every evaluates images, but {channels} texture channels are no pixels and data.texture_codec is "
-        "empty: give data.texture_codec, or set train.eval_every to 0",
+        config.run.eval_every == 0 or decoded or channels in (1, 3),
+        f"run.eval_every evaluates images, but {channels} texture channels are no pixels and data.texture_codec is "
+        "empty: give data.texture_codec, or set run.eval_every to 0",
     )

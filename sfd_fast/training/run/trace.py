@@ -5,20 +5,20 @@ from pathlib import Path
 
 import torch
 
-from sfd_fast.config import TrainConfig
+from sfd_fast.config import RunConfig
 from sfd_fast.training.engines.interface import Engine
 
 
 class Trace:
-    """Records train.profile_steps steps from train.profile_start on into FOLDER/rank0.json (for Perfetto).
+    """Records run.profile_steps steps from run.profile_start on into FOLDER/rank0.json (for Perfetto).
 
     A context manager; step() comes before every step. Without profile_steps and nvtx it does nothing.
     """
 
-    def __init__(self, train: TrainConfig, folder: Path, engine: Engine):
+    def __init__(self, run: RunConfig, folder: Path, engine: Engine):
         self.folder, self.rank = folder, engine.rank
-        self.nvtx = train.nvtx and engine.device.type == "cuda"
-        self.start, self.stop = train.profile_start, train.profile_start + train.profile_steps
+        self.nvtx = run.nvtx and engine.device.type == "cuda"
+        self.start, self.stop = run.profile_start, run.profile_start + run.profile_steps
         self.count = 0
         self.profile: torch.profiler.profile | None = None
         self.activities = [torch.profiler.ProfilerActivity.CPU]

@@ -10,7 +10,7 @@ from harness.image_trees import write_tree
 from harness.tiny_encoders import save_autoencoder, save_dinov2
 from safetensors.torch import load_file
 
-from sfd_fast.config import DataConfig, ModelConfig, SemVAEConfig, SFDConfig, TrainConfig, TransportConfig
+from sfd_fast.config import DataConfig, ModelConfig, RunConfig, SemVAEConfig, SFDConfig, TrainConfig, TransportConfig
 from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.data.encode.prepare import EncodeConfig, run_encode
 from sfd_fast.data.load.latents import LatentLoader, LatentShards
@@ -171,10 +171,8 @@ def training_config(root, parts, out, kind, **data):
         data=DataConfig(
             path=str(root / "cache"), validation_samples=2, targets=kind, **{n: str(parts[n]) for n in names}, **data
         ),
-        train=TrainConfig(
-            out=str(out), max_steps=2, global_batch_size=4, precision="fp32", log_every=1, validate_every=2,
-            sample_every=0, tensorboard=False,
-        ),
+        train=TrainConfig(max_steps=2, global_batch_size=4, precision="fp32"),
+        run=RunConfig(out=str(out), log_every=1, validate_every=2, sample_every=0, tensorboard=False),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from harness.tiny_run import MODEL, pixels, tiny_config, write_data, write_reference
 
 from sfd_fast.commands.evaluate import EvaluateConfig, run_evaluate
-from sfd_fast.config import DeepSpeedConfig, GuidanceConfig, SamplerConfig, TrainConfig
+from sfd_fast.config import DeepSpeedConfig, GuidanceConfig, RunConfig, SamplerConfig
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
 from sfd_fast.formats.released_model import load_model
@@ -51,7 +51,7 @@ def judged(result):
 
 
 def without_evaluation(config, out):
-    return replace(config, train=replace(config.train, out=str(out), eval_every=0))
+    return replace(config, run=replace(config.run, out=str(out), eval_every=0))
 
 
 def test_figures_are_those_of_sfd_evaluate_on_images_of_the_exported_model(config, tmp_path):
@@ -70,7 +70,7 @@ def test_figures_are_those_of_sfd_evaluate_on_images_of_the_exported_model(confi
     np.savez(tmp_path / "drawn.npz", arr_0=drawn.numpy())
     expected = run_evaluate(
         EvaluateConfig(
-            samples=str(tmp_path / "drawn.npz"), reference=config.train.eval_reference, features="digits",
+            samples=str(tmp_path / "drawn.npz"), reference=config.run.eval_reference, features="digits",
             output=str(tmp_path / "metrics.json"), device="cpu", progress=False,
         )
     )["metrics"]  # fmt: skip
@@ -88,8 +88,8 @@ def test_training_has_the_same_bits_with_and_without_evaluation(config, tmp_path
 
 
 def test_figures_go_to_tensorboard_and_what_is_left_out_is_said_once(config):
-    result = train(replace(config, train=replace(config.train, tensorboard=True)))
-    events = next((Path(config.train.out) / "tensorboard").glob("events*")).read_bytes()
+    result = train(replace(config, run=replace(config.run, tensorboard=True)))
+    events = next((Path(config.run.out) / "tensorboard").glob("events*")).read_bytes()
     assert b"evaluation/fd_digits" in events
     lines = [row["message"] for row in result.metrics if row["kind"] == "event"]
     assert lines.count("evaluation leaves out kid: it needs 1000 images on both sides; the smaller has 21") == 1
@@ -97,7 +97,7 @@ def test_figures_go_to_tensorboard_and_what_is_left_out_is_said_once(config):
 
 
 def test_an_evaluation_that_was_cut_short_is_made_when_the_run_goes_on(config, tmp_path, monkeypatch):
-    whole = train(replace(config, train=replace(config.train, out=str(tmp_path / "whole"))))
+    whole = train(replace(config, run=replace(config.run, out=str(tmp_path / "whole"))))
     drawing = Quality.__call__
     with monkeypatch.context() as patch:
         # a signal in the middle of the evaluation of step 8
@@ -112,11 +112,11 @@ def test_an_evaluation_that_was_cut_short_is_made_when_the_run_goes_on(config, t
 
 
 def test_a_finished_run_is_judged_when_that_is_asked_for_later(config, tmp_path):
-    plain = train(replace(config, train=replace(config.train, eval_every=0)))
+    plain = train(replace(config, run=replace(config.run, eval_every=0)))
     assert judged(plain) == []
     again = train(config)
     assert [row["step"] for row in judged(again)] == [10]
-    train_again = train(replace(config, train=replace(config.train, out=str(tmp_path / "whole"))))
+    train_again = train(replace(config, run=replace(config.run, out=str(tmp_path / "whole"))))
     assert judged(again) == judged(train_again)[-1:]
 
 
@@ -128,10 +128,10 @@ def test_a_finished_run_is_judged_when_that_is_asked_for_later(config, tmp_path)
     ],
 )
 def test_what_is_missing_ends_a_run_before_its_first_step(config, changes, message):
-    config = replace(config, train=replace(config.train, log_every=1, **changes))
+    config = replace(config, run=replace(config.run, log_every=1, **changes))
     with pytest.raises(ValueError, match=message):
         train(config)
-    assert '"train"' not in (Path(config.train.out) / "metrics.jsonl").read_text()
+    assert '"train"' not in (Path(config.run.out) / "metrics.jsonl").read_text()
 
 
 def test_latents_without_a_codec_cannot_be_judged(config):
@@ -178,22 +178,22 @@ def test_ranks_draw_equal_numbers_of_full_batches_and_every_image_once(config, w
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval_every": 5}, "train.eval_reference is empty: give an npz"),
-        ({"eval_images": 1}, "eval_images 1 must be at least 2"),
+        ({"eval_every": 5}, "run.eval_reference is empty: give an npz"),
+        ({"eval_images": 1}, "run.eval_images 1 must be at least 2"),
         ({"eval_every": -1}, "eval_every -1 must not be negative"),
         ({"eval_features": "clip"}, "eval_features 'clip' is unknown; choose inception, dinov2 or digits"),
-        ({"num_sample_images": 0}, "num_sample_images 0 must be greater than 0; sample_every 0 draws no sample grids"),
+        ({"num_sample_images": 0}, "num_sample_images 0 must be at least 1"),
     ],
 )
 def test_settings_are_checked_at_once(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**changes)
+        RunConfig(**changes)
 
 
 def test_a_grid_decodes_a_few_images_at_once(config, monkeypatch):
     monkeypatch.setattr(images_module, "DECODED_AT_ONCE", 3)
     sizes = []
-    config = replace(config, train=replace(config.train, num_sample_images=7, eval_every=0))
+    config = replace(config, run=replace(config.run, num_sample_images=7, eval_every=0))
     job = diffusion_job(config, decode=lambda texture: sizes.append(len(texture)) or pixels(texture))
     picture = job.samples(build_engine(job, "cpu"))
     assert sizes == [3, 3, 1]
