@@ -13,7 +13,7 @@ from sfd_fast.diffusion.transport import training_loss
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.sampling.guidance import autoguidance, bind_labels
 from sfd_fast.sampling.sampler import sample
-from sfd_fast.training.engines.interface import TorchEngine
+from sfd_fast.training.engines.torch import TorchEngine
 
 BATCH = 8
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -290,13 +290,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changeable(kind: type, prefix: str = "") -> frozenset[str]:
+def changeable(kind: type) -> frozenset[str]:
     """The keys, below a configuration of this kind, of all settings that may differ when a run goes on."""
+    return marked(kind, MAY_CHANGE)
+
+
+def marked(kind: type, mark: object, prefix: str = "") -> frozenset[str]:
+    """The keys, below a configuration of this kind, of all settings with a mark."""
     keys: set[str] = set()
     for name, annotation in annotations(kind).items():
         nested, marks = unmarked(annotation)
         if dataclasses.is_dataclass(nested):
-            keys |= changeable(nested, f"{prefix}{name}.")
-        elif kind.may_change or MAY_CHANGE in marks:
+            keys |= marked(nested, mark, f"{prefix}{name}.")
+        elif mark in marks or (mark == MAY_CHANGE and kind.may_change):
             keys.add(prefix + name)
     return frozenset(keys)

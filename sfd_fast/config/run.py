@@ -28,6 +28,8 @@ class RunConfig(Settings, section="run", may_change=True):
     """of the features; empty: their default place (see `sfd evaluate --weights`)"""
     checkpoint_every: Count = 5_000
     keep_checkpoints: Count = 3
+    verify: bool = True
+    """compare every file of a checkpoint with its SHA-256 before it is resumed"""
     spike_factor: Positive = 10.0
     """a gradient norm above this multiple of its running median is reported"""
     tensorboard: bool = True

@@ -13,6 +13,7 @@ from sfd_fast.config.checks import (
     Positive,
     Precision,
     Settings,
+    one_of,
     require,
 )
 from sfd_fast.config.data import DataConfig, FeatureDataConfig
@@ -48,6 +49,16 @@ class TransportConfig(Settings, section="transport"):
         )
 
 
+ON_PURPOSE = tuple(
+    f"optimizer.{name}"
+    for name in (
+        "lr", "warmup_steps", "schedule", "decay_start", "final_lr_ratio", "weight_decay", "max_grad_norm", "beta1",
+        "beta2", "eps", "ema_decay", "ema_warmup",
+    )
+)  # fmt: skip
+"""what train.change may name: nothing that is stored depends on these"""
+
+
 @dataclass(frozen=True)
 class TrainConfig(Settings, section="train"):
     """What a training run computes, and with what."""
@@ -77,9 +88,13 @@ class TrainConfig(Settings, section="train"):
     """new: the label table starts anew, but for the null class, because the classes are others"""
     max_bad_steps: Annotated[Count, MAY_CHANGE] = 20
     """stop after so many non-finite losses or gradients in a row"""
+    change: Annotated[str | tuple[str, ...], MAY_CHANGE] = ()
+    """settings of the optimizer that differ on purpose from the run's so far, as [optimizer.lr, optimizer.schedule]"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        keys = self.change.replace(",", " ").split() if isinstance(self.change, str) else self.change
+        object.__setattr__(self, "change", tuple(one_of("train.change", key, ON_PURPOSE) for key in keys))
         require(
             self.micro_batch_size == 0 or self.global_batch_size % self.micro_batch_size == 0,
             f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size "

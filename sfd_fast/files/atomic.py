@@ -172,22 +172,42 @@ def replace_folder(target: str | Path, write: Callable[[Path], None]) -> None:
     target = Path(os.path.realpath(target))
     temporary, old = temporary_path(target), target.with_name(f"{OLD}{target.name}")
     if old.is_dir() and not target.exists():
-        old.rename(target)  # a process was killed between the two renames below
+        old.rename(target)  # a process was killed between the two renames in put_folder
     temporary.mkdir(parents=True)
     try:
         write(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
+        for path in temporary.rglob("*"):
             fsync(path)
-        if not target.exists():
-            temporary.rename(target)
-        elif not exchange(temporary, target):
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        fsync(target.parent)
+        put_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_folder(temporary: Path, target: Path) -> None:
+    """A folder whose files are durable takes the place of `target`, in one step where the system can; what was there
+    is removed.
+    """
+    fsync(temporary)
+    old = target.with_name(f"{OLD}{target.name}")
+    if not target.exists():
+        temporary.rename(target)
+    elif exchange(temporary, target):
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    fsync(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder; killed in the middle, it leaves what sweep() removes, never a part under the folder's name."""
+    hidden = temporary_path(path)
+    path.rename(hidden)
+    if hidden.is_symlink():
+        hidden.unlink()
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -43,9 +43,14 @@ def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, An
     try:
         with safe_open(path, "pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
-            return found, json.loads((file.metadata() or {}).get(KEY, "{}"))
+            return found, description_of(file)
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} is truncated or damaged: {first_line(error)}") from None
+
+
+def description_of(file: Any) -> dict[str, Any]:
+    """The description in an open safetensors file."""
+    return json.loads((file.metadata() or {}).get(KEY, "{}"))
 
 
 def require_finite(tensors: Mapping[str, Tensor], source: object) -> None:

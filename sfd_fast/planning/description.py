@@ -3,7 +3,7 @@
 import json
 
 from sfd_fast.config import ModelConfig, to_dict
-from sfd_fast.planning.plan import GIB, memory
+from sfd_fast.planning.memory import GIB, memory
 from sfd_fast.ranks import Ranks
 from sfd_fast.training.engines.deepspeed_json import BUCKETS, batch_shares, generate
 from sfd_fast.training.job import Job

@@ -5,19 +5,12 @@ from collections.abc import Iterator
 
 from sfd_fast.config import ModelConfig, SFDConfig
 from sfd_fast.config.presets import PRESETS
-from sfd_fast.planning.plan import (
-    BLOCK_BYTES_PER_CHANNEL,
-    DEVICES,
-    GIB,
-    RESERVE_GIB,
-    RESERVE_SHARE,
-    Option,
-    Plan,
-    PlanConfig,
-)
+from sfd_fast.planning.memory import GIB
+from sfd_fast.planning.plan import RESERVE_GIB, RESERVE_SHARE, CapacityPlan, Option, PlanConfig
+from sfd_fast.planning.time_bound import BLOCK_BYTES_PER_CHANNEL, DEVICES
 
 
-def format_plan(made: Plan) -> str:
+def format_plan(made: CapacityPlan) -> str:
     """The plan as a table, with what it assumes: per stage what fits, or else what comes nearest."""
     config, best = made.config, made.best
     lines = [
@@ -75,7 +68,7 @@ def assumptions(config: PlanConfig) -> list[str]:
     ]
 
 
-def shown(made: Plan) -> list[Option]:
+def shown(made: CapacityPlan) -> list[Option]:
     """What fits, and for a stage of which nothing fits what takes least."""
     rows = []
     for stage in sorted({o.zero_stage for o in made.options}):

@@ -1,10 +1,11 @@
 """Checkpoints that count only when complete: temporary folder, fsync, rename, and the pointer `latest` moved last.
 
-    <out>/checkpoints/00001000/   state.json, *.safetensors; state.json lists every file with its size
-    <out>/checkpoints/latest      the name of the folder to resume from
+    <out>/checkpoints/00001000/   state-RANK.safetensors; state.json lists every file with its size and SHA-256
+    <out>/checkpoints/latest      the name of the folder to resume from; "none" until there is one
 
 A process killed at any moment leaves either the old pointer with its folder or the new one. With several ranks each
-writes its own files and a mark that they are durable; rank 0 publishes when all marks are there.
+writes its own files and a mark that they are durable; rank 0 publishes when all marks are there. The pointer stands
+from the beginning of a run, so that one that is missing is noticed.
 """
 
 import contextlib
@@ -17,9 +18,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sfd_fast.files.atomic import TEMPORARY, fsync, write_atomically
+from sfd_fast.files.atomic import TEMPORARY, put_folder, remove_folder, sweep, write_atomically
+from sfd_fast.files.digest import file_digest, settings_digest
+from sfd_fast.files.documents import read_json, require_kinds
 
 POINTER = "latest"
+NONE = "none"
 STATE = "state.json"
 DONE, FAILED = ".done-", ".failed-"
 
@@ -33,49 +37,74 @@ class Checkpoints:
     save. Raises OSError naming the step that did not get saved and the one that is still good.
     """
 
-    def __init__(self, root: Path, *, keep: int, rank: int = 0, world_size: int = 1, timeout_s: float = 1800.0):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        rank: int = 0,
+        world_size: int = 1,
+        timeout_s: float = 1800.0,
+        verify: bool = True,
+    ):
         self.root = root
         self.keep = keep
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+        self.verify = verify
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
 
-    def clean(self) -> None:
-        """Removes what an interrupted save, or an interrupted deletion of an old checkpoint, left behind."""
-        half_deleted = [p for p in self.root.glob("[0-9]*") if p.name.isdigit() and not (p / STATE).is_file()]
-        for path in [*self.root.glob(f"{TEMPORARY}*"), *half_deleted]:
-            shutil.rmtree(path, ignore_errors=True)
+    def begin(self) -> None:
+        """Removes what an interrupted save or deletion left behind; before the first checkpoint, says there is none."""
+        sweep(self.root)
+        if not (self.root / POINTER).is_file():
+            write_atomically(self.root / POINTER, NONE)
 
     def folder(self, step: int) -> Path:
         return self.root / f"{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, ascending."""
-        if not self.root.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit() and (p / STATE).is_file())
+        """Steps of all complete checkpoints, ascending; folders with other numbers for names do not count."""
+        numbers = (int(path.name) for path in self.root.glob("[0-9]*") if path.name.isdecimal())
+        return sorted(number for number in numbers if is_ours(self.folder(number)))
 
     def pointed_step(self) -> int | None:
-        pointer = self.root / POINTER
-        return int(pointer.read_text()) if pointer.is_file() else None
+        name = pointed(self.root)
+        return None if name is None else int(name)
 
     def latest(self) -> Path | None:
-        """The folder that the pointer names, or None before the first checkpoint; ValueError where it is damaged.
+        """The folder that the pointer names, or None before the first checkpoint.
 
-        Only rank 0 looks for damage: with a file from every rank, all of them would ask the disk for ranks^2 sizes.
+        ValueError where it is damaged, or the pointer is missing although there are checkpoints. Every rank reads the
+        bytes of its share of the files only: of as many ranks as saved it, each reads the file that it needs.
         """
-        pointer = self.root / POINTER
-        if not pointer.is_file():
-            return None
-        folder = self.root / pointer.read_text().strip()
-        problem = damage(folder) if self.rank == 0 else None
-        if problem:
-            others = [f"{s:08d}" for s in self.steps() if self.folder(s) != folder and not damage(self.folder(s))]
+        name = pointed(self.root)
+        if name is None:
+            if (self.root / POINTER).is_file() or not self.steps():
+                return None
             raise ValueError(
-                f"checkpoint {folder} is damaged ({problem}); intact checkpoints: {', '.join(others) or 'none'}; "
-                f"to resume from one of them, write its name into {pointer}"
+                f"{self.root / POINTER} is missing, which names the checkpoint to resume from, but intact checkpoints "
+                f"are there: {self.intact(all_of_them=True)}; write the name of one into it, or choose another "
+                "run.out to start anew"
+            )
+        folder = self.root / name
+        problem = damage(folder, verify=self.verify, share=(self.rank, self.world_size))
+        if problem:
+            raise ValueError(
+                f"checkpoint {folder} is damaged ({problem}); the newest intact checkpoint is "
+                f"{self.intact(apart_from=folder)}; to resume from it, write its name into {self.root / POINTER}"
             )
         return folder
+
+    def intact(self, *, apart_from: Path | None = None, all_of_them: bool = False) -> str:
+        """Name of the newest intact checkpoint, or the names of all of them; "none"."""
+        found = []
+        for folder in map(self.folder, reversed(self.steps())):
+            if folder != apart_from and not damage(folder, verify=self.verify):
+                found.append(folder.name)
+                if not all_of_them:
+                    break
+        return ", ".join(found) or NONE
 
     def save(self, step: int, write: Callable[[Path], None], state: dict, *, background: bool = False) -> None:
         self.wait()
@@ -112,11 +141,9 @@ class Checkpoints:
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             write(temporary)
-            if self.world_size > 1:
-                self.mark(temporary)
+            self.mark(temporary)
             if self.rank == 0:
-                self.wait_for_ranks(temporary)
-                self.publish(step, temporary, state)
+                self.publish(step, temporary, state, self.files_of_ranks(temporary))
         except (OSError, SafetensorError) as error:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -128,51 +155,53 @@ class Checkpoints:
         """Tells rank 0 that this rank's part will not come, so that it need not wait for timeout_s."""
         # the disk may be full or gone: then this fails too, and must not hide the error that is being reported
         with contextlib.suppress(OSError):
-            for path in temporary.glob(f"*-{self.rank:05d}.*"):
+            for path in self.own_files(temporary):
                 path.unlink()  # leaves room for the mark
             (temporary / f"{FAILED}{self.rank}").touch()
 
-    def mark(self, temporary: Path) -> None:
-        """Makes this rank's files durable, then says so."""
-        for path in temporary.glob(f"*-{self.rank:05d}.*"):
-            fsync(path)
-        (temporary / f"{DONE}{self.rank}").touch()
+    def own_files(self, temporary: Path) -> list[Path]:
+        return sorted(temporary.glob(f"*-{self.rank:05d}.*"))
 
-    def wait_for_ranks(self, temporary: Path) -> None:
-        """Returns when every rank's mark is there; OSError where a rank failed or stayed silent for timeout_s."""
+    def mark(self, temporary: Path) -> None:
+        """Says that this rank's files are durable, and what they hold."""
+        files = {p.name: [p.stat().st_size, file_digest(p)] for p in self.own_files(temporary)}
+        write_atomically(temporary / f"{DONE}{self.rank}", json.dumps(files), durable=False)
+
+    def files_of_ranks(self, temporary: Path) -> dict[str, list]:
+        """{name: [size, digest]} when every rank has left its mark; OSError where one failed or stayed silent for
+        timeout_s.
+        """
         deadline = time.monotonic() + self.timeout_s
         pause_s = 0.005
-        while self.world_size > 1:
+        while True:
             failed = [p.name.removeprefix(FAILED) for p in temporary.glob(f"{FAILED}*")]
             if failed:
                 raise OSError(f"rank {', '.join(failed)} could not write its part")
             marks = list(temporary.glob(f"{DONE}*"))
             if len(marks) == self.world_size:
+                files = {}
                 for mark in marks:
+                    files |= json.loads(mark.read_text())
                     mark.unlink()
-                return
+                return files
             if time.monotonic() > deadline:
                 missing = self.world_size - len(marks)
                 raise OSError(f"{missing} of {self.world_size} ranks wrote nothing within {self.timeout_s:g} s")
             time.sleep(pause_s)
             pause_s = min(1.5 * pause_s, 0.5)  # a small run is not held up, a network file system not asked for ever
 
-    def publish(self, step: int, temporary: Path, state: dict) -> None:
-        """Makes a filled temporary folder durable, renames it, moves the pointer and deletes old checkpoints."""
-        files = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
-        (temporary / STATE).write_text(json.dumps({**state, "step": step, "files": files}, indent=1))
-        for path in [*temporary.rglob("*"), temporary]:
-            fsync(path)
+    def publish(self, step: int, temporary: Path, state: dict, files: dict[str, list]) -> None:
+        """Renames a filled temporary folder, moves the pointer and deletes old checkpoints."""
         folder = self.folder(step)
-        if folder.exists():
-            # left by a run that was killed between the rename and the pointer's move
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        fsync(self.root)
+        if folder.exists() and not is_ours(folder):
+            raise OSError(f"{folder} is there already and is no checkpoint: move it away")
+        write_state(temporary, {**state, "step": step, "files": files})
+        put_folder(temporary, folder)  # one that is there was left by a kill before the pointer's move
         write_atomically(self.root / POINTER, folder.name)
-        for old in self.steps()[: -self.keep]:
-            if old != step:
-                shutil.rmtree(self.folder(old), ignore_errors=True)
+        for old in map(self.folder, self.steps()[: -self.keep]):
+            if old != folder:
+                with contextlib.suppress(OSError):
+                    remove_folder(old)
 
     def explained(self, step: int, error: Exception) -> OSError:
         good = self.pointed_step()
@@ -183,23 +212,70 @@ class Checkpoints:
         )
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder: None where every file listed in its state.json has its size."""
-    state = folder / STATE
-    if not state.is_file():
+def pointed(root: Path) -> str | None:
+    """The name that the pointer holds; None where it is missing or says that there is no checkpoint yet.
+
+    ValueError where it holds no name of a checkpoint.
+    """
+    pointer = root / POINTER
+    if not pointer.is_file():
+        return None
+    with pointer.open("rb") as file:
+        name = file.read(64).decode(errors="replace").strip()
+    if name != NONE and not name.isdecimal():
+        raise ValueError(f"{pointer} holds {name!r}; it must hold the name of a checkpoint beside it, as 00001000")
+    return None if name == NONE else name
+
+
+def damage(folder: Path, *, verify: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint folder; None where every file has the size and the SHA-256 in its state.json.
+
+    verify: compare digests, not sizes alone. share: (rank, number of ranks) among which the files are divided.
+    """
+    if not (folder / STATE).is_file():
         return f"{STATE} is missing"
     try:
-        files = json.loads(state.read_text())["files"]
-    except (ValueError, KeyError) as error:
-        return f"{STATE} cannot be read: {error}"
-    for name, size in files.items():
-        path = folder / name
+        state = read_state(folder, verify=verify)
+    except ValueError as error:
+        return str(error)
+    names, (rank, ranks) = sorted(state["files"]), share
+    for name in names[rank * len(names) // ranks : (rank + 1) * len(names) // ranks]:
+        path, (size, digest) = folder / name, state["files"][name]
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if verify and file_digest(path) != digest:
+            return f"{name} has another SHA-256 than when it was saved: a bit flipped, or it is of another checkpoint"
     return None
 
 
-def read_state(folder: Path) -> dict:
-    return json.loads((folder / STATE).read_text())
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that this module wrote, intact or not."""
+    try:
+        read_state(folder, verify=False)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def write_state(folder: Path, state: dict) -> None:
+    """state.json with a digest of its own content."""
+    write_atomically(folder / STATE, json.dumps({**state, "digest": settings_digest(state)}, indent=1))
+
+
+def read_state(folder: Path, *, verify: bool = True) -> dict:
+    """The content of a checkpoint's state.json. ValueError where it is damaged or no checkpoint's."""
+    path = folder / STATE
+    state = read_json(path)
+    require_kinds(state, {"step": int, "files": dict, "digest": str}, path)
+    digest = state.pop("digest")
+    for name, entry in state["files"].items():
+        size_and_digest = isinstance(entry, list) and list(map(type, entry)) == [int, str]
+        if not size_and_digest or Path(name).name != name:
+            raise ValueError(f"{path}: the entry of file '{name[:60]}' is no size and SHA-256")
+    if verify and settings_digest(state) != digest:
+        raise ValueError(f"{path} has another SHA-256 than when it was saved: a bit flipped, or someone changed it")
+    if folder.name.isdecimal() and int(folder.name) != state["step"]:
+        raise ValueError(f"{path} is of step {state['step']}: it belongs to another checkpoint")
+    return state

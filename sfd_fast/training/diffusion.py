@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from sfd_fast.config import SFDConfig, require
 from sfd_fast.data.load.held_out import SPREAD
-from sfd_fast.data.load.latents import LatentShards
-from sfd_fast.data.load.loader import LatentLoader
+from sfd_fast.data.load.latents import LatentLoader, LatentShards
 from sfd_fast.data.load.targets import Targets, open_targets, with_targets
 from sfd_fast.diffusion.posterior import add_posterior_noise
 from sfd_fast.diffusion.statistics import LatentStatistics
@@ -197,6 +196,43 @@ def held_out_batch(
     return batch
 
 
+def clock_bins(batch: Batch, config: SFDConfig) -> Tensor:
+    """Which of CLOCK_BINS equal parts of [0, 1 + delta_t] each sample's time lies in: (B,) int64."""
+    share = sample_tau(batch["sample_ids"], config.transport, config.train.seed) / (1 + config.transport.delta_t)
+    return (share * CLOCK_BINS).long().clamp(0, CLOCK_BINS - 1)
+
+
+def save_averaged(
+    folder: Path, state: dict[str, Tensor], step: int, *, config: SFDConfig, statistics: LatentStatistics
+) -> None:
+    with torch.device("meta"):
+        averaged = LightningDiT(config.model)
+    averaged.load_state_dict(state, assign=True)
+    save_model(folder, averaged, statistics=statistics, config=config, card={"step": step})
+
+
+def identity_of(
+    config: SFDConfig, shards: LatentShards, statistics: LatentStatistics, targets: Targets | None
+) -> dict[str, object]:
+    """What a resumed run must find again of its data."""
+    identity = {"num_samples": len(shards), "statistics": statistics.digest()}
+    if config.data.validation_samples and not config.data.validation_path:
+        identity["held_out"] = SPREAD
+    if targets is not None:
+        identity["target_weights"] = targets.fingerprint[:16]
+    return identity
+
+
+def notes_of(config: SFDConfig) -> tuple[str, ...]:
+    """What a user should know of this run, one line each."""
+    drawn = config.run.sample_every > 0 or config.run.eval_every > 0
+    said = {
+        UNGUIDED: drawn and config.guidance.mode == "autoguidance" and config.guidance.active,
+        UNUSED_TARGETS: config.data.targets != "stored" and config.transport.repa_weight == 0,
+    }
+    return tuple(note for note, applies in said.items() if applies)
+
+
 def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | None = None) -> Job:
     """The job of training config.model on config.data.
 
@@ -207,16 +243,11 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
     targets, held_out_targets = targets_of(config, shards, held_out, statistics)
     check_data(config, shards, targets)
     model = initial_model(config)
-    seed = config.train.seed
-
-    def objective(network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return training_loss(network, batch, config, seed=seed)
-
     data = partial(
         LatentLoader,
         shards,
         config.train.global_batch_size,
-        seed,
+        config.train.seed,
         statistics=statistics,
         flip=config.data.flip,
         features=config.transport.repa_weight > 0 and targets is None,
@@ -227,48 +258,30 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         loader = data(engine.rank, engine.world_size, start_step, device=engine.device)
         return with_targets(loader, targets and targets.to(engine.device), engine.autocast)
 
-    def evaluate(engine: Engine) -> dict[str, float]:
-        return validation_loss(engine, config, held_out, statistics, held_out_targets)
-
-    def bins(batch: Batch) -> Tensor:
-        share = sample_tau(batch["sample_ids"], config.transport, seed) / (1 + config.transport.delta_t)
-        return (share * CLOCK_BINS).long().clamp(0, CLOCK_BINS - 1)
-
-    def export(folder: Path, state: dict[str, Tensor], step: int) -> None:
-        with torch.device("meta"):
-            averaged = LightningDiT(config.model)
-        averaged.load_state_dict(state, assign=True)
-        save_model(folder, averaged, statistics=statistics, config=config, card={"step": step})
-
     check_evaluation(config, decoded=decode is not None or bool(config.data.texture_codec))
     decode = decode or texture_decoder(config)
-    quality = partial(Quality, config=config, statistics=statistics, decode=decode)
-    drawn = config.run.sample_every > 0 or config.run.eval_every > 0
-    unguided = drawn and config.guidance.mode == "autoguidance" and config.guidance.active
-    unused = config.data.targets != "stored" and config.transport.repa_weight == 0
-    identity = {"num_samples": len(shards), "statistics": statistics.digest()}
-    if config.data.validation_samples and not config.data.validation_path:
-        identity["held_out"] = SPREAD
-    if targets is not None:
-        identity["target_weights"] = targets.fingerprint[:16]
+    validate = partial(
+        validation_loss, config=config, shards=held_out, statistics=statistics, targets=held_out_targets
+    )
+    drawn = {"config": config, "statistics": statistics, "decode": decode}
     return Job(
         config=config,
         model=model,
-        objective=objective,
+        objective=partial(training_loss, config=config, seed=config.train.seed),
         terms=term_names(config),
         batches=batches,
-        export=export,
-        evaluate=None if held_out is None else evaluate,
+        export=partial(save_averaged, config=config, statistics=statistics),
+        evaluate=None if held_out is None else validate,
         flaw=data().flaw,
-        samples=lambda engine: sample_picture(engine, config, statistics, decode),
-        quality=quality if config.run.eval_every else None,
-        notes=tuple(note for note, said in ((UNGUIDED, unguided), (UNUSED_TARGETS, unused)) if said),
-        bins=bins,
+        samples=partial(sample_picture, **drawn),
+        quality=partial(Quality, **drawn) if config.run.eval_every else None,
+        bins=partial(clock_bins, config=config),
         num_bins=CLOCK_BINS,
+        identity=identity_of(config, shards, statistics, targets),
         record={"statistics": statistics.to_json()},
-        identity=identity,
         num_samples=len(shards),
         flops_per_sample=num_flops(model.config, training=True),
+        notes=notes_of(config),
     )
 
 

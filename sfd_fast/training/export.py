@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from sfd_fast.config import SemVAEConfig, SFDConfig, from_dict, require
 from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.files.messages import first_line
 from sfd_fast.formats.model_folder import save_model
 from sfd_fast.formats.released_model import export_released, write_released_dit
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
-from sfd_fast.training.checkpoints import POINTER, STATE, damage, read_state
+from sfd_fast.training.checkpoints import POINTER, STATE, Checkpoints, damage, read_state
 from sfd_fast.training.state import WEIGHT, consolidated
 
 
@@ -26,11 +27,11 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     for folder in (path, path / "checkpoints"):
         if (folder / POINTER).is_file():
-            path = folder / (folder / POINTER).read_text().strip()
-            break
+            latest = Checkpoints(folder, keep=1).latest()
+            require(latest is not None, f"{path} has no checkpoint yet")
+            return latest
     problem = damage(path)
-    if problem:
-        raise ValueError(f"{path} is no intact training checkpoint: {problem}")
+    require(problem is None, f"{path} is no intact training checkpoint: {problem}")
     return path
 
 
@@ -41,10 +42,9 @@ def export_checkpoint(source: str | Path, target: str | Path, *, weights: str = 
     Raises ValueError where the checkpoint is damaged or has no such average.
     """
     folder = find_checkpoint(source)
-    state = read_state(folder)
-    model, options = untrained(state)
+    model, options = untrained(folder)
     values = stored_weights(folder, model, weights)
-    save_model(target, model, weights=values, card={"step": state["step"], "weights": weights}, **options)
+    save_model(target, model, weights=values, card={"step": read_state(folder)["step"], "weights": weights}, **options)
 
 
 def export_released_checkpoint(source: str | Path, target: str | Path, *, weights: str = "ema") -> None:
@@ -54,7 +54,7 @@ def export_released_checkpoint(source: str | Path, target: str | Path, *, weight
     Source: docs/METHOD.md 6. Raises as export_checkpoint, and OSError where the place cannot be written.
     """
     folder = find_checkpoint(source)
-    model, options = untrained(read_state(folder))
+    model, options = untrained(folder)
     if isinstance(model, SemVAE):
         with tempfile.TemporaryDirectory() as scratch:
             export_checkpoint(folder, scratch, weights=weights)
@@ -64,13 +64,17 @@ def export_released_checkpoint(source: str | Path, target: str | Path, *, weight
         write_released_dit(target, options["config"], raw=raw, average=average)
 
 
-def untrained(state: dict) -> tuple[LightningDiT | SemVAE, dict]:
+def untrained(folder: Path) -> tuple[LightningDiT | SemVAE, dict]:
     """The network that a checkpoint's state describes, with fresh weights, and what save_model stores beside it."""
-    settings = state["config"]
-    if "semvae" in settings:
-        return SemVAE(from_dict(SemVAEConfig, settings["semvae"])), {}
-    config = from_dict(SFDConfig, settings)
-    statistics = LatentStatistics.from_json(state["record"]["statistics"])
+    state = read_state(folder)
+    try:
+        settings = state["config"]
+        if "semvae" in settings:
+            return SemVAE(from_dict(SemVAEConfig, settings["semvae"])), {}
+        config = from_dict(SFDConfig, settings)
+        statistics = LatentStatistics.from_json(state["record"]["statistics"])
+    except (TypeError, LookupError, AttributeError, ValueError) as error:
+        raise ValueError(f"{folder / STATE} describes no model of ours: {first_line(error)}") from None
     return LightningDiT(config.model), {"config": config, "statistics": statistics}
 
 

@@ -64,14 +64,6 @@ class AdamWEMA(torch.optim.Optimizer):
         for copy in self.low_precision.values():
             copy.grad = None
 
-    def init_state(self, param: Tensor, step: Tensor) -> None:
-        state = self.state[param]
-        state["step"] = step
-        for name in MOMENTS:
-            state[name] = torch.zeros_like(param, dtype=self.moment_dtype, memory_format=torch.preserve_format)
-        for name in ema_names(self):
-            state[name] = param.detach().clone()
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One update of every parameter that has a gradient, unless `skip` is set."""
@@ -90,7 +82,7 @@ class AdamWEMA(torch.optim.Optimizer):
                     continue
                 if param not in self.state or not self.state[param]:
                     fresh = torch.zeros((), device=param.device) if fresh is None else fresh
-                    self.init_state(param, fresh)
+                    init_state(self, param, fresh)
                 kind = id(self.state[param]["step"]), param in self.low_precision
                 by_step.setdefault(kind, []).append(param)
             numbers = {}
@@ -164,6 +156,8 @@ class WithEMA:
     the others cannot, so their gradients are multiplied first and `skip` is read on the host at each step.
     """
 
+    moment_dtype = None
+
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig, *, device_scalars: bool):
         self.optimizer = optimizer
         self.ema_decays = (config.ema_decay, *config.extra_ema_decays)
@@ -215,6 +209,16 @@ class WithEMA:
         steps = [torch.as_tensor(s["step"]).float() for s in self.state.values() if "step" in s]
         if steps:
             self.num_updates.copy_(torch.stack([s.to(self.num_updates.device) for s in steps]).max())
+
+
+def init_state(optimizer: "AdamWEMA | WithEMA", param: Tensor, step: Tensor) -> None:
+    """The state of a parameter before its first update: `step`, moments of zero, averages equal to the weight."""
+    state = optimizer.state[param]
+    state["step"] = step
+    for name in MOMENTS:
+        state[name] = torch.zeros_like(param, dtype=optimizer.moment_dtype, memory_format=torch.preserve_format)
+    for name in ema_names(optimizer):
+        state[name] = param.detach().clone()
 
 
 def ema_names(optimizer: "AdamWEMA | WithEMA") -> list[str]:

@@ -22,7 +22,7 @@ from sfd_fast.training.diffusion import VALIDATION_IDS
 from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.job import Job
 from sfd_fast.training.loop import TrainResult, build_engine, run_job
-from sfd_fast.training.run.directory import prepare_directory
+from sfd_fast.training.run.directory import MODEL, lock, prepare_directory
 
 TERMS = ("mse", "cosine", "kl")
 
@@ -123,15 +123,16 @@ def fit_pca(config: SemVAETrainingConfig) -> TrainResult:
     """PCA has nothing to train: one exact pass over the training features."""
     shards, _ = load_features(config)
     folder = Path(config.run.out)
-    prepare_directory(folder, config, resume=True, write=True)
-    model = SemVAE(config.semvae)
-    size = config.train.global_batch_size
-    plain = torch.zeros(size, dtype=torch.bool)
-    starts = range(0, len(shards), size)
-    chunks = (torch.arange(start, min(start + size, len(shards))) for start in starts)
-    model.pca.fit(shards.gather(indices, plain[: len(indices)]) for indices in chunks)
-    replace_folder(folder / "model", lambda temporary: save_semvae(temporary, model, 0))
-    return TrainResult(folder, 0, folder / "model")
+    with lock(folder):
+        prepare_directory(folder, config, resume=True, write=True)
+        model = SemVAE(config.semvae)
+        size = config.train.global_batch_size
+        plain = torch.zeros(size, dtype=torch.bool)
+        starts = range(0, len(shards), size)
+        chunks = (torch.arange(start, min(start + size, len(shards))) for start in starts)
+        model.pca.fit(shards.gather(indices, plain[: len(indices)]) for indices in chunks)
+        replace_folder(folder / MODEL, lambda temporary: save_semvae(temporary, model, 0))
+    return TrainResult(folder, 0, folder / MODEL)
 
 
 def run_train_semvae(

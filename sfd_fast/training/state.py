@@ -5,21 +5,20 @@ of ranks, under any ZeRO stage or none, reads the pieces that it needs, so a che
 sharded. DeepSpeed's universal checkpoint knows only weights and Adam moments and would drop the averages.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sfd_fast.training.optimizer import AdamWEMA
+from sfd_fast.files.messages import first_line
+from sfd_fast.files.tensors import description_of, write_safetensors
+from sfd_fast.training.optimizer import AdamWEMA, WithEMA, init_state
 
 SEPARATOR = "|"
-METADATA = "sfd_fast"
 WEIGHT = "param"
 """the field of the fp32 weight itself; the others carry the optimizer's names: exp_avg, exp_avg_sq, ema, ema_1, step"""
 
@@ -41,6 +40,18 @@ class Piece:
         return self.start + self.fields[WEIGHT].numel()
 
 
+def state_file(rank: int) -> str:
+    """The name of a rank's file in a checkpoint folder."""
+    return f"state-{rank:05d}.safetensors"
+
+
+def whole_piece(name: str, weight: Tensor, state: dict[str, Tensor]) -> Piece:
+    """A parameter that is not sharded, with its optimizer state, as views."""
+    fields = {key: torch.as_tensor(value) for key, value in state.items()}
+    fields = {key: value if value.dim() == 0 else value.flatten() for key, value in fields.items()}
+    return Piece(name, 0, weight.numel(), {WEIGHT: weight.detach().flatten()} | fields)
+
+
 def snapshot_pieces(pieces: Iterable[Piece]) -> list[Piece]:
     """Copies on the CPU, so that a thread can write them while training goes on."""
     return [
@@ -49,12 +60,21 @@ def snapshot_pieces(pieces: Iterable[Piece]) -> list[Piece]:
     ]
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece], extra: dict[str, Tensor] | None = None) -> None:
-    """One rank's file. extra: whole tensors that are not sharded, under their names."""
+def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
+    """One rank's file: tensors NAME|FIELD, and {name: [start, stop, size]} as its description."""
     pieces = list(pieces)
     tensors = {f"{p.name}{SEPARATOR}{field}": value for p in pieces for field, value in p.fields.items()}
-    ranges = {p.name: [p.start, p.stop, p.size] for p in pieces}
-    save_file(tensors | (extra or {}), path, {METADATA: json.dumps(ranges, sort_keys=True)})
+    write_safetensors(path, tensors, {p.name: [p.start, p.stop, p.size] for p in pieces})
+
+
+@dataclass
+class Stored:
+    """A piece in an open file: [start, stop) of its parameter, and the names of its fields."""
+
+    start: int
+    stop: int
+    file: object
+    fields: set[str]
 
 
 class StateReader:
@@ -67,13 +87,10 @@ class StateReader:
 
     def __init__(self, folder: Path, share: tuple[int, int] = (0, 1)):
         self.folder = folder
-        self.files: list = []
-        self.places: dict[str, list[tuple[int, int, object]]] = defaultdict(list)
-        """name -> (start, stop, file) of every piece in the open files"""
+        self.places: dict[str, list[Stored]] = defaultdict(list)
+        """by name every piece in the open files"""
         self.sizes: dict[str, int] = {}
-        self.keys: dict[int, set[str]] = {}
-        self.whole = (folder / "model.safetensors").is_file()
-        paths = [] if self.whole else sorted(folder.glob("state-*.safetensors"))
+        paths = sorted(folder.glob("state-*.safetensors"))
         rank, world_size = share
         first, last = rank * len(paths) // world_size, ((rank + 1) * len(paths) - 1) // world_size
         # after the own share what is not sharded, which the first rank holds, then the neighbours
@@ -82,33 +99,31 @@ class StateReader:
         self.unopened = [paths[i] for i in order]
 
     def __enter__(self) -> "StateReader":
-        if self.whole:
-            model, _ = (self.open(self.folder / f"{name}.safetensors") for name in ("model", "optimizer"))
-            for name in self.keys[id(model)]:
-                self.sizes[name] = torch.Size(model.get_slice(name).get_shape()).numel()
-                self.places[name].append((0, self.sizes[name], model))
-        elif not self.unopened:
-            raise ValueError(f"{self.folder} holds no training state (state-*.safetensors or model.safetensors)")
+        if not self.unopened:
+            raise ValueError(f"{self.folder} holds no training state (state-*.safetensors)")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.files.clear()
         self.places.clear()
 
-    def open(self, path: Path) -> object:
-        file = safe_open(path, "pt")
-        self.files.append(file)
-        self.keys[id(file)] = set(file.keys())
-        return file
-
     def open_next(self) -> bool:
-        """Opens one more rank's file; False where all are open."""
+        """Opens one more rank's file; False where all are open. ValueError where it is no part of a checkpoint."""
         if not self.unopened:
             return False
-        file = self.open(self.unopened.pop(0))
-        for name, (start, stop, size) in json.loads(file.metadata()[METADATA]).items():
-            self.places[name].append((start, stop, file))
-            self.sizes[name] = size
+        path = self.unopened.pop(0)
+        try:
+            file = safe_open(path, "pt")
+            for name, (start, stop, size) in description_of(file).items():
+                have = file.get_slice(f"{name}{SEPARATOR}{WEIGHT}").get_shape()
+                if not 0 <= start <= stop <= size or have != [stop - start] or self.sizes.get(name, size) != size:
+                    raise ValueError(f"{name} from {start} to {stop} of {size} has the shape {have}")
+                self.places[name].append(Stored(start, stop, file, set()))
+                self.sizes[name] = size
+            for key in file.keys():  # noqa: SIM118
+                name, _, field = key.rpartition(SEPARATOR)
+                self.places[name][-1].fields.add(field)
+        except (SafetensorError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged or no part of a checkpoint: {first_line(error)}") from None
         return True
 
     def names(self) -> list[str]:
@@ -131,36 +146,28 @@ class StateReader:
                 "belongs to a model of another size"
             )
 
-    def holder(self, name: str) -> object:
-        """An open file with a piece of a parameter. ValueError where the checkpoint does not have it."""
+    def holder(self, name: str) -> Stored:
+        """A piece of a parameter. ValueError where the checkpoint does not have it."""
         if not self.size(name):
             raise ValueError(f"checkpoint {self.folder} has no parameter {name}; it belongs to another model")
-        return self.places[name][0][2]
+        return self.places[name][0]
 
-    def fields(self, name: str) -> list[str]:
+    def fields(self, name: str) -> set[str]:
         """Names of what is stored for a parameter, apart from the weight."""
-        file, separator = (self.files[1], ".") if self.whole else (self.holder(name), SEPARATOR)
-        split = (key.rpartition(separator) for key in self.keys[id(file)])
-        return [field for owner, _, field in split if owner == name and field != WEIGHT]
+        return self.holder(name).fields - {WEIGHT}
 
     def read(self, name: str, field: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a field of a flattened parameter. ValueError where the checkpoint lacks some."""
-        if self.whole:
-            file, key = (self.files[0], name) if field == WEIGHT else (self.files[1], f"{name}.{field}")
-            if key not in self.keys[id(file)]:
-                raise ValueError(f"checkpoint {self.folder} has no {field} of {name}")
-            return file.get_tensor(key).flatten()[start:stop]
-        key = f"{name}{SEPARATOR}{field}"
-        parts, filled, seen = None, 0, 0
+        values, filled, seen = None, 0, 0
         while filled < stop - start:
-            for low, high, file in self.places[name][seen:]:
-                first, last = max(low, start), min(high, stop)
-                if first >= last or key not in self.keys[id(file)]:
+            for piece in self.places[name][seen:]:
+                first, last = max(piece.start, start), min(piece.stop, stop)
+                if first >= last or field not in piece.fields:
                     continue
-                values = file.get_slice(key)[first - low : last - low]
-                if parts is None:
-                    parts = torch.empty(stop - start, dtype=values.dtype)
-                parts[first - start : last - start] = values
+                part = piece.file.get_slice(f"{name}{SEPARATOR}{field}")[first - piece.start : last - piece.start]
+                if values is None:
+                    values = torch.empty(stop - start, dtype=part.dtype)
+                values[first - start : last - start] = part
                 filled += last - first
             seen = len(self.places[name])
             if filled < stop - start and not self.open_next():
@@ -168,13 +175,11 @@ class StateReader:
                     f"checkpoint {self.folder} has {filled} of the elements {start} to {stop} of {field} of {name}; it "
                     "belongs to another model, or a rank's file is missing"
                 )
-        return parts
+        return values
 
     def step(self, name: str) -> Tensor:
         """The number of updates of a parameter, 0-dim float32."""
-        if self.whole:
-            return self.files[1].get_tensor(f"{name}.step")
-        return self.holder(name).get_tensor(f"{name}{SEPARATOR}step")
+        return self.holder(name).file.get_tensor(f"{name}{SEPARATOR}step")
 
 
 def consolidated(folder: Path, field: str = "ema") -> dict[str, Tensor]:
@@ -196,7 +201,7 @@ def consolidated(folder: Path, field: str = "ema") -> dict[str, Tensor]:
 
 
 def restore(
-    reader: StateReader, optimizer: AdamWEMA, name: str, flat: Tensor, offset: int, start: int, count: int
+    reader: StateReader, optimizer: AdamWEMA | WithEMA, name: str, flat: Tensor, offset: int, start: int, count: int
 ) -> None:
     """Fills elements of one flat tensor and of its optimizer state from a checkpoint."""
     place = slice(offset, offset + count)
@@ -205,7 +210,7 @@ def restore(
     if "step" not in fields:
         return
     if not optimizer.state.get(flat):
-        optimizer.init_state(flat, torch.zeros((), device=flat.device))
+        init_state(optimizer, flat, torch.zeros((), device=flat.device))
     state = optimizer.state[flat]
     state["step"].copy_(reader.step(name))
     for key in state:

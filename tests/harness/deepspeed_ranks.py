@@ -27,10 +27,10 @@ from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TransportConfig
 from sfd_fast.diffusion.transport import training_loss
 from sfd_fast.models import dit
 from sfd_fast.planning.footprint import LiveBytes
-from sfd_fast.planning.plan import memory
+from sfd_fast.planning.memory import memory
 from sfd_fast.training.diffusion import diffusion_job, initial_model, run_train
-from sfd_fast.training.engines import deepspeed as engine_module
-from sfd_fast.training.engines.interface import TorchEngine
+from sfd_fast.training.engines import interface
+from sfd_fast.training.engines.torch import TorchEngine
 from sfd_fast.training.loop import Stop, build_engine, micro_batches
 from sfd_fast.training.state import snapshot_pieces
 
@@ -318,7 +318,7 @@ def precision(folder):
         "clocks": sorted(set(clocks)),
         "kept": {n: str(v.dtype) for n, v in engine.kept.items()},
         "sharded": sorted({str(p.dtype) for p in engine.named.values()}),
-        "masters": sorted({str(f.dtype) for _, f, *_ in engine.shards()}),
+        "masters": sorted({str(f.dtype) for _, f, *_ in engine.masters.shards()}),
         "loss": str(result.loss.dtype),
     }
     engine.close()
@@ -410,14 +410,14 @@ def pre_emption(folder):
 def disk_full(folder):
     """A rank that cannot write its part: every rank stops with an error, the previous checkpoint stays."""
     made = config(folder, "disk-full", 2, checkpoint_every=2, max_steps=8)
-    write = engine_module.write_pieces
+    write = interface.write_pieces
 
-    def full(path, pieces, extra=None):
-        write(path, pieces, extra)
+    def full(path, pieces):
+        write(path, pieces)
         if RANK == 1 and "00000004" in str(path):
             raise OSError(28, "No space left on device")
 
-    engine_module.write_pieces = full
+    interface.write_pieces = full
     try:
         train(made)
     except OSError as error:
@@ -425,7 +425,7 @@ def disk_full(folder):
     else:
         message = ""
     finally:
-        engine_module.write_pieces = write
+        interface.write_pieces = write
     dist.barrier()
     return message
 

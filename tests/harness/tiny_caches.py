@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sfd_fast.commands.encode import EncodeConfig
-from sfd_fast.commands.features import FeaturesConfig
+from sfd_fast.data.encode.prepare import EncodeConfig, FeaturesConfig
 
 SIZE, GRID = 32, 8
 

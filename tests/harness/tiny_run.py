@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from sfd_fast.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SamplerConfig, SFDConfig, TrainConfig
 from sfd_fast.data.cache.shards import write_shard
@@ -76,6 +77,14 @@ def write_reference(path: Path) -> str:
     grey = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     np.savez(path, arr_0=grey.repeat(3, 3))
     return str(path)
+
+
+def checkpoint_tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's checkpoint, "NAME|FIELD" -> flat; of several ranks all, under FILE:NAME|FIELD."""
+    paths = sorted((Path(out) / "checkpoints" / f"{step:08d}").glob("state-*.safetensors"))
+    if len(paths) == 1:
+        return load_file(paths[0])
+    return {f"{path.name}:{key}": value for path in paths for key, value in load_file(path).items()}
 
 
 def with_data(config: SFDConfig, **changes: object) -> SFDConfig:

@@ -14,21 +14,12 @@ from sfd_fast.config.presets import XL, XXL, S
 from sfd_fast.diffusion.transport import loss
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.planning import footprint
-from sfd_fast.planning.plan import (
-    DEVICES,
-    GIB,
-    RESERVE_GIB,
-    RESERVE_SHARE,
-    PlanConfig,
-    bound,
-    count_parameters,
-    memory,
-    micro_batches,
-    plan,
-)
+from sfd_fast.planning.memory import GIB, count_parameters, memory
+from sfd_fast.planning.plan import RESERVE_GIB, RESERVE_SHARE, PlanConfig, micro_batches, plan
 from sfd_fast.planning.table import format_plan, shown, train_flags
+from sfd_fast.planning.time_bound import DEVICES, bound
 from sfd_fast.training.engines.deepspeed_json import generate
-from sfd_fast.training.engines.interface import TorchEngine
+from sfd_fast.training.engines.torch import TorchEngine
 
 TRANSPORT = TransportConfig()
 SMALL = replace(S, depth=2)
@@ -197,7 +188,7 @@ def test_a_smaller_micro_batch_is_tried_only_where_the_larger_does_not_fit():
 
 
 def test_what_training_refuses_is_left_out_with_its_reason():
-    """bf16 under ZeRO 1 cannot accumulate, under ZeRO 0 it has no masters: see deepspeed_config.generate."""
+    """bf16 under ZeRO 1 cannot accumulate, under ZeRO 0 it has no masters: see deepspeed_json.generate."""
     config = PlanConfig(model=SMALL, gpus=2, global_batch_size=16, precision="bf16", memory_gib=0.001)
     made = plan(config)
     assert {(o.zero_stage, o.micro_batch) for o in made.options if o.zero_stage < 2} == {(1, 8)}
@@ -250,7 +241,7 @@ def test_the_command_of_the_documentation_says_what_it_assumes_within_seconds(ca
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gpu": "h100"}, "gpu 'h100' is unknown; choose one of a100-40g"),
+        ({"gpu": "h100"}, "gpu 'h100' is unknown; choose a100-40g"),
         ({"gpus": 0}, "gpus 0 must be at least 1"),
         ({"gpus": 7}, "global_batch_size 256 must be a multiple of the 7 gpus"),
     ],

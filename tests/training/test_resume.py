@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness.tiny_run import tiny_config, write_data
+from harness.tiny_run import checkpoint_tensors, tiny_config, write_data
 from safetensors.torch import load_file
 
 from sfd_fast.files.tensors import write_safetensors
@@ -35,11 +36,10 @@ def train(config):
 
 def assert_same_end(a, b, step):
     """Every tensor of the last checkpoints and every exported weight, and the counters of the runs."""
+    left, right = (checkpoint_tensors(out, step) for out in (a, b))
+    assert left.keys() == right.keys()
+    assert [k for k in left if not torch.equal(left[k], right[k])] == []
     folders = [out / "checkpoints" / f"{step:08d}" for out in (a, b)]
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        left, right = (load_file(folder / name) for folder in folders)
-        assert left.keys() == right.keys()
-        assert [k for k in left if not torch.equal(left[k], right[k])] == []
     states = [json.loads((folder / "state.json").read_text()) for folder in folders]
     for key in ("step", "skipped", "bad_in_row", "recent_norms", "identity"):
         assert states[0][key] == states[1][key]
@@ -129,10 +129,10 @@ def test_a_kill_between_rename_and_pointer_loses_nothing(tmp_path, data, monkeyp
     with monkeypatch.context() as patch:
         move = checkpoints_module.write_atomically
 
-        def killed(path, text):
-            if text == "00000008":
+        def killed(path, content, **options):
+            if content == "00000008":
                 raise KeyboardInterrupt
-            move(path, text)
+            move(path, content, **options)
 
         patch.setattr(checkpoints_module, "write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -148,18 +148,22 @@ def test_what_an_interrupted_save_left_is_removed(tmp_path, data):
     train(config)
     left = tmp_path / "run" / "checkpoints" / ".writing-00000008"
     left.mkdir()
-    (left / "model.safetensors").write_bytes(b"half")
+    (left / "state-00000.safetensors").write_bytes(b"half")
     train(config)
     assert not left.exists()
 
 
-def test_a_half_deleted_checkpoint_is_removed(tmp_path, data):
-    """Killed while an old checkpoint was being deleted: its state.json was gone already, its tensors were not."""
-    train(tiny_config(data, tmp_path / "run"))
-    old = tmp_path / "run" / "checkpoints" / "00000004"
-    (old / "state.json").unlink()
-    train(tiny_config(data, tmp_path / "run", max_steps=12))
-    assert sorted(p.name for p in old.parent.iterdir()) == ["00000008", "00000012", "latest"]
+def test_a_checkpoint_that_was_being_deleted_is_no_checkpoint(tmp_path, data, monkeypatch):
+    """Killed in the middle of deleting an old one: what is left of it has another name, and goes at the next start."""
+    config = tiny_config(data, tmp_path / "run", keep_checkpoints=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **options: (path / "state.json").unlink(missing_ok=True))
+        train(config)
+    root = tmp_path / "run" / "checkpoints"
+    assert len([p for p in root.iterdir() if p.name.startswith(".writing-")]) == 1
+    assert [p.name for p in root.iterdir() if p.name.isdigit()] == ["00000008"]
+    train(tiny_config(data, tmp_path / "run", max_steps=9, keep_checkpoints=1))
+    assert sorted(p.name for p in root.iterdir()) == ["00000009", "latest"]
 
 
 def test_a_finished_run_started_again_trains_nothing(tmp_path, data):
@@ -189,11 +193,11 @@ def test_an_asynchronous_save_does_not_see_later_steps(tmp_path):
 
     def write(folder):
         may_write.wait()
-        write_safetensors(folder / "x.safetensors", copied)
+        write_safetensors(folder / "state-00000.safetensors", copied)
 
     checkpoints.save(1, write, {}, background=True)
     assert checkpoints.latest() is None
     values.fill_(7)
     may_write.set()
     checkpoints.wait()
-    assert torch.equal(load_file(checkpoints.latest() / "x.safetensors")["x"], torch.zeros(3))
+    assert torch.equal(load_file(checkpoints.latest() / "state-00000.safetensors")["x"], torch.zeros(3))

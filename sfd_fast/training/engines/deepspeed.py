@@ -1,9 +1,9 @@
 """The DeepSpeed engine of the training loop: ZeRO 0 to 3 on one or many ranks; the only file that imports DeepSpeed.
 
 DeepSpeed shards, communicates and calls the optimizer; the step is ours: AdamWEMA updates moments, weights and
-averages in one pass over each shard, with clipping and skipping decided on the device just before. Checkpoints are ours
-as well (sharded.py). With 16-bit weights, norm weights and the position embedding stay fp32: they are taken out of the
-network's parameters and updated beside ZeRO, the same on every rank.
+averages in one pass over each shard, with clipping and skipping decided on the device just before. With 16-bit weights,
+norm weights and the position embedding stay fp32: they are taken out of the network's parameters and updated beside
+ZeRO, the same on every rank.
 """
 
 import contextlib
@@ -20,13 +20,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sfd_fast.ranks import Ranks
-from sfd_fast.training.checkpoints import Checkpoints, read_state
+from sfd_fast.training.checkpoints import read_state
 from sfd_fast.training.engines.deepspeed_json import batch_shares, generate
-from sfd_fast.training.engines.interface import OVERFLOW, Batch, Objective, StepResult, stays_fp32, together
+from sfd_fast.training.engines.interface import OVERFLOW, Batch, Engine, Objective, StepResult, stays_fp32, together
 from sfd_fast.training.engines.watchdog import Watchdog
+from sfd_fast.training.engines.zero import Masters
 from sfd_fast.training.job import Job
 from sfd_fast.training.optimizer import AdamWEMA, build_optimizer, ema_names
-from sfd_fast.training.state import WEIGHT, Piece, StateReader, restore, snapshot_pieces, write_pieces
+from sfd_fast.training.state import WEIGHT, Piece, StateReader, restore, whole_piece
 
 INSTALL = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -65,8 +66,8 @@ def take_out(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     return taken
 
 
-class DeepSpeedEngine:
-    """The loop's engine on DeepSpeed; see Engine for the methods."""
+class DeepSpeedEngine(Engine):
+    """One or many ranks under a ZeRO stage."""
 
     def __init__(self, job: Job, device: torch.device | str | None = None):
         self.job = job
@@ -79,7 +80,7 @@ class DeepSpeedEngine:
         deepspeed = load_deepspeed(kind)
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.timeout = timedelta(seconds=settings.timeout_s)
-        self.micro_size, self.accumulation = batch_shares(train, self.world_size)
+        _, self.accumulation = batch_shares(train, self.world_size)
         self.config = generate(train, job.optimizer, settings, world_size=self.world_size, device=kind)
         if not dist.is_initialized():
             quiet(deepspeed, self.rank)
@@ -97,7 +98,8 @@ class DeepSpeedEngine:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer: AdamWEMA = build_optimizer(self.named.values(), job.optimizer)
         self.optimizer.before_step = self.prepare_update
-        trained = [value for value in self.kept.values() if value.requires_grad]
+        self.trained_beside = {name: value for name, value in self.kept.items() if value.requires_grad}
+        trained = self.trained_beside.values()
         self.beside: AdamWEMA | None = build_optimizer(trained, job.optimizer) if trained else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,21 +117,11 @@ class DeepSpeedEngine:
         if self.scaler is not None and self.scaler.dynamic:
             # train.max_bad_steps decides how many overflows at the lowest scale are too many
             self.scaler.raise_error_at_min_scale = False
-        if self.stage == 3:
-            self.share_masters()
+        self.masters = Masters(self.zero, self.stage, self.named, self.shapes, self.optimizer, self.rank)
         self.model = model
         self.loss_bad = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         self.watchdog = Watchdog(self.rank, settings.timeout_s)
-
-    def share_masters(self) -> None:
-        """fp32 weights are their own masters under ZeRO 3: 4 bytes a parameter less, over the ranks.
-
-        DeepSpeed 0.19.8 means to do this, but compares a torch.device with a string, which is never equal.
-        """
-        for weights, masters in zip(self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat):
-            if weights is not None and weights.dtype == masters.dtype and weights.device == masters.device:
-                masters.data = weights.data
 
     def files(self) -> dict[str, str]:
         """The JSON that DeepSpeed got, kept in the run directory."""
@@ -202,7 +194,7 @@ class DeepSpeedEngine:
         """Averages the gradients of the fp32 parameters beside ZeRO over ranks and removes the loss scale."""
         if self.beside is None:
             return
-        grads = [p.grad for p in self.kept.values() if p.requires_grad]
+        grads = [p.grad for p in self.trained_beside.values()]
         flat = torch.cat([g.flatten() for g in grads])
         if self.world_size > 1:
             dist.all_reduce(flat)
@@ -225,15 +217,6 @@ class DeepSpeedEngine:
         self.watchdog.beat()
         return objective(self.network, batch)[1]
 
-    @contextmanager
-    def eval_mode(self) -> Iterator[None]:
-        training = self.engine.training
-        self.engine.eval()
-        try:
-            yield
-        finally:
-            self.engine.train(training)
-
     # ------------------------------------------------------------ among ranks
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -242,14 +225,17 @@ class DeepSpeedEngine:
             dist.all_reduce(values)
         return values
 
-    def mean_over_ranks(self, values: Tensor) -> Tensor:
-        return self.sum_over_ranks(values) / self.world_size
-
     def max_over_ranks(self, value: float) -> float:
         largest = torch.tensor(value, dtype=torch.float64)
         if self.control is not None:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
         return float(largest)
+
+    def gather(self, value: object) -> list:
+        values = [value] * self.world_size
+        if self.control is not None:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def any_rank(self, flag: bool) -> bool:
         """As of the previous call: the answer travels while a step is computed, so no rank waits for it."""
@@ -263,14 +249,6 @@ class DeepSpeedEngine:
         value = torch.tensor(int(flag))
         self.pending = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control, async_op=True), value
         return answer
-
-    def agreed(self, flag: bool) -> bool:
-        self.beat()
-        return self.max_over_ranks(flag) > 0
-
-    def barrier(self) -> None:
-        if self.control is not None:
-            dist.barrier(group=self.control)
 
     def beat(self) -> None:
         self.watchdog.beat()
@@ -297,129 +275,59 @@ class DeepSpeedEngine:
 
     # ------------------------------------------------------------------ state
 
-    def shards(self) -> Iterator[tuple[str, Tensor, int, int, int]]:
-        """(name, flat fp32 tensor, offset in it, first element of the parameter, number of elements) of this rank.
-
-        The flat tensor is the one that the optimizer's state is keyed by.
-        """
-        if self.stage == 0:
-            if self.rank == 0:
-                for name, param in self.named.items():
-                    yield name, param, 0, 0, param.numel()
-        elif self.stage == 3:
-            for name, param in self.named.items():
-                group, offset, _ = self.zero.grad_position[self.zero.get_param_id(param)]
-                length = param.partition_numel()
-                start = self.rank * length
-                count = min(length, max(0, param.ds_numel - start))
-                if count:
-                    yield name, self.zero.fp32_partitioned_groups_flat[group], offset, start, count
-        else:
-            groups = {id(p): i for i, group in enumerate(self.zero.bit16_groups) for p in group}
-            for name, param in self.named.items():
-                mapping = param._hp_mapping
-                if mapping is not None:
-                    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    flat = self.zero.single_partition_of_fp32_groups[groups[id(param)]]
-                    yield name, flat, high.start, low.start, low.numel
-
     def pieces(self) -> Iterator[Piece]:
-        """This rank's part of the training state, as views."""
-        for name, flat, offset, start, count in self.shards():
-            fields = {WEIGHT: flat.detach().flatten()[offset : offset + count]}
-            for key, value in self.optimizer.state.get(flat, {}).items():
-                fields[key] = value if value.dim() == 0 else value.flatten()[offset : offset + count]
-            yield Piece(name, start, self.shapes[name].numel(), fields)
+        yield from self.masters.pieces()
         if self.rank == 0:
-            for name, value in self.kept.items():
-                state = self.beside.state.get(value, {}) if value.requires_grad else {}
-                fields = {WEIGHT: value.detach().flatten()}
-                fields |= {k: v if v.dim() == 0 else v.flatten() for k, v in state.items()}
-                yield Piece(name, 0, value.numel(), fields)
+            yield from (whole_piece(name, v, self.beside.state.get(v, {})) for name, v in self.trained_beside.items())
 
-    def save(self, checkpoints: Checkpoints, step: int, state: dict) -> None:
-        together(self, "write its part of the last checkpoint", checkpoints.wait)
-        state["deepspeed"] = {"zero_stage": self.stage, "loss_scaler": self.loss_scaler_state()}
-        pieces = snapshot_pieces(self.pieces())
-        name = f"state-{self.rank:05d}.safetensors"
-        checkpoints.save(step, lambda folder: write_pieces(folder / name, pieces), state, background=True)
-
-    def loss_scaler_state(self) -> dict:
-        return {f: getattr(self.scaler, f) for f in LOSS_SCALER_FIELDS if hasattr(self.scaler, f)}
+    def own_state(self) -> dict:
+        scaler = {f: getattr(self.scaler, f) for f in LOSS_SCALER_FIELDS if hasattr(self.scaler, f)}
+        return {"deepspeed": {"zero_stage": self.stage, "loss_scaler": scaler}}
 
     def load(self, folder: Path) -> None:
-        state = read_state(folder)
+        state = read_state(folder, verify=False)
         together(self, f"read {folder}", lambda: self.read(folder))
-        self.optimizer.share_steps()
-        for field, value in state.get("deepspeed", {}).get("loss_scaler", {}).items():
-            setattr(self.scaler, field, value)
+        for optimizer in filter(None, (self.optimizer, self.beside)):
+            optimizer.share_steps()
+        saved = state.get("deepspeed", {}).get("loss_scaler", {})
+        for field in saved.keys() & set(LOSS_SCALER_FIELDS):
+            setattr(self.scaler, field, saved[field])
         self.engine.global_steps = state["step"]
         self.engine.micro_steps = state["step"] * self.accumulation
-        self.refresh()
+        self.masters.refresh()
 
     def read(self, folder: Path) -> None:
         """Fills this rank's masters, moments and averages: no collectives."""
         with StateReader(folder, share=(self.rank, self.world_size)) as reader:
-            shards = list(self.shards()) if self.stage else [(n, p, 0, 0, p.numel()) for n, p in self.named.items()]
-            for name, flat, offset, start, count in shards:
-                reader.check_size(name, self.shapes[name])
-                restore(reader, self.optimizer, name, flat, offset, start, count)
-            for name, value in self.kept.items():
-                if value.requires_grad:
-                    reader.check_size(name, value.shape)
-                    restore(reader, self.beside, name, value, 0, 0, value.numel())
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Makes the network's weights those of the fp32 masters."""
-        if self.stage == 3:
-            # gathered copies, small parameters' included, are of the old weights
-            self.zero._partition_all_parameters()
-            for group in range(len(self.zero.fp16_groups)):
-                self.zero._reassign_or_swap_out_partitioned_parameters(group)
-            if self.zero.persistent_parameters:
-                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
-        elif self.stage > 0:
-            self.zero.update_lp_params()
+            self.masters.read(reader)
+            for name, value in self.trained_beside.items():
+                reader.check_size(name, value.shape)
+                restore(reader, self.beside, name, value, 0, 0, value.numel())
 
     @contextmanager
     def ema_weights(self, index: int = 0) -> Iterator[nn.Module]:
         """The averages are written where DeepSpeed keeps the network's weights; masters are put back afterwards."""
         key = ema_names(self.optimizer)[index]
-        beside = [v for v in self.kept.values() if self.beside is not None and key in self.beside.state.get(v, {})]
+        beside = [v for v in self.trained_beside.values() if key in self.beside.state.get(v, {})]
         backup = [v.detach().clone() for v in beside]
         with torch.no_grad():
             for value in beside:
                 value.copy_(self.beside.state[value][key])
-            masters = self.show(key)
+        masters = self.masters.show(key)
         try:
             yield self.model
         finally:
             with torch.no_grad():
                 for value, old in zip(beside, backup):
                     value.copy_(old)
-                for flat, old in masters:
-                    flat.data.copy_(old)
-                self.refresh()
-
-    def show(self, key: str) -> list[tuple[Tensor, Tensor]]:
-        """Puts state `key` in place of the masters and refreshes; returns the masters' values to put back."""
-        flats = {id(flat): flat for _, flat, *_ in self.shards()}
-        if self.stage == 0:
-            flats = {id(p): p for p in self.named.values()}
-        shown = [flat for flat in flats.values() if key in self.optimizer.state.get(flat, {})]
-        masters = [(flat, flat.detach().clone()) for flat in shown]
-        for flat in shown:
-            flat.data.copy_(self.optimizer.state[flat][key])
-        self.refresh()
-        return masters
+            self.masters.put_back(masters)
 
     def export(self, index: int = 0) -> dict[str, Tensor] | None:
         key = ema_names(self.optimizer)[index]
         mine = {p.name: p for p in self.pieces()}
         state = {}
         for name, shape in self.shapes.items():
-            if name not in self.named and name not in self.kept:
+            if name not in self.named and name not in self.trained_beside:
                 continue
             self.beat()
             whole = torch.zeros(shape.numel(), device=self.device)
@@ -431,19 +339,11 @@ class DeepSpeedEngine:
                 dist.reduce(whole, 0)
             if self.rank == 0:
                 state[name] = whole.view(shape).cpu()
-        return self.with_constants(state) if self.rank == 0 else None
-
-    def with_constants(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds buffers and frozen parameters, which are functions of the model's configuration, in the usual order."""
+        if self.rank > 0:
+            return None
+        # buffers and frozen parameters are functions of the model's configuration
         fresh = type(self.model)(self.model.config).state_dict()
         return {name: state.get(name, fresh[name]) for name in self.shapes}
-
-    def notes(self, state: dict) -> list[str]:
-        if state["world_size"] != self.world_size:
-            return [
-                f"saved by {state['world_size']} ranks, resumed by {self.world_size}: equal to rounding, not to the bit"
-            ]
-        return []
 
 
 def quiet(deepspeed, rank: int) -> None:

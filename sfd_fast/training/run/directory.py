@@ -1,16 +1,35 @@
-"""The directory of a run: taken, resumed from, or refused because it belongs to another run."""
+"""The directory of a run: taken by one launch, resumed from, or refused because it belongs to another run."""
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from sfd_fast.config import to_dict
-from sfd_fast.config.checks import changeable, flatten
-from sfd_fast.files.atomic import write_atomically
-from sfd_fast.training.checkpoints import Checkpoints, read_state
+from sfd_fast.config.checks import PATH, changeable, flatten, marked
+from sfd_fast.files.atomic import sweep, write_atomically
+from sfd_fast.files.digest import settings_digest
+from sfd_fast.files.documents import require_kinds
+from sfd_fast.files.lock import FolderLock
+from sfd_fast.formats.model_folder import read_description
+from sfd_fast.training.checkpoints import STATE, Checkpoints, read_state
 from sfd_fast.training.engines.interface import Engine, together
 from sfd_fast.training.job import Job
 from sfd_fast.training.run.stop import STOP_FILE
+
+MODEL = "model"
+STORED = {
+    "config": dict, "identity": dict, "record": dict, "world_size": int, "threads": list, "changes": list,
+    "bad_in_row": int, "skipped": int, "wall_s": (int, float), "interval": dict, "recent_norms": list,
+}  # fmt: skip
+"""what a run keeps in state.json beside what every checkpoint has"""
+
+
+def lock(folder: Path) -> FolderLock:
+    """Keeps other launches out of a run's directory while it is entered, and sweeps what a killed one left there."""
+    return FolderLock(folder, command="training", advice="choose another run.out", clean=partial(sweep, folder))
 
 
 def prepare_directory(
@@ -20,12 +39,13 @@ def prepare_directory(
 
     OSError where it cannot be written, ValueError where it is taken.
     """
-    if not resume and (folder / "checkpoints").is_dir():
+    if not resume and Checkpoints(folder / "checkpoints", keep=1).steps():
         raise ValueError(
             f"{folder} already holds a run; resume it (resume=True), choose another run.out, or delete the folder"
         )
     if not write:
         return
+    check_replaceable(folder / MODEL)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
@@ -36,20 +56,57 @@ def prepare_directory(
         raise OSError(f"the run directory {folder} cannot be written ({error}); choose another run.out") from error
 
 
-def check_resumable(job: Job, state: dict) -> None:
-    """Raises ValueError where a checkpoint belongs to another configuration or other data.
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError where the run's model would take the place of something that is no model of ours."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        read_description(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is no model of ours ({error}), but this run would write its model there: move it away, or "
+            "choose another run.out"
+        ) from None
 
-    A key that the checkpoint does not know yet had the effect of its default.
+
+def check_alike(job: Job, engine: Engine) -> None:
+    """Raises ValueError on every rank where ranks were started with other settings, seeds or data.
+
+    Names of files and folders may differ: nodes have their own copies. Costs one small message of each rank.
     """
-    default, new = (flatten(json.loads(json.dumps(to_dict(c)))) for c in (type(job.config)(), job.config))
-    old = default | flatten(state["config"])
+    places = marked(type(job.config), PATH) | {"data.num_workers"}
+    mine = {key: value for key, value in flatten(to_dict(job.config)).items() if key not in places}
+    mine = json.loads(json.dumps(mine | {"data": job.identity} | engine.files()))
+    digests = engine.gather(settings_digest(mine))
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if not different:
+        return
+    everyone = engine.gather(mine)
+    first, other = everyone[0], everyone[different[0]]
+    pairs = [f"{key} is {first[key]!r} on rank 0 and {other[key]!r} on rank {different[0]}"
+             for key in first if first[key] != other.get(key)]  # fmt: skip
+    ranks = ", ".join(map(str, different[:8])) + (", ..." if len(different) > 8 else "")
+    raise ValueError(
+        f"rank {ranks} was started otherwise than rank 0: {'; '.join(pairs)[:500]}; start all ranks with the same "
+        "settings, on copies of the same data"
+    )
+
+
+def check_resumable(job: Job, state: dict) -> list[dict]:
+    """What train.change lets differ from the checkpoint: {key, was, is} each.
+
+    Raises ValueError where the checkpoint belongs to another configuration or other data.
+    """
+    old, new = (flatten(json.loads(json.dumps(c))) for c in (state["config"], to_dict(job.config)))
     keys = sorted((old.keys() | new.keys()) - changeable(type(job.config)))
-    different = [k for k in keys if old.get(k) != new.get(k)]
-    if different:
-        pairs = ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in different)
+    different = [key for key in keys if old.get(key) != new.get(key)]
+    refused = [key for key in different if key not in job.train.change]
+    if refused:
+        pairs = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in refused)
         raise ValueError(
             f"the checkpoint in {job.run.out} belongs to another configuration: {pairs}; set them back, or choose "
-            "another run.out (train.init_from starts a new run from these weights)"
+            "another run.out (train.init_from starts a new run from these weights, train.change allows to change "
+            "settings of the optimizer)"
         )
     for key, value in job.identity.items():
         if state["identity"].get(key) != value:
@@ -57,28 +114,51 @@ def check_resumable(job: Job, state: dict) -> None:
                 f"the checkpoint in {job.run.out} was trained on other data: {key} was {state['identity'].get(key)} "
                 f"and is {value}; give the data it was trained on, or choose another run.out"
             )
+    return [{"key": key, "was": old.get(key), "is": new.get(key)} for key in different]
 
 
 def resume_point(job: Job, engine: Engine, checkpoints: Checkpoints) -> tuple[Path | None, dict]:
     """(checkpoint to go on from, its state), or (None, {}) at the start; the same on every rank.
 
-    ValueError where it belongs to another run, OSError where ranks see different ones.
+    What train.change changes is added to the state's "changes". ValueError where the checkpoint is damaged or belongs
+    to another run, OSError where ranks see different ones.
     """
 
     def find() -> tuple[Path | None, dict]:
         latest = checkpoints.latest()
         if latest is None:
             return None, {}
-        state = read_state(latest)
-        check_resumable(job, state)
+        state = read_state(latest, verify=False)  # its digest was compared a moment ago
+        require_kinds(state, STORED, latest / STATE)
+        state["changes"] += [{"step": state["step"]} | change for change in check_resumable(job, state)]
         return latest, state
 
     latest, state = together(engine, f"resume the run in {job.run.out}", find)
-    step = state["step"] if state else 0
-    first, last = -int(engine.max_over_ranks(-step)), int(engine.max_over_ranks(step))
-    if first != last:
+    steps = engine.gather(state.get("step", 0))
+    if len(set(steps)) > 1:
         raise OSError(
-            f"ranks see different checkpoints in {job.run.out}: of steps {first} to {last}, this rank "
-            f"({engine.rank}) {step}; run.out must be a folder that all nodes share"
+            f"ranks see different checkpoints in {job.run.out}: of steps {min(steps)} to {max(steps)}, this rank "
+            f"({engine.rank}) {steps[engine.rank]}; run.out must be a folder that all nodes share"
         )
     return latest, state
+
+
+def num_threads() -> list[int]:
+    """Threads of torch within an operation and between operations: sums round by their number."""
+    return [torch.get_num_threads(), torch.get_num_interop_threads()]
+
+
+def resume_notes(engine: Engine, latest: Path, state: dict) -> list[str]:
+    """What is worth saying of a checkpoint that is resumed."""
+    notes = [f"resumed from {latest}"]
+    if state["world_size"] != engine.world_size:
+        notes.append(
+            f"saved by {state['world_size']} ranks, resumed by {engine.world_size}: equal to rounding, not to the bit"
+        )
+    if engine.device.type == "cpu" and state["threads"] != num_threads():
+        notes.append(
+            f"saved with {state['threads'][0]} threads, resumed with {num_threads()[0]}: equal to rounding (4 against "
+            "1 differ by 2e-6), not to the bit; OMP_NUM_THREADS sets their number"
+        )
+    changes = [change for change in state["changes"] if change["step"] == state["step"]]
+    return notes + [f"{c['key']} was {c['was']!r} and is {c['is']!r}, as train.change allows" for c in changes]

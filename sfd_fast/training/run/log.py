@@ -1,12 +1,14 @@
 """What a run reports: metrics.jsonl, TensorBoard, a progress bar, and the statistics of the steps between two rows."""
 
+import itertools
 import json
 import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image
@@ -16,6 +18,8 @@ from tqdm import tqdm
 from sfd_fast.files.atomic import write_atomically
 
 METRICS = "metrics.jsonl"
+BLOCK, LONGEST_ROW = 2**16, 2**20
+"""bytes of a metrics file that are read at once, and that one row may have"""
 RECENT_NORMS = 100
 """gradient norms whose median is the measure of a spike"""
 SPIKE_NEEDS = 20
@@ -82,7 +86,7 @@ class StepLog:
     def restore(self, state: dict, *, leader: bool) -> None:
         """Only the leader takes the bins: they are summed over ranks again when a row is made."""
         if len(state["sums"]) == len(self.names):
-            self.sums, self.count = list(state["sums"]), state["count"]
+            self.sums, self.count = [float(value) for value in state["sums"]], int(state["count"])
         if leader and self.bins is not None and state["bins"]:
             self.bins.copy_(torch.tensor(state["bins"]))
 
@@ -104,8 +108,9 @@ class GradNormWatch:
 class RunLog:
     """Rows of a run: appended to metrics.jsonl, drawn in TensorBoard, said on the terminal. Only rank 0 writes.
 
-    Rows are dictionaries with "kind" (train, validation, evaluation, event) and "step". On resume, rows after the
-    checkpoint's step are removed, so that every step stands there once.
+    Rows are dictionaries with "kind" (train, validation, evaluation, event) and "step", in the order of the steps. On
+    resume, rows after the checkpoint's step are cut off, so that every step stands there once. ValueError where the
+    file holds something else.
     """
 
     def __init__(
@@ -122,13 +127,12 @@ class RunLog:
         self.folder = folder
         self.path = folder / METRICS
         self.write = write
-        self.rows: list[dict] = []
         self.bar = self.board = self.file = None
         if not write:
             return
         if self.path.is_file():
-            self.rows = [row for row in read_rows(self.path) if row["step"] <= start_step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            kept = (end for row, end in rows_backwards(self.path) if row["step"] <= start_step)
+            os.truncate(self.path, next(kept, 0))
         self.file = open(self.path, "a")  # noqa: SIM115 (open for the whole run)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -145,12 +149,16 @@ class RunLog:
         if not self.write:
             return
         row = {"kind": kind, "step": step} | {name: storable(value) for name, value in values.items()}
-        self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in scalars(row).items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether there is a row of a kind at the newest step, or at one after it."""
+        newest = itertools.takewhile(lambda found: found[0]["step"] >= step, rows_backwards(self.path))
+        return any(row["kind"] == kind and row["step"] == step for row, _ in newest)
 
     def event(self, step: int, message: str) -> None:
         """Something worth a line: said on the terminal and kept as a row."""
@@ -166,7 +174,8 @@ class RunLog:
             return
         target = self.folder / name
         target.mkdir(exist_ok=True)
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(target / f"{step:08d}.png")
+        picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+        write_atomically(target / f"{step:08d}.png", picture.save, durable=False)
         if self.board is not None:
             self.board.add_image(name, grid, step)
 
@@ -186,14 +195,51 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a metrics file; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    """Rows of a metrics file, none where it is missing; a last line cut short by a kill is left out."""
+    return [row for row, _ in rows_backwards(path)][::-1]
+
+
+def rows_backwards(path: Path) -> Iterator[tuple[dict, int]]:
+    """Rows of a metrics file from the last one back, each with the position of its end, in little memory.
+
+    A last line cut short by a kill is left out. ValueError where a line is no row of a run.
+    """
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for line, end in lines_backwards(file):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+                raise ValueError(
+                    f"{path}: the line that ends at byte {end} is no row of a run: {line[:40]!r}; remove that line, or "
+                    "move the file away to go on without its rows"
+                )
+            yield row, end
+
+
+def lines_backwards(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """(line, position after its end) of the ended lines of a file from the last one back."""
+    position = end = file.seek(0, os.SEEK_END)
+    rest, ended = b"", False
+    while position > 0:
+        size = min(BLOCK, position)
+        position -= size
+        file.seek(position)
+        rest, *lines = (file.read(size) + rest).split(b"\n")
+        for line in reversed(lines):
+            if ended:
+                yield line, end + 1
+            ended = True
+            end -= len(line) + 1
+        if not ended:
+            rest, end = b"", position
+        elif len(rest) > LONGEST_ROW:
+            raise ValueError(f"{file.name}: the line that ends at byte {end + 1} is longer than {LONGEST_ROW} bytes")
+    if ended:
+        yield rest, end + 1
 
 
 def scalars(row: Mapping) -> dict[str, float]:

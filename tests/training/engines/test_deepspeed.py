@@ -298,7 +298,7 @@ def assert_same_state(a, b):
     """Weights, moments and both averages of two checkpoints, to rounding."""
     for field in FIELDS:
         mine, theirs = consolidated(a, field), consolidated(b, field)
-        assert mine.keys() >= theirs.keys()  # the plain engine stores tables that are not trained as well
+        assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
             torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-6)
 
@@ -340,7 +340,7 @@ def test_one_plain_process_goes_on_from_two_ranks(ran, tmp_path):
     losses = [row["loss"] for row in result.metrics if row["kind"] == "train"]
     assert losses == pytest.approx(ran["two"][0]["losses"][4:], rel=1e-5)
     assert_same_state(target / "00000008", ran.folder / "two-unbroken" / "checkpoints" / "00000008")
-    assert any("saved by 2 ranks, resumed by one" in r["message"] for r in result.metrics if r["kind"] == "event")
+    assert any("saved by 2 ranks, resumed by 1" in r["message"] for r in result.metrics if r["kind"] == "event")
 
 
 def test_a_rank_that_cannot_write_stops_all_with_the_old_checkpoint(ran):
@@ -360,7 +360,7 @@ def test_a_rank_that_cannot_write_stops_all_with_the_old_checkpoint(ran):
         ("file", "sets gradient_clipping to 1.0, which contradicts optimizer.max_grad_norm"),
         ("preset", "belongs to another configuration: model.depth was 2 and is 3"),
         ("different disks", "ranks see different checkpoints .*: of steps 0 to 8, this rank .* all nodes share"),
-        ("unwritable", "run directory .*in-the-way/run cannot be written|could not write the run directory .*way/run"),
+        ("unwritable", "in-the-way/run cannot be written|another rank could not take .*in-the-way/run"),
     ],
 )
 def test_contradictions_are_errors_on_every_rank(ran, what, message):

@@ -14,7 +14,7 @@ from sfd_fast.models.dit import LightningDiT
 from sfd_fast.planning.description import show
 from sfd_fast.training.diffusion import diffusion_job, initial_model, run_train
 from sfd_fast.training.engines import watchdog as watchdog_module
-from sfd_fast.training.engines.interface import TorchEngine
+from sfd_fast.training.engines.torch import TorchEngine
 from sfd_fast.training.engines.watchdog import Watchdog
 from sfd_fast.training.loop import Stop
 from sfd_fast.training.run.log import StepLog

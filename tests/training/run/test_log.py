@@ -11,8 +11,9 @@ from sfd_fast.config import GuidanceConfig
 from sfd_fast.planning.description import show
 from sfd_fast.training.diffusion import diffusion_job, run_train
 from sfd_fast.training.engines.interface import OVERFLOW
-from sfd_fast.training.loop import NonFiniteError, Run, build_engine
-from sfd_fast.training.run.log import RunLog, StepLog, memory_gib
+from sfd_fast.training.loop import build_engine
+from sfd_fast.training.run.log import RunLog, StepLog, memory_gib, read_rows
+from sfd_fast.training.run.progress import NonFiniteError, Run
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_overflows_of_the_loss_scale_are_skipped_steps_but_not_bad_ones(tmp_path
     steps(2, float("nan"), 1.0)
     steps(7, float("inf"), OVERFLOW)
     assert run.skipped == 9 and run.bad_in_row == 2
-    assert "gradients overflow fp16 at this loss scale" in log.rows[-1]["message"]
+    assert "gradients overflow fp16 at this loss scale" in read_rows(log.path)[-1]["message"]
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         steps(3, float("nan"), 1.0)
     log.close()
