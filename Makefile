@@ -24,6 +24,7 @@ $(TESTABLE): $(INSTALLED)
 	-DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	-$(PIP) nvidia-dali-cuda120
 	-$(PIP) datasets
+	-$(PIP) "gradio>=6" playwright
 	-$(PIP) --no-deps --target $(VENV)/attention-signatures xformers flash-attn-4
 	touch $@
 

@@ -75,6 +75,10 @@ COMMANDS: dict[str, Command] = {
     "sample": Command(
         "sfd_fast.commands.sample:SampleConfig", "sfd_fast.commands.sample:run_sample", "generate images"
     ),
+    "app": Command(
+        "sfd_fast.commands.app:AppConfig", "sfd_fast.commands.app:run_app",
+        "a page in the browser to play with a model: classes, guidance, the three stages (pip install 'sfd-fast[app]')",
+    ),
     "evaluate": Command(
         "sfd_fast.commands.evaluate:EvaluateConfig", "sfd_fast.commands.evaluate:run_evaluate",
         "FID, sFID, Inception Score, precision, recall and KID of generated images",

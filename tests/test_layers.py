@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "sampling": FORMATS,
     "training": TRAINING,
     "planning": TRAINING | {"planning"},
-    "commands": TRAINING | {"planning"},
+    "app": FORMATS | {"sampling", "pictures"},
+    "commands": TRAINING | {"planning", "app"},
     "cli": TRAINING | {"planning", "commands"},
     "__main__": {"cli"},
     "__init__": TRAINING,
@@ -41,6 +42,7 @@ ONE_FILE = {
     "flash_attn_interface": {"sfd_fast/models/attention.py"},
     "xformers": {"sfd_fast/models/attention.py"},
     "apex": {"sfd_fast/training/optimizer.py"},
+    "gradio": {"sfd_fast/app/page.py"},
 }
 
 

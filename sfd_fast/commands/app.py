@@ -1,0 +1,51 @@
+"""`sfd app`: a page in the browser to play with a model."""
+
+from dataclasses import dataclass
+
+from sfd_fast.config import Precision, require
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """Options of the page."""
+
+    model: str = ""
+    """pipeline folder or hub name; or a network's folder (RUN/model, or of `sfd convert`) with `codec`"""
+    twin: str = ""
+    """pipeline folder of another model of the same latents, drawn beside it from the same noise; for example a
+    synchronous one (delta_t 0)"""
+    guide: str = ""
+    """guide network's folder, where the pipeline has none or another is wanted"""
+    codec: str = ""
+    """texture codec's folder or file, for a network's folder"""
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 serves every machine that reaches this one"""
+    port: int = 0
+    """port to listen on; 0: the first free one from 7860 on"""
+    batch: int = 16
+    """images of one click at most"""
+    precision: Precision = "fp32"
+    device: str = ""
+    """cpu, cuda or cuda:N; empty: cuda where there is one, else the CPU"""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.batch <= 256, f"batch {self.batch} must be 1 to 256, the images of one click")
+        require(0 <= self.port < 65536, f"port {self.port} must be 0 (the first free one from 7860 on) to 65535")
+
+
+def run_app(config: AppConfig) -> None:
+    """Loads the models and serves the page until Ctrl-C.
+
+    Raises ImportError where Gradio is not installed, ValueError and OSError as `sfd sample` does.
+    """
+    from sfd_fast.app.page import launch, load_gradio
+
+    require(bool(config.model), "model is empty; give a pipeline folder, for example --model runs/demo/model")
+    load_gradio()  # before the models, which may take long to load
+    from sfd_fast.app.studio import Studio
+
+    studio = Studio(
+        config.model, twin=config.twin, guide=config.guide, codec=config.codec, batch=config.batch,
+        precision=config.precision, device=config.device,
+    )  # fmt: skip
+    launch(studio, host=config.host, port=config.port)
