@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from liger import liger_call
 from sfd_kernels import reference_only, split_qkv
 from sfd_kernels.registry import Op
 from torch import Tensor
@@ -82,13 +83,19 @@ def adamw_baselines(args: tuple) -> dict[str, Callable[..., None]]:
     return {"foreach_and_ema_loop": foreach_then_loop, "fused_and_foreach_lerp": fused_then_lerp}
 
 
-def liger_swiglu() -> Callable[..., Tensor] | None:
-    """Liger-Kernel's SwiGLU on separate gate and up tensors, the layout it is written for; None without the package."""
+def liger_provider(op: Op, args: tuple) -> Provider | None:
+    """Liger-Kernel's own operator, where it has one and is installed."""
     try:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+        found = liger_call(op.name, args)
     except ImportError:
+        print("Liger-Kernel is not installed, so it is not timed: pip install liger-kernel")
         return None
-    return LigerSiLUMulFunction.apply
+    if found is None:
+        return None
+    function, tensors = found
+    provider = Provider(function, op, tensors, False)
+    provider.trained = provider.leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    return provider
 
 
 def make_providers(op: Op, args: tuple, device: str, backend: str = "inductor") -> dict[str, Provider]:
@@ -105,13 +112,7 @@ def make_providers(op: Op, args: tuple, device: str, backend: str = "inductor") 
     if op.name == "adamw_ema_step":
         for name, function in adamw_baselines(args).items():
             found[name] = Provider(function, op, args, False)
-    if op.name == "swiglu" and device == "cuda":
-        function = liger_swiglu()
-        if function is None:
-            print("Liger-Kernel is not installed, so it is not timed: pip install liger-kernel")
-        else:
-            halves = tuple(half.contiguous() for half in args[0].chunk(2, dim=-1))
-            found["liger"] = Provider(function, op, halves, False)
-            found["liger"].trained = tuple(half.requires_grad_() for half in halves)
-            found["liger"].leaves = list(found["liger"].trained)
+    liger = liger_provider(op, args) if device == "cuda" else None
+    if liger is not None:
+        found["liger"] = liger
     return found

@@ -3,7 +3,8 @@
 On a CPU: one thread; every round runs each candidate once, in a new random order, so that a slow moment of the machine
 hits all of them; a fixed loop (the canary) is timed in every round and tells how steady the machine was.
 On CUDA: triton's do_bench (L2 flushed) with a busy-wait kernel before every sample, long enough for the host to queue
-the sample behind it: gaps between launches are not timed.
+the sample behind it: gaps between launches are not timed. Whole steps are timed as they run instead, by the wall
+clock over several of them, and beside it the time in which the device was busy.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,82 @@ def device_time(function: Callable[[], Any], *, rep_ms: int = 100) -> Timing:
         rep = int(rep_ms * (1 + wait * 1e3))
         low, median, high = do_bench(function, rep=rep, quantiles=[0.25, 0.5, 0.75])
     return Timing(median, low, high)
+
+
+def wall_time(
+    step: Callable[[], Any], wait: Callable[[], Any], *, num_steps: int = 5, num_windows: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timing:  # fmt: skip
+    """Milliseconds of one step as it runs, over windows of num_steps; wait() returns when the device has finished."""
+    samples = []
+    wait()
+    for _ in range(num_windows):
+        start = clock()
+        for _ in range(num_steps):
+            step()
+        wait()
+        samples.append((clock() - start) / num_steps * 1e3)
+    return Timing.of(samples)
+
+
+def busy_ms(spans: Iterable[tuple[float, float]]) -> float:
+    """Milliseconds in which at least one of the spans (start, end in microseconds) ran."""
+    busy, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return busy / 1e3
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one step did, from torch.profiler."""
+
+    busy_ms: float
+    """time in which the device (on a CPU: an operator) ran anything"""
+    shares: dict[str, float]
+    """of the time of all kernels (on a CPU: operators): what the operators whose names hold a word took"""
+    launches: int
+    """kernels and copies on the device; 0 on a CPU"""
+
+
+def profile_step(
+    step: Callable[[], Any], device: str, words: dict[str, tuple[str, ...]], num_steps: int = 2
+) -> Profile:
+    """Profiles num_steps steps. words: {share's name: parts of operators' names}, for example {"x": ("aten::mm",)}.
+
+    Both activities are recorded on CUDA: a kernel's own name does not say which operator launched it.
+    """
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    step()
+    with profile(activities=activities) as trace:
+        for _ in range(num_steps):
+            step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    spans = [(e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == wanted]
+    key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    rows = [(e.key, e.device_type == wanted, e.device_type == DeviceType.CPU, getattr(e, key))
+            for e in trace.key_averages()]  # fmt: skip
+    launches = len(spans) // num_steps if device == "cuda" else 0
+    return Profile(busy_ms(spans) / num_steps, shares_of(rows, words), launches)
+
+
+def shares_of(rows: Sequence[tuple[str, bool, bool, float]], words: dict[str, tuple[str, ...]]) -> dict[str, float]:
+    """rows: (name, whether it ran on the timed device, whether it is an operator, its own time there).
+
+    The whole is what ran on the device; an operator's own time is that of the kernels which it launched.
+    """
+    whole = sum(own for _, on_device, _, own in rows if on_device)
+    return {
+        share: sum(own for name, _, is_op, own in rows if is_op and any(part in name for part in parts)) / whole
+        for share, parts in words.items()
+        if whole > 0
+    }
 
 
 def machine(device: str) -> dict[str, Any]:

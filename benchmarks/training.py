@@ -1,37 +1,49 @@
 """Whole training steps: ours against torch.compile with fused AdamW and against a step in the released manner.
 
-    python benchmarks/training.py [--presets S B] [--batch 2] [--json F]
+    python benchmarks/training.py [--presets S B] [--batch 2] [--manners ...] [--json F]
 
-A step is noise, times, network, losses (REPA included), backward, optimizer and EMA; in fp32, on CUDA also in bf16
-autocast.
-    ours      fused operators, AdamW and EMA in one pass
-    compiled  the same network in plain PyTorch under torch.compile, fused AdamW, foreach EMA
-    released  plain PyTorch, each block compiled, default AdamW, an EMA loop over parameters
-On a CPU: one thread, interleaved. Beside the times: the share of matrix products and attention in our step, and the
-speed-up over plain eager PyTorch that would remain if everything else took no time (the cap).
+A step is noise, times, network, losses (REPA included), backward, optimizer and EMA; in fp32, on CUDA in bf16 autocast.
+    ours           fused operators, AdamW and EMA in one pass
+    deterministic  ours under train.deterministic (CUDA only: it changes nothing on a CPU)
+    compiled       the same network in plain PyTorch under torch.compile, fused AdamW, foreach EMA
+    released       plain PyTorch, each block compiled, default AdamW, an EMA loop over parameters
+    eager          plain PyTorch, nothing compiled, fused AdamW, foreach EMA
+On a CPU: one thread, interleaved. On CUDA: one manner at a time in memory; wall time over several steps as they run,
+and apart from it the time in which the device was busy, and the peak memory. Beside the times: the share of matrix
+products and attention in our step, and the speed-up over plain eager PyTorch that would remain if everything else took
+no time (the cap).
 """
 
 import argparse
+import contextlib
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import sfd_kernels
 import torch
-from timing import Timing, device_time, interleave, machine
+from timing import Timing, interleave, machine, profile_step, wall_time
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from sfd_fast.config import OptimizerConfig, SFDConfig
+from sfd_fast.config import ModelConfig, OptimizerConfig, SFDConfig
 from sfd_fast.config.presets import preset
 from sfd_fast.diffusion.transport import training_loss
 from sfd_fast.models.dit import LightningDiT
+from sfd_fast.training.deterministic import deterministic_algorithms
 from sfd_fast.training.optimizer import AdamWEMA
 
 RESULTS = Path(__file__).parent / "results"
 DECAY = 0.9999
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "attention", "convolution")
+CPU_MANNERS = ("ours", "compiled", "released", "eager")
+CUDA_MANNERS = ("ours", "deterministic", "eager", "released")
+MANNERS = ("ours", "deterministic", "compiled", "released", "eager")
+
+
+def settings(model: ModelConfig) -> SFDConfig:
+    return SFDConfig(model=replace(model, class_dropout=0.1), optimizer=OptimizerConfig(ema_decay=DECAY))
 
 
 def batch_of(config: SFDConfig, size: int, device: str) -> dict[str, Tensor]:
@@ -46,16 +58,18 @@ def batch_of(config: SFDConfig, size: int, device: str) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in made.items()}
 
 
-def parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+def network_of(config: SFDConfig, device: str) -> tuple[nn.Module, list[nn.Parameter]]:
+    with torch.device(device):
+        model = LightningDiT(config.model).train()
+    return model, [p for p in model.parameters() if p.requires_grad]
 
 
 def ours(config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: bool) -> Callable[[], None]:
-    model = LightningDiT(config.model).to(device).train()
-    settings = config.optimizer
+    model, params = network_of(config, device)
+    chosen = config.optimizer
     optimizer = AdamWEMA(
-        parameters(model), lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-        weight_decay=settings.weight_decay, ema_decay=DECAY,
+        params, lr=chosen.lr, betas=(chosen.beta1, chosen.beta2), eps=chosen.eps, weight_decay=chosen.weight_decay,
+        ema_decay=DECAY,
     )  # fmt: skip
 
     def step() -> None:
@@ -69,21 +83,20 @@ def ours(config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: boo
 
 
 def plain(
-    config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: bool, *, manner: str
+    config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: bool, *, manner: str, backend: str
 ) -> Callable[[], None]:
-    """manner: compiled, released, or eager (nothing compiled, fused AdamW)."""
-    model = LightningDiT(config.model).to(device).train()
-    params = parameters(model)
+    """manner: compiled, released or eager; backend: of torch.compile."""
+    model, params = network_of(config, device)
     optimizer = torch.optim.AdamW(
         params, lr=config.optimizer.lr, weight_decay=0.0, fused=True if manner != "released" else None
     )
     averages = [p.detach().clone() for p in params]
     network: Callable = model
     if manner == "compiled":
-        network = torch.compile(model)
+        network = torch.compile(model, backend=backend)
     elif manner == "released":
         for block in model.blocks:
-            block.compile()
+            block.compile(backend=backend)
 
     def step() -> None:
         with sfd_kernels.reference_only():
@@ -102,51 +115,89 @@ def plain(
     return step
 
 
-def share_of_products(step: Callable[[], None], device: str) -> float:
-    """Share of a step's time that matrix products, convolution and attention take."""
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
-    step()
-    with profile(activities=[activity]) as trace:
-        step()
-    key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    events = trace.key_averages()
-    total = sum(getattr(event, key) for event in events)
-    return sum(getattr(e, key) for e in events if any(name in e.key for name in PRODUCTS)) / total
-
-
-def measure(name: str, size: int, device: str, autocast: bool, seconds: float) -> list[dict]:
-    config = SFDConfig(model=replace(preset(name), class_dropout=0.1), optimizer=OptimizerConfig(ema_decay=DECAY))
-    batch = batch_of(config, size, device)
-    steps = {"ours": ours(config, batch, device, autocast)}
-    steps |= {m: plain(config, batch, device, autocast, manner=m) for m in ("compiled", "released", "eager")}
-    for step in steps.values():
-        step()
+@contextlib.contextmanager
+def step_in(
+    manner: str, config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: bool, backend: str = "inductor"
+) -> Iterator[Callable[[], None]]:
+    """The step of a manner; network and optimizer are gone from memory afterwards."""
+    algorithms = deterministic_algorithms() if manner == "deterministic" else contextlib.nullcontext()
+    with algorithms:
+        if manner in ("ours", "deterministic"):
+            yield ours(config, batch, device, autocast)
+        else:
+            yield plain(config, batch, device, autocast, manner=manner, backend=backend)
+    torch._dynamo.reset()
+    gc.collect()
     if device == "cuda":
-        times: dict[str, Timing] = {manner: device_time(step) for manner, step in steps.items()}
-        canary = None
-    else:
+        torch.cuda.empty_cache()
+
+
+def wait_for(device: str) -> Callable[[], None]:
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def measure_alone(
+    manner: str, config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: bool, backend: str = "inductor"
+) -> tuple[Timing, dict]:
+    """Wall time of one manner, with nothing else in memory; and busy_ms, launches, peak_gib, products (a share)."""
+    with step_in(manner, config, batch, device, autocast, backend) as step:
+        for _ in range(3):
+            step()
+        wait_for(device)()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        timing = wall_time(step, wait_for(device))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+        seen = profile_step(step, device, {"products": PRODUCTS})
+        del step
+    more = {"busy_ms": seen.busy_ms, "launches": seen.launches, "peak_gib": peak, "products": seen.shares["products"]}
+    return timing, more
+
+
+def measure_cpu(config: SFDConfig, batch: dict[str, Tensor], manners: tuple[str, ...], seconds: float) -> dict:
+    """{manner: (Timing, {})} interleaved, of ours with the share of products, and the canary."""
+    with contextlib.ExitStack() as stack:
+        steps = {m: stack.enter_context(step_in(m, config, batch, "cpu", False)) for m in manners}
         found, canary = interleave({m: [step] for m, step in steps.items()}, seconds=seconds, min_rounds=5)
-        times = {manner: timings[0] for manner, timings in found.items()}
-    share = share_of_products(steps["ours"], device)
-    dtype = "bf16 mix" if autocast else "fp32"
-    label = f"{name}/1 batch {size} {dtype}"
-    rows = []
-    for manner, timing in times.items():
-        ratio = timing.low / times["ours"].low
+        times = {manner: (timings[0], {}) for manner, timings in found.items()}
+        seen = profile_step(steps["ours"], "cpu", {"products": PRODUCTS})
+    times["ours"] = (times["ours"][0], {"products": seen.shares["products"]})
+    return times | {"canary": canary}
+
+
+def rows_of(label: str, size: int, times: dict[str, tuple[Timing, dict]], device: str) -> list[dict]:
+    """A row for each manner, the share of products in ours, and the cap that they set."""
+    rows, best = [], times["ours"][0]
+    for manner, (timing, more) in times.items():
+        ratio = timing.low / best.low
         bar = 1.0 if manner in ("compiled", "released") and device == "cpu" else None
         rows.append({
             "name": f"{label}: {manner}", "value": timing.median, "unit": "ms", "low": timing.low, "high": timing.high,
             "ratio_to_ours": ratio, "images_per_s": size / timing.median * 1e3, "bar": bar,
-            "holds": None if bar is None else bool(ratio >= bar),
+            "holds": None if bar is None else bool(ratio >= bar), **more,
         })  # fmt: skip
-    cap = times["eager"].low / (share * times["ours"].low)
-    rows.append({"name": f"{label}: share of matrix products in ours", "value": share, "unit": "share", "bar": None,
-                 "holds": None})  # fmt: skip
-    rows.append({"name": f"{label}: cap over eager that the products set", "value": cap, "unit": "ratio", "bar": None,
-                 "holds": None})  # fmt: skip
-    if canary is not None:
-        rows.append({"name": f"{label}: canary spread", "value": canary.spread, "unit": "share", "bar": None,
-                     "holds": None})  # fmt: skip
+    share = times["ours"][1]["products"]
+    rows.append(fact(f"{label}: share of matrix products in ours", share, "share"))
+    if "eager" in times and share > 0:
+        products = share * (times["ours"][1].get("busy_ms") or best.low)
+        rows.append(fact(f"{label}: cap over eager that the products set", times["eager"][0].low / products, "ratio"))
+    return rows
+
+
+def fact(name: str, value: float, unit: str) -> dict:
+    return {"name": name, "value": value, "unit": unit, "bar": None, "holds": None}
+
+
+def measure(name: str, size: int, device: str, autocast: bool, manners: tuple[str, ...], seconds: float) -> list[dict]:
+    config = settings(preset(name))
+    batch = batch_of(config, size, device)
+    label = f"{name}/1 batch {size} {'bf16 mix' if autocast else 'fp32'}"
+    if device == "cuda":
+        rows = rows_of(label, size, {m: measure_alone(m, config, batch, device, autocast) for m in manners}, device)
+    else:
+        times = measure_cpu(config, batch, manners, seconds)
+        canary = times.pop("canary")
+        rows = rows_of(label, size, times, device) + [fact(f"{label}: canary spread", canary.spread, "share")]
     return [row | machine(device) for row in rows]
 
 
@@ -154,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["S", "B"])
     parser.add_argument("--batch", type=int, default=2, help="samples per step; 32 is usual on a GPU")
+    parser.add_argument("--manners", nargs="+", choices=MANNERS, help="ours is always among them")
     parser.add_argument("--seconds", type=float, default=40.0, help="time to measure each preset on a CPU")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
@@ -161,12 +213,12 @@ def main() -> None:
     target = options.json or RESULTS / f"training-{device}.json"
     if device == "cpu":
         torch.set_num_threads(1)
+    manners = tuple(options.manners or (CUDA_MANNERS if device == "cuda" else CPU_MANNERS))
+    manners = ("ours", *(m for m in manners if m != "ours"))
     rows = []
     for name in options.presets:
-        for autocast in (False, True) if device == "cuda" else (False,):
-            rows += measure(name, options.batch, device, autocast, options.seconds)
-            torch._dynamo.reset()
-            target.write_text(json.dumps(rows, indent=1) + "\n")
+        rows += measure(name, options.batch, device, device == "cuda", manners, options.seconds)
+        target.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
         ratio = f"  {row['ratio_to_ours']:.2f} x ours" if "ratio_to_ours" in row else ""
         holds = "" if row["holds"] is None else f"  bar {row['bar']:.2f} holds {row['holds']}"

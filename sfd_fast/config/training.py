@@ -77,9 +77,11 @@ class TrainConfig(Settings, section="train"):
     residual: Precision = "fp32"
     """dtype of the residual stream; fp32 is the released network's, bf16 moves fewer bytes"""
     attention: Annotated[
-        Literal["auto", "flash4", "flash3", "flash2", "xformers", "sdpa"], MAY_CHANGE
+        Literal["auto", "flash4", "flash3", "flash2", "xformers", "cudnn", "sdpa"], MAY_CHANGE
     ] = "auto"
-    """library behind attention; auto takes the best that is installed and fits"""
+    """library behind attention; auto takes what fits, on a GPU the fastest (measured once, kept on disk)"""
+    deterministic: Annotated[bool, MAY_CHANGE] = False
+    """CUDA: only algorithms that sum in a fixed order, so that a resumed run is the unbroken one's to the bit"""
     engine: Annotated[Literal["torch", "deepspeed"], MAY_CHANGE] = "torch"
     """torch: one process; deepspeed: one or many ranks, see `deepspeed`"""
     init_from: Annotated[FilePath, MAY_CHANGE] = ""

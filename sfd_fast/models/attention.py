@@ -1,4 +1,4 @@
-"""Attention as one function over (B, N, H, d): flash-attn 4, 3, 2, xformers or torch SDPA behind it.
+"""Attention as one function over (B, N, H, d): flash-attn 4, 3, 2, xformers, cuDNN or torch SDPA behind it.
 
 B batch, N tokens, H heads, d head_dim (72 in XL, 64 in XXL and B).
 """
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sfd_fast.models.attention_speed import fastest, measure
 
 log = logging.getLogger("sfd_fast.attention")
 
@@ -35,7 +37,10 @@ def _call_flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _call_flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn.flash_attn_interface import flash_attn_func
 
-    return flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=q.shape[-1] ** -0.5, causal=False)
+    in_order = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_func(
+        q, k, v, dropout_p=0.0, softmax_scale=q.shape[-1] ** -0.5, causal=False, deterministic=in_order
+    )
 
 
 def _call_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -47,6 +52,13 @@ def _call_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _call_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, N, d), as views
     return F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+
+
+def _call_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _call_sdpa(q, k, v)
 
 
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -69,6 +81,8 @@ class Backend(NamedTuple):
     max_head_dim: int
     traceable: bool
     """whether torch.compile(fullgraph=True) can trace through it"""
+    deterministic: bool
+    """whether its backward pass can sum in a fixed order (torch.use_deterministic_algorithms)"""
 
 
 # Limits as the libraries' own checks state them: flash-attn 4.0.0b36 flash_attn/cute/interface.py (backward needs
@@ -77,24 +91,28 @@ class Backend(NamedTuple):
 BACKENDS: dict[str, Backend] = {
     "flash4": Backend(
         "flash-attn 4", "flash_attn.cute", _call_flash4, "pip install flash-attn-4",
-        (9, 10, 11, 12), HALF, 128, False,
+        (9, 10, 11, 12), HALF, 128, False, False,
     ),
     "flash3": Backend(
         "flash-attn 3", "flash_attn_interface", _call_flash3,
         'pip install --no-build-isolation "git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper"',
-        (9,), HALF, 256, True,
+        (9,), HALF, 256, True, False,
     ),
     "flash2": Backend(
         "flash-attn 2", "flash_attn.flash_attn_interface", _call_flash2,
-        "pip install --no-build-isolation flash-attn", (8, 9, 10, 11, 12), HALF, 256, True,
+        "pip install --no-build-isolation flash-attn", (8, 9, 10, 11, 12), HALF, 256, True, True,
     ),
     "xformers": Backend(
         "xformers", "xformers.ops", _call_xformers, "pip install xformers",
-        (8, 9, 10, 11, 12), (*HALF, torch.float32), 256, False,
+        (8, 9, 10, 11, 12), (*HALF, torch.float32), 256, False, False,
+    ),
+    "cudnn": Backend(
+        "cuDNN through torch SDPA", "torch.nn.attention", _call_cudnn, "pip install torch",
+        (8, 9, 10, 11, 12), HALF, 128, True, False,
     ),
     "sdpa": Backend(
         "torch SDPA", "torch.nn.functional", _call_sdpa, "pip install torch",
-        (), (), 65536, True,
+        (), (), 65536, True, True,
     ),
 }  # fmt: skip
 
@@ -124,19 +142,21 @@ def _does_not_fit(name: str, device_type: str, capability: int, dtype: torch.dty
         return f"needs CUDA compute capability {' or '.join(map(str, backend.capabilities))}, not {capability}"
     if backend.dtypes and dtype not in backend.dtypes:
         return f"runs {' or '.join(str(d).removeprefix('torch.') for d in backend.dtypes)}, not {dtype}"
+    if not backend.deterministic and device_type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return "has no backward pass that sums in a fixed order, which deterministic training asks for"
     if head_dim > backend.max_head_dim or (backend.capabilities and head_dim % 8):
         return f"needs head_dim to be a multiple of 8 up to {backend.max_head_dim}, not {head_dim}"
     return ""
 
 
 def _order(capability: int) -> tuple[str, ...]:
-    """Best first. flash-attn 3 is written for Hopper (capability 9), 4 for Blackwell (10 and above).
+    """Best first, where nothing was measured. flash-attn 3 is written for Hopper (capability 9), 4 for Blackwell.
 
     xformers stands behind SDPA, so "auto" never takes it: torch carries the same flash 2 and CUTLASS kernels and
     cuDNN's, and a wheel built for another torch imports without its own.
     """
     newest = ("flash3", "flash4") if capability == 9 else ("flash4", "flash3")
-    return (*newest, "flash2", "sdpa", "xformers")
+    return (*newest, "flash2", "sdpa", "cudnn", "xformers")
 
 
 def _capability(device_type: str) -> int:
@@ -154,7 +174,7 @@ def choose(backend: str, device_type: str, dtype: torch.dtype, head_dim: int, tr
     """Name of the library that runs such an attention; said once through the log of sfd_fast.attention.
 
     backend: "auto" takes the best that is installed and fits; a name insists on it. tracing: inside torch.compile,
-    where "auto" passes over libraries that would break the graph.
+    where "auto" passes over libraries that would break the graph. Nothing is measured here.
     Raises ValueError for an unknown name or one that does not fit, ImportError (with the command that installs it) for
     one that is absent.
     """
@@ -169,18 +189,48 @@ def choose(backend: str, device_type: str, dtype: torch.dtype, head_dim: int, tr
             raise ValueError(f"attention backend '{backend}': {package} {reason}; use 'auto' or 'sdpa'")
         _say_once(f"attention: {package} (asked for)")
         return backend
-    for name in _order(capability):
-        fits = not _does_not_fit(name, device_type, capability, dtype, head_dim)
-        if fits and (BACKENDS[name].traceable or not tracing) and not _not_installed(name):
-            kind = f"{str(dtype).removeprefix('torch.')}, head_dim {head_dim}, {device_type}"
-            _say_once(f"attention: {BACKENDS[name].package} for {kind}")
-            return name
-    raise AssertionError("torch SDPA fits every device and dtype")
+    name = candidates(device_type, dtype, head_dim, tracing)[0]
+    kind = f"{str(dtype).removeprefix('torch.')}, head_dim {head_dim}, {device_type}"
+    _say_once(f"attention: {BACKENDS[name].package} for {kind}")
+    return name
+
+
+def candidates(device_type: str, dtype: torch.dtype, head_dim: int, tracing: bool = False) -> list[str]:
+    """What "auto" chooses from: installed and able to run such an attention; best first; never empty.
+
+    xformers is left out, see `_order`.
+    """
+    capability = _capability(device_type)
+    return [
+        name
+        for name in _order(capability)
+        if name != "xformers"
+        and not _does_not_fit(name, device_type, capability, dtype, head_dim)
+        and (BACKENDS[name].traceable or not tracing)
+        and not _not_installed(name)
+    ]
 
 
 @functools.cache
-def _remembered_choice(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    return choose(backend, device_type, dtype, head_dim)
+def _remembered_choice(
+    backend: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], training: bool, in_order: bool
+) -> str:
+    """As `choose`, but "auto" on CUDA takes the fastest candidate. in_order is part of the key alone."""
+    names = candidates(device.type, dtype, shape[-1]) if backend == "auto" else []
+    if len(names) < 2 or torch.cuda.is_current_stream_capturing():
+        return choose(backend, device.type, dtype, shape[-1])
+    name = fastest({name: BACKENDS[name].call for name in names}, shape, dtype, device, training)
+    _say_once(f"attention: {BACKENDS[name].package} for {shape}, {dtype}, the fastest of {', '.join(names)}")
+    return name
+
+
+def measured_backends(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str, *, training: bool
+) -> dict[str, float]:
+    """Milliseconds of every candidate for q, k and v of that shape (B, N, H, d), and its backward pass in training."""
+    device = torch.device(device)
+    names = candidates(device.type, dtype, shape[-1])
+    return measure({name: BACKENDS[name].call for name in names}, shape, dtype, device, training)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
@@ -193,7 +243,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
     if torch.compiler.is_compiling():
         name = choose(backend, q.device.type, q.dtype, q.shape[-1], True)
     else:
-        name = _remembered_choice(backend, q.device.type, q.dtype, q.shape[-1])
+        training = q.requires_grad and torch.is_grad_enabled()
+        in_order = torch.are_deterministic_algorithms_enabled()
+        name = _remembered_choice(backend, q.device, q.dtype, tuple(q.shape), training, in_order)
     return BACKENDS[name].call(q, k, v)
 
 
