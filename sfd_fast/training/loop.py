@@ -15,6 +15,7 @@ from sfd_fast.config import TrainConfig, require
 from sfd_fast.files.atomic import replace_folder
 from sfd_fast.ranks import Ranks
 from sfd_fast.training.checkpoints import STATE, Checkpoints
+from sfd_fast.training.deterministic import deterministic_algorithms
 from sfd_fast.training.engines.interface import Batch, Engine, batch_size, together
 from sfd_fast.training.engines.torch import TorchEngine
 from sfd_fast.training.job import Job
@@ -82,6 +83,8 @@ def run_job(job: Job, engine: Engine, *, resume: bool = True, progress: bool = T
         with contextlib.ExitStack() as held:
             first = lock(folder) if engine.rank == 0 else contextlib.nullcontext()
             together(engine, f"take {folder}", lambda: held.enter_context(first))
+            if job.train.deterministic:
+                held.enter_context(deterministic_algorithms())
             return train_job(job, engine, resume=resume, progress=progress)
     except RuntimeError as error:
         explained = engine.explained(error)

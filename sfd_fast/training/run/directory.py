@@ -160,5 +160,7 @@ def resume_notes(engine: Engine, latest: Path, state: dict) -> list[str]:
             f"saved with {state['threads'][0]} threads, resumed with {num_threads()[0]}: equal to rounding (4 against "
             "1 differ by 2e-6), not to the bit; OMP_NUM_THREADS sets their number"
         )
+    if engine.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        notes.append("resumed on CUDA: equal to rounding, not to the bit; train.deterministic gives the same bits")
     changes = [change for change in state["changes"] if change["step"] == state["step"]]
     return notes + [f"{c['key']} was {c['was']!r} and is {c['is']!r}, as train.change allows" for c in changes]
