@@ -46,7 +46,7 @@ soak: $(TESTABLE)
 
 # Compiles every Triton launch of XL, XXL and B without a GPU (about five minutes); a test compares the result committed.
 report: $(TESTABLE)
-	$(BIN)/python -m sfd_kernels.report --json benchmarks/results/triton_report.json
+	$(BIN)/python -m sfd_kernels.offline.report --json benchmarks/results/triton_report.json
 
 # For whoever has a GPU: the tests marked gpu, then kernels and whole steps timed.
 gpu-check: $(TESTABLE)

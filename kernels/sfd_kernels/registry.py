@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from sfd_kernels import recompute
-from sfd_kernels.examples import MODES, SIZES, Make, Size, num_bytes
 
 OPS: dict[str, "Op"] = {}
 """every operator by name, in the order of definition"""
@@ -64,11 +63,24 @@ def _fresh(outputs: Any) -> Any:
     return None if outputs is None else tuple(output.contiguous() for output in outputs)
 
 
+def num_bytes(value: Any) -> int:
+    """Bytes of all tensors in value, which may be nested in tuples and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(num_bytes, value)) if isinstance(value, (tuple, list)) else 0
+
+
+def elements(position: int, per_element: int) -> Callable[..., int]:
+    """A flops formula: per_element operations for every element of the argument at that position."""
+    return lambda *args: per_element * args[position].numel()
+
+
 class Op:
     """An operator: call it, ask what it costs, attach kernels and a gradient to it.
 
     reference: plain PyTorch; its annotations are the schema, its name the operator's name.
-    examples: function (make, size) -> iterator of (label, args), the one worth measuring first.
+    examples: function (make, size) -> iterator of (label, args), the one worth measuring first; make and size are Make
+    and Size of offline/examples.py.
     mutates: names of the arguments that are written; such an operator has no gradient and refuses to need one.
     constants: names of the arguments that never get a gradient, such as data and tables.
     backward: the fused backward operator, if there is one. least_bytes, flops: functions of the arguments;
@@ -79,7 +91,7 @@ class Op:
         self,
         reference: Callable,
         *,
-        examples: Callable[[Make, Size], Iterator[tuple[str, tuple]]],
+        examples: Callable[[Any, Any], Iterator[tuple[str, tuple]]],
         flops: Callable[..., int],
         least_bytes: Callable[..., int] | None = None,
         mutates: tuple[str, ...] = (),
@@ -251,16 +263,10 @@ class Op:
     def examples(
         self, mode: str = "fp32", size: str = "tiny", batch: int | None = None, device: str = "cpu", seed: int = 0
     ) -> Iterator[tuple[str, tuple]]:
-        """Yields (label, args), reproducible from the seed; the first is the one to measure.
+        """Yields (label, args), the one to measure first; see `make_and_size` of offline/examples.py."""
+        from sfd_kernels.offline.examples import make_and_size
 
-        mode: fp32, bf16, fp16, mix (autocast), fp64. size: tiny (odd shapes, all variants), B, XL, XXL. batch overrides
-        the size's own batch. ValueError for an unknown mode or size.
-        """
-        for given, known, what in ((mode, MODES, "mode"), (size, SIZES, "size")):
-            if given not in known:
-                raise ValueError(f"unknown {what} '{given}'; allowed: {', '.join(known)}")
-        chosen = SIZES[size] if batch is None else SIZES[size].with_batch(batch)
-        yield from self._examples(Make(MODES[mode], device, seed), chosen)
+        yield from self._examples(*make_and_size(mode, size, batch, device, seed))
 
     def bytes(self, *args: Any) -> int:
         """Least bytes moved: every input once, every output once."""

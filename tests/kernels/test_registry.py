@@ -250,9 +250,10 @@ print(sfd_kernels.backends()["cuda"])
     assert python(code).strip() == "reference (plain PyTorch); Triton is not installed: pip install triton"
 
 
-def test_importing_asks_no_device_and_does_not_import_triton():
-    code = "import sys, torch, sfd_kernels; print('triton' in sys.modules, torch.cuda.is_initialized())"
-    assert python(code).split() == ["False", "False"]
+def test_importing_asks_no_device_and_imports_neither_triton_nor_the_offline_tools():
+    code = "import sys, torch, sfd_kernels; print(torch.cuda.is_initialized());"
+    code += "print([name for name in sys.modules if name == 'triton' or name.startswith('sfd_kernels.offline')])"
+    assert python(code).split() == ["False", "[]"]
 
 
 def test_folder_named_kernels_does_not_hide_the_package_of_that_name(tmp_path):

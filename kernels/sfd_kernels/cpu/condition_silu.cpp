@@ -1,4 +1,5 @@
 // SiLU(cat[e_sem, e_tex] + e_label), forward and backward: small, worth a kernel for the calls that it saves.
+#include "elementary.h"
 #include "kernel.h"
 
 namespace sfd {

@@ -14,7 +14,7 @@
 // come out whatever the number of threads.
 #pragma once
 
-#include "vec.h"
+#include "types.h"
 
 #ifdef SFD_ISA
 #define SFD_KERNEL(name, Args)                                \

@@ -67,7 +67,7 @@ inline Dtype dtype_of(const Tensor& t) {
 inline bool is_float(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
 inline bool same_dtype(const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); }
 
-// The pairs for which kernels of two dtypes are compiled: see with_mix in vec.h.
+// The pairs for which kernels of two dtypes are compiled: see with_mix in types.h.
 inline bool is_mix(const Tensor& wide, const Tensor& narrow) {
   return is_kernel_dtype(wide) && is_kernel_dtype(narrow) && (same_dtype(wide, narrow) || is_float(wide));
 }

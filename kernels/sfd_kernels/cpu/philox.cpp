@@ -1,6 +1,7 @@
 // Counter-based random numbers: Philox4x32-10 words and standard normals by Box-Muller in double.
 //
 // Source of the generator: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11).
+#include "elementary.h"
 #include "kernel.h"
 
 namespace sfd {
@@ -66,26 +67,6 @@ SFD_INLINE Words philox(const PhiloxArgs& a, uint64_t id, uint32_t block) {
     k1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
-}
-
-// ln(u) for u in (0, 1): u = 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)) as its series;
-// the relative error is about 1e-15, also next to 1, where m - 1 is exact.
-SFD_INLINE vd log(vd u) {
-  const vl k = bits<vl>(u) - 0x3fe6a09e667f3bcdLL;
-  const vl e = k >> 52;
-  const vd m = bits<vd>(bits<vl>(u) - (e << 52));
-  const vd exponent = bits<vd>(e + 0x4338000000000000LL) - kRound;  // integer to double
-  const vd s = (m - 1.0) / (m + 1.0), z = s * s;
-  vd p = splat_d(2.0 / 19);
-  p = p * z + 2.0 / 17;
-  p = p * z + 2.0 / 15;
-  p = p * z + 2.0 / 13;
-  p = p * z + 2.0 / 11;
-  p = p * z + 2.0 / 9;
-  p = p * z + 2.0 / 7;
-  p = p * z + 2.0 / 5;
-  p = p * z + 2.0 / 3;
-  return exponent * 0.6931471805599453094 + (2.0 * s + s * z * p);
 }
 
 // cos and sin of 2 pi v for v in [0, 1]: 4 v = q + f with f in [-1/2, 1/2] exactly.

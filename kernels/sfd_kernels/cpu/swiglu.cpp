@@ -1,4 +1,5 @@
 // SwiGLU from the packed projection: y = SiLU(gate) * up, x = [gate | up].
+#include "elementary.h"
 #include "kernel.h"
 
 namespace sfd {

@@ -1,4 +1,5 @@
 // [cos(t f_i), sin(t f_i)] with f_i = exp(-ln(10000) i / (F / 2)), the angles in double.
+#include "elementary.h"
 #include "kernel.h"
 
 namespace sfd {

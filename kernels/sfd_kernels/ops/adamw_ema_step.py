@@ -1,13 +1,10 @@
 """AdamW, the moving average of the weights and their low-precision copy in one pass. Lists of parameters."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size, num_bytes
 from sfd_kernels.ops.common import accumulation_dtype
-from sfd_kernels.registry import Op
+from sfd_kernels.registry import Op, num_bytes
 
 
 def adamw_ema_step(
@@ -56,7 +53,7 @@ def adamw_ema_step(
             old.copy_(torch.where(keep, old, new.to(old.dtype)))
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     """The parameters of one block (qkv, projection, MLP, modulation, norms); tiny: odd sizes and every option."""
     d, h = size.width, size.hidden
     block = [(3 * d, d), (3 * d,), (d, d), (d,), (2 * h, d), (2 * h,), (d, h), (d,), (6 * d, d), (6 * d,), (d,), (d,)]

@@ -1,14 +1,12 @@
 """The activated condition vector. B batch, D width."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size, elements
 from sfd_kernels.ops.common import accumulation_dtype
-from sfd_kernels.registry import Op
+from sfd_kernels.registry import Op, elements
 
 
 def condition_silu(e_sem: Tensor, e_tex: Tensor | None, e_label: Tensor) -> Tensor:
@@ -42,14 +40,14 @@ def condition_silu_backward(
     return dc[:, :half].to(e_sem.dtype, copy=True), dc[:, half:].to(e_tex.dtype, copy=True), de_label
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     b, d = size.batch, size.width
     yield "two clocks", (make.narrow(b, d // 2), make.narrow(b, d // 2), make.wide(b, d))
     if size.is_tiny:
         yield "one clock", (make.narrow(b, d), None, make.wide(b, d))
 
 
-def _backward_examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _backward_examples(make, size):
     for label, (e_sem, e_tex, e_label) in _examples(make, size):
         yield label, (make.wide(*e_label.shape), e_sem, e_tex, e_label)
 

@@ -1,13 +1,11 @@
 """Squared error and cosine between predicted and target features. B batch, N tokens, F features."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size, elements
 from sfd_kernels.ops.common import accumulation_dtype, inverse_norm
-from sfd_kernels.registry import Op
+from sfd_kernels.registry import Op, elements
 
 
 def feature_alignment_loss(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,14 +33,14 @@ def feature_alignment_loss_backward(d_mse: Tensor, d_cos: Tensor, pred: Tensor, 
     return (mse_part - (d_cos.to(dtype) / num_tokens)[:, None, None] * direction).to(pred.dtype)
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     shape = size.batch, size.tokens, size.features
     yield "features", (make.narrow(*shape), make.wide(*shape))
     if size.is_tiny:
         yield "zero prediction", (0 * make.narrow(*shape), make.wide(*shape))
 
 
-def _backward_examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _backward_examples(make, size):
     for label, args in _examples(make, size):
         yield label, (make.state(size.batch), make.state(size.batch), *args)
 

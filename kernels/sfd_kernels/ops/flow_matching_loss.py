@@ -1,14 +1,12 @@
 """Velocity and cosine losses of flow matching. B batch, C channels."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size, elements
 from sfd_kernels.ops.common import accumulation_dtype, inverse_norm
-from sfd_kernels.registry import Op
+from sfd_kernels.registry import Op, elements
 
 
 def _channel_weights(pred: Tensor, num_texture_channels: int, semantic_weight: float, dtype: torch.dtype) -> Tensor:
@@ -54,14 +52,14 @@ def flow_matching_loss_backward(
     return (velocity_part - (d_cosine.to(dtype) / positions)[:, None, None, None] * d_cos).to(pred.dtype)
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     latents = make.narrow(*size.latent), make.wide(*size.latent), make.wide(*size.latent)
     yield "two streams", (*latents, size.texture_channels, 2.0)
     if size.is_tiny:
         yield "zero prediction", (torch.zeros_like(latents[0]), *latents[1:], size.texture_channels, 2.0)
 
 
-def _backward_examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _backward_examples(make, size):
     for label, args in _examples(make, size):
         yield label, (make.state(size.batch), make.state(size.batch), *args)
 

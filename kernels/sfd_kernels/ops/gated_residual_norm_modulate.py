@@ -1,13 +1,11 @@
 """Gated residual addition and the next block's norm and modulation. B batch, N tokens, D width."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size, elements
 from sfd_kernels.ops.common import accumulation_dtype, normalize, normalize_backward
-from sfd_kernels.registry import Op
+from sfd_kernels.registry import Op, elements
 
 
 def gated_residual_norm_modulate(
@@ -54,7 +52,7 @@ def gated_residual_norm_modulate_backward(
     )
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     b, n, d = size.batch, size.tokens, size.width
     gate, scale, shift = make.packed(6, b, d)[:3]
     yield "shift", (make.wide(b, n, d), make.narrow(b, n, d), gate, make.weight(d), shift, scale, 1e-6)
@@ -62,7 +60,7 @@ def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
         yield "no shift", (make.wide(b, n, d), make.narrow(b, n, d), gate, make.weight(d), None, scale, 1e-6)
 
 
-def _backward_examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _backward_examples(make, size):
     for label, (x_new, branch, gate, weight, _, scale, eps) in _examples(make, size):
         dx_new, dy = make.wide(*x_new.shape), make.narrow(*x_new.shape)
         yield label, (dx_new, dy, x_new, branch, gate, weight, scale, eps)

@@ -1,14 +1,12 @@
 """One stage of the two-stream ODE solver, in place. B batch, C channels, K kept velocities."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size, num_bytes
 from sfd_kernels.ops.common import accumulation_dtype
-from sfd_kernels.registry import Op
+from sfd_kernels.registry import Op, num_bytes
 
 
 def masked_velocity_update(
@@ -60,7 +58,7 @@ def masked_velocity_update(
         base.copy_(torch.where(commit != 0, x, base))
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     k = 2
     states = make.state(k, *size.latent)
     coefficients = torch.tensor([[0.1, -0.3, 0.2], [0.2, 0.5, -0.1]], dtype=make.mode.state, device=make.device)

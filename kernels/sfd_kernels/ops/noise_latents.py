@@ -1,13 +1,10 @@
 """Interpolation between noise and data on two clocks. B batch, C channels."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size, elements
 from sfd_kernels.ops.common import accumulation_dtype
-from sfd_kernels.registry import Op
+from sfd_kernels.registry import Op, elements
 
 
 def noise_latents(x1: Tensor, x0: Tensor, t_tex: Tensor, t_sem: Tensor, num_texture_channels: int) -> Tensor:
@@ -22,7 +19,7 @@ def noise_latents(x1: Tensor, x0: Tensor, t_tex: Tensor, t_sem: Tensor, num_text
     return ((1 - t) * x0.to(dtype) + t * x1.to(dtype)).to(x1.dtype)
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     clocks = make.uniform(size.batch), make.uniform(size.batch)
     yield "two clocks", (make.wide(*size.latent), make.wide(*size.latent), *clocks, size.texture_channels)
     if size.is_tiny:

@@ -1,12 +1,10 @@
 """Counter-based random numbers: an image's noise depends on its seed and id alone. B samples."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size
 from sfd_kernels.registry import Op
 
 _MASK = 0xFFFFFFFF
@@ -57,7 +55,7 @@ def philox_normal(sample_ids: Tensor, seed: int, stream: int, count: int) -> Ten
     return normals[:, :count].float()
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     channels = size.texture_channels + size.semantic_channels
     ids = torch.arange(size.batch, device=make.device) + 50_000
     yield "latents", (ids, 1234, 1, channels * size.grid**2)

@@ -1,14 +1,12 @@
 """Queries and keys from packed qkv: RMSNorm per head, rotary embedding. B batch, N tokens, H heads, d head_dim."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size, num_bytes
 from sfd_kernels.ops.common import accumulation_dtype, normalize, normalize_backward
-from sfd_kernels.registry import Op, in_functorch, is_reference_only
+from sfd_kernels.registry import Op, in_functorch, is_reference_only, num_bytes
 
 
 def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -82,7 +80,7 @@ def qk_norm_rope_backward(
     return torch.stack(parts, dim=2), weight_grads[0], weight_grads[1]
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     b, n, h, d = size.batch, size.tokens, size.heads, size.head_dim
     cos, sin = make.state(n, d), make.state(n, d)
     qkv = make.narrow(b, n, 3, h, d)
@@ -93,7 +91,7 @@ def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
         yield "neither", (qkv, None, None, None, None, 1e-6)
 
 
-def _backward_examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _backward_examples(make, size):
     for label, args in _examples(make, size):
         b, n, _, h, d = args[0].shape
         dq, dk, dv = (make.narrow(b, n, h, d) for _ in range(3))

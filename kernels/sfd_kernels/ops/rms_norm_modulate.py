@@ -1,13 +1,11 @@
 """RMSNorm followed by adaptive modulation. B batch, N tokens, D width."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size, elements
 from sfd_kernels.ops.common import accumulation_dtype, normalize, normalize_backward
-from sfd_kernels.registry import Op
+from sfd_kernels.registry import Op, elements
 
 
 def rms_norm_modulate(x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor, eps: float) -> Tensor:
@@ -43,7 +41,7 @@ def rms_norm_modulate_backward(
     return dx.to(x.dtype), dweight.to(weight.dtype), dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     b, n, d = size.batch, size.tokens, size.width
     scale, shift = make.packed(6, b, d)[:2]
     yield "shift", (make.wide(b, n, d), make.weight(d), shift, scale, 1e-6)
@@ -52,7 +50,7 @@ def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
         yield "one token", (make.wide(b, 1, 5), make.weight(5), shift[:, :5], scale[:, :5], 1e-6)
 
 
-def _backward_examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _backward_examples(make, size):
     for label, (x, weight, _, scale, eps) in _examples(make, size):
         if label != "no shift":
             yield label, (make.narrow(*x.shape), x, weight, scale, eps)

@@ -1,14 +1,12 @@
 """SwiGLU from the packed projection. H hidden width."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size, elements
 from sfd_kernels.ops.common import accumulation_dtype
-from sfd_kernels.registry import Op
+from sfd_kernels.registry import Op, elements
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -29,13 +27,13 @@ def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     return torch.cat([dy_ * up * s * (1 + gate * (1 - s)), dy_ * gate * s], dim=-1).to(x.dtype)
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     yield "packed", (make.narrow(size.batch, size.tokens, 2 * size.hidden),)
     if size.is_tiny:
         yield "rows", (make.narrow(size.batch, 2 * size.hidden),)
 
 
-def _backward_examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _backward_examples(make, size):
     for label, (x,) in _examples(make, size):
         yield label, (make.narrow(*x.shape[:-1], x.shape[-1] // 2), x)
 

@@ -1,12 +1,10 @@
 """Sinusoidal features of a clock. F number of features."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from sfd_kernels.examples import Make, Size
 from sfd_kernels.ops.common import accumulation_dtype
 from sfd_kernels.registry import Op
 
@@ -26,7 +24,7 @@ def timestep_features(t: Tensor, num_features: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def _examples(make: Make, size: Size) -> Iterator[tuple[str, tuple]]:
+def _examples(make, size):
     yield "both clocks", (make.uniform(2, size.batch), 10 if size.is_tiny else 256)
     if size.is_tiny:
         yield "one clock", (make.uniform(size.batch), 256)

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton"),
     pytest.mark.skipif(INTERPRET, reason="compiles kernels; TRITON_INTERPRET=1 makes them interpreted functions"),
 ]
-COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "triton_report.json"
+COMMITTED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "triton_report.json"
 SIZED = [
     "gated_residual_norm_modulate",
     "gated_residual_norm_modulate_backward",
@@ -32,7 +32,7 @@ SIZED = [
 
 @pytest.fixture(scope="module")
 def found():
-    from sfd_kernels.report import rows
+    from sfd_kernels.offline.report import rows
 
     return rows(archs=[90], modes=["mix"], sizes=["XL"])
 
@@ -42,7 +42,7 @@ def test_every_operator_has_a_triton_kernel_and_a_row(found):
 
 
 def test_no_spill_wide_accesses_and_hardly_a_byte_too_many_at_xl(found):
-    from sfd_kernels.report import faults
+    from sfd_kernels.offline.report import faults
 
     assert faults(found) == []
 
@@ -67,7 +67,7 @@ def test_large_tensors_of_a_known_launch_are_found(found):
     [("XL", "bf16", 80), ("XXL", "mix", 100), ("XXL", "bf16", 90), ("B", "fp32", 90), ("B", "mix", 80)],
 )
 def test_other_sizes_compile_without_spills_in_wide_accesses(size, mode, arch):
-    from sfd_kernels.offline import launches_of
+    from sfd_kernels.offline.compile import launches_of
 
     for name in SIZED:
         for launch in launches_of(OPS[name], mode, size):
@@ -78,7 +78,7 @@ def test_other_sizes_compile_without_spills_in_wide_accesses(size, mode, arch):
 
 
 def test_spill_is_seen():
-    from sfd_kernels.offline import launches_of
+    from sfd_kernels.offline.compile import launches_of
 
     launch = launches_of(OPS["gated_residual_norm_modulate_backward"], "mix", "XL")[0]
     starved = dataclasses.replace(launch, meta=launch.meta | {"maxnreg": 64})
@@ -87,7 +87,7 @@ def test_spill_is_seen():
 
 def test_narrow_access_is_seen():
     """The hidden width of L, 2730, puts `up` at 4-byte alignment."""
-    from sfd_kernels.offline import record
+    from sfd_kernels.offline.compile import record
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -97,7 +97,7 @@ def test_narrow_access_is_seen():
 
 
 def test_misaligned_view_is_seen():
-    from sfd_kernels.offline import record
+    from sfd_kernels.offline.compile import record
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -109,7 +109,7 @@ def test_misaligned_view_is_seen():
 
 
 def test_launch_function_that_waits_for_the_device_is_an_error(monkeypatch):
-    from sfd_kernels.offline import launches_of
+    from sfd_kernels.offline.compile import launches_of
     from torch._subclasses.fake_tensor import DataDependentOutputException
 
     op = OPS["swiglu"]
@@ -122,7 +122,7 @@ def test_launch_function_that_waits_for_the_device_is_an_error(monkeypatch):
 @pytest.mark.parametrize("name", ["masked_velocity_update", "adamw_ema_step"])
 def test_mutating_operator_runs_no_tensor_operation_beside_its_kernels(name):
     """So it allocates nothing, and its launches can be captured and replayed."""
-    from sfd_kernels.offline import example, record
+    from sfd_kernels.offline.compile import example, record
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -144,7 +144,7 @@ def test_mutating_operator_runs_no_tensor_operation_beside_its_kernels(name):
 
 
 def test_float64_and_unknown_dtypes_launch_nothing():
-    from sfd_kernels.offline import launches_of
+    from sfd_kernels.offline.compile import launches_of
 
     for op in OPS.values():
         if not op.name.startswith("philox"):
@@ -169,14 +169,14 @@ GOOD = {
     ],
 )
 def test_faults_say_what_is_wrong(change, said):
-    from sfd_kernels.report import faults
+    from sfd_kernels.offline.report import faults
 
     found = faults([GOOD | change])
     assert (found == []) if said is None else (len(found) == 1 and said in found[0])
 
 
 def test_occupancy_follows_the_scarcest_resource():
-    from sfd_kernels.offline import Compiled
+    from sfd_kernels.offline.compile import Compiled
 
     class Kernel:
         class metadata:
@@ -193,7 +193,7 @@ def test_occupancy_follows_the_scarcest_resource():
 
 
 def test_command_writes_json_csv_and_cubins(tmp_path, capsys):
-    from sfd_kernels.report import main
+    from sfd_kernels.offline.report import main
 
     arguments = ["--operator", "noise_latents", "--arch", "80", "90", "--dtype", "fp32", "--size", "B"]
     outputs = ["--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv"), "--dump", str(tmp_path / "cubins")]
@@ -207,7 +207,7 @@ def test_command_writes_json_csv_and_cubins(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments,said", [(["--operator", "swigloo"], "swigloo"), (["--arch", "70"], "70")])
 def test_command_names_what_it_does_not_know(arguments, said, capsys):
-    from sfd_kernels.report import main
+    from sfd_kernels.offline.report import main
 
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -216,14 +216,14 @@ def test_command_names_what_it_does_not_know(arguments, said, capsys):
 
 
 def test_missing_triton_is_named_with_its_install_command():
-    code = "import sys; sys.modules['triton'] = None; import sfd_kernels.report"
+    code = "import sys; sys.modules['triton'] = None; import sfd_kernels.offline.report"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and "pip install 'triton>=3.6'" in done.stderr
 
 
 def test_committed_report_is_complete_and_without_faults():
-    from sfd_kernels.offline import MULTIPROCESSORS
-    from sfd_kernels.report import MODES, SIZES, faults
+    from sfd_kernels.offline.compile import MULTIPROCESSORS
+    from sfd_kernels.offline.report import MODES, SIZES, faults
 
     committed = json.loads(COMMITTED.read_text())
     covered = {(row["operator"], row["arch"], row["dtype"], row["size"]) for row in committed}
@@ -241,5 +241,5 @@ def test_committed_report_is_that_of_these_kernels(found):
         before = committed[row["operator"], row["kernel"]]
         for column in ("programs", "num_warps", "bytes", "least_bytes", "widest_access_bits"):
             assert row[column] == before[column], (
-                f"{row['operator']}: {column}; run python -m sfd_kernels.report --json"
+                f"{row['operator']}: {column}; run python -m sfd_kernels.offline.report --json"
             )

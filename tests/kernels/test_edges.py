@@ -1,34 +1,17 @@
 """Triton kernels just past the edges of their tiles: several programs, splits, groups and masked remainders.
 
-The registry's tiny examples fit one tile. These tests run on a GPU as they are; elsewhere one subprocess runs them in
-Triton's interpreter on CPU tensors.
+The registry's tiny examples fit one tile. These tests run on a GPU as they are; elsewhere test_interpreter.py runs them
+in Triton's interpreter on CPU tensors.
 """
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from harness.kernel_cases import assert_accurate, run, to_double
-from sfd_kernels.examples import MODES, Make
+from sfd_kernels.offline.examples import MODES, Make
 from sfd_kernels.registry import INTERPRET, OPS
 
 DEVICE = "cpu" if INTERPRET else "cuda"
 on_kernels = [] if INTERPRET else [pytest.mark.gpu]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
-@pytest.mark.skipif(INTERPRET, reason="this already runs in the interpreter")
-def test_these_kernels_pass_in_the_interpreter():
-    # Triton reads TRITON_INTERPRET when a kernel is decorated, hence the separate process.
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
 
 
 def norm(make, b, n, d):
@@ -133,56 +116,3 @@ def test_second_stage_sums_more_rows_than_its_tile(num_rows):
     first, second = torch.empty(9, device=DEVICE), torch.empty(9, device=DEVICE)
     column_sums(partials, [first, second])
     assert torch.equal(torch.cat([first, second]), partials.sum(0))
-
-
-@pytest.mark.skipif(not INTERPRET, reason="counts the interpreter's accesses")
-def test_sampled_bytes_equal_those_of_all_programs():
-    from sfd_kernels.traffic import _record, execute, sampled_programs
-
-    op = OPS["noise_latents"]
-    args = next(op._examples(Make(MODES["fp32"], "cpu"), size_of(batch=6)))[1]
-    ((kernel, num_programs, launch_args, meta),) = _record(op, args)
-    assert num_programs == 6 * 12
-    counts = [
-        execute(kernel, launch_args, meta, num_programs, programs)
-        for programs in (range(num_programs), sampled_programs(num_programs))
-    ]
-    for kind in ("loaded", "stored"):
-        full, sampled = (counter[kind] for counter in counts)
-        scale = num_programs / len(sampled_programs(num_programs))
-        assert full == {name: round(number * scale) for name, number in sampled.items()}
-
-
-@pytest.mark.skipif(not INTERPRET, reason="counts the interpreter's accesses")
-def test_every_large_tensor_is_read_once_and_written_once():
-    from sfd_kernels.traffic import _record, execute
-
-    op = OPS["gated_residual_norm_modulate_backward"]
-    args = EDGES["norms past a split"](Make(MODES["mix"], "cpu"))[op.name]
-    kernel, num_programs, launch_args, meta = _record(op, args)[0]
-    counts = execute(kernel, launch_args, meta, num_programs, range(num_programs))
-    elements = 2 * 37 * 1100
-    inputs = {"dx_new": 4, "dy": 2, "x_new": 4, "branch": 2}
-    assert {name: counts["loaded"][name] for name in inputs} == {name: elements * size for name, size in inputs.items()}
-    assert {name: counts["stored"][name] for name in ("dx", "dbranch")} == {"dx": elements * 4, "dbranch": elements * 2}
-
-
-@pytest.mark.skipif(not INTERPRET, reason="counts the interpreter's accesses")
-@pytest.mark.parametrize("coefficient,slots", [(0.5, 1), (0.0, 0)])
-def test_history_that_no_stream_uses_is_not_read(coefficient, slots):
-    from sfd_kernels.traffic import _record, execute
-
-    make = Make(MODES["fp32"], "cpu")
-    x, v, history = make.state(2, 5, 4, 4), make.state(2, 5, 4, 4), make.state(1, 2, 5, 4, 4)
-    coefficients = torch.tensor([[0.1, coefficient], [0.2, 0.0]])
-    args = x, None, history, v, None, None, coefficients, make.integers(-1), None, 3
-    ((kernel, num_programs, launch_args, meta),) = _record(OPS["masked_velocity_update"], args)
-    counts = execute(kernel, launch_args, meta, num_programs, range(num_programs))
-    assert counts["loaded"]["history"] == slots * history.numel() * 4
-    assert counts["stored"]["history"] == 0
-
-
-def size_of(batch):
-    from sfd_kernels.examples import SIZES
-
-    return SIZES["B"].with_batch(batch)

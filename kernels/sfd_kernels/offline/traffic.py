@@ -1,4 +1,4 @@
-"""Counts the bytes that launches really load and store: `python -m sfd_kernels.traffic`, in a process of its own.
+"""Counts the bytes that launches really load and store, in a process of its own.
 
 The operator's launch function runs on CPU tensors of the full shape; each of its launches is then executed by Triton's
 interpreter, program by program, and every access that its mask lets through is counted: re-reads by other programs and
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfd_kernels.examples import MODES, SIZES, Make, Mode
+from sfd_kernels.offline.examples import MODES, SIZES, Make, Mode
 from sfd_kernels.registry import OPS, Op
 
 LARGE_ELEMENTS = 1 << 16
@@ -58,10 +58,10 @@ def sampled_programs(num_programs: int) -> range:
 
 def count(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Traffic of each spec, counted in a new process; see `_count_one` for what a result holds."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "sfd_kernels.traffic"]
+    command = [sys.executable, "-m", "sfd_kernels.offline.traffic"]
     done = subprocess.run(command, input=json.dumps(specs), env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"counting bytes in the interpreter failed:\n{done.stderr[-4000:]}")

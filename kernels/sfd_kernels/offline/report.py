@@ -1,4 +1,4 @@
-"""Offline report on the Triton kernels, no GPU needed: `python -m sfd_kernels.report [--json F]`.
+"""Offline report on the Triton kernels, no GPU needed: `python -m sfd_kernels.offline.report [--json F]`.
 
 For every operator at the sizes of XL, XXL and B with 8192 tokens, in bf16, the autocast mix and fp32, it compiles the
 launches that the operator really makes (offline.py), counts the bytes that they really move (traffic.py), and sets both
@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sfd_kernels.offline import BATCH, MULTIPROCESSORS, Compiled, launches_of
+from sfd_kernels.offline.compile import BATCH, MULTIPROCESSORS, Compiled, launches_of
+from sfd_kernels.offline.traffic import count
 from sfd_kernels.registry import OPS, Op
-from sfd_kernels.traffic import count
 
 MODES = ("bf16", "mix", "fp32")
 SIZES = ("XL", "XXL", "B")
@@ -163,7 +163,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table, writes what was asked for; exit status 1 where something that must hold does not."""
-    parser = argparse.ArgumentParser(prog="python -m sfd_kernels.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m sfd_kernels.offline.report", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(MULTIPROCESSORS), metavar="SM", help="80, 90, 100")
     parser.add_argument("--operator", nargs="+", default=None, help="only these (default: all)")
     parser.add_argument("--dtype", nargs="+", default=list(MODES), choices=[*MODES, "fp16"])

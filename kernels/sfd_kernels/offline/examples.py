@@ -3,9 +3,7 @@
 B batch, N tokens, D width, H heads, d head_dim, C channels, F features.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,13 +115,13 @@ class Make:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
-def num_bytes(value: Any) -> int:
-    """Bytes of all tensors in value, which may be nested in tuples and lists."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(num_bytes, value)) if isinstance(value, (tuple, list)) else 0
+def make_and_size(mode: str, size: str, batch: int | None, device: str, seed: int) -> tuple[Make, Size]:
+    """What the examples of an operator are made with, reproducible from the seed.
 
-
-def elements(position: int, per_element: int) -> Callable[..., int]:
-    """A flops formula: per_element operations for every element of the argument at that position."""
-    return lambda *args: per_element * args[position].numel()
+    mode: fp32, bf16, fp16, mix (autocast), fp64. size: tiny (odd shapes, all variants), S, B, XL, XXL. batch overrides
+    the size's own batch. ValueError for an unknown mode or size.
+    """
+    for given, known, what in ((mode, MODES, "mode"), (size, SIZES, "size")):
+        if given not in known:
+            raise ValueError(f"unknown {what} '{given}'; allowed: {', '.join(known)}")
+    return Make(MODES[mode], device, seed), SIZES[size] if batch is None else SIZES[size].with_batch(batch)

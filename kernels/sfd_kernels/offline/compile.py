@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
         "the offline report compiles Triton kernels; install it with: pip install 'triton>=3.6'"
     ) from error
 
-from sfd_kernels.examples import MODES, SIZES, Make
+from sfd_kernels.offline.examples import MODES, SIZES, Make
 from sfd_kernels.registry import INTERPRET, Op
 
 BATCH = 32

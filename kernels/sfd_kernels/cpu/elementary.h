@@ -1,0 +1,80 @@
+// Elementary functions on vectors.
+#pragma once
+
+#include "vec.h"
+
+#ifdef SFD_ISA
+namespace sfd::SFD_ISA {
+
+// e^x to about 1 ulp; e^x saturates near the ends of fp32's normal range; NaN stays NaN.
+// Cody-Waite reduction by n ln 2, then the degree-6 minimax polynomial of Cephes expf.
+SFD_INLINE vf exp(vf x) {
+  x = at_most(at_least(x, -87.336544f), 88.3762626f);
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const vf shifted = x * 1.44269504088896341f + magic;
+  const vf n = shifted - magic;
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const vf power = bits<vf>((bits<vi>(shifted) << 23) + 0x3f800000);
+  return p * power;
+}
+
+// cos and sin of r + q pi / 2 for |r| <= pi / 4, as Taylor series in double: relative error about 1e-14.
+SFD_INLINE void cos_sin(vd r, vl q, vd& cosine, vd& sine) {
+  const vd z = r * r;
+  vd s = splat_d(-1.0 / 1307674368000.0);
+  s = s * z + 1.0 / 6227020800.0;
+  s = s * z - 1.0 / 39916800.0;
+  s = s * z + 1.0 / 362880.0;
+  s = s * z - 1.0 / 5040.0;
+  s = s * z + 1.0 / 120.0;
+  s = s * z - 1.0 / 6.0;
+  s = r + r * z * s;
+  vd c = splat_d(1.0 / 20922789888000.0);
+  c = c * z - 1.0 / 87178291200.0;
+  c = c * z + 1.0 / 479001600.0;
+  c = c * z - 1.0 / 3628800.0;
+  c = c * z + 1.0 / 40320.0;
+  c = c * z - 1.0 / 720.0;
+  c = c * z + 1.0 / 24.0;
+  c = c * z - 0.5;
+  c = 1.0 + z * c;
+  const vl odd = -(q & 1);  // all ones in odd quadrants, where sine and cosine change places
+  const vl cs = bits<vl>(c), sn = bits<vl>(s);
+  cosine = bits<vd>(((cs & ~odd) | (sn & odd)) ^ (((q + 1) & 2) << 62));
+  sine = bits<vd>(((sn & ~odd) | (cs & odd)) ^ ((q & 2) << 62));
+}
+
+inline constexpr double kRound =
+    6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
+
+SFD_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+// ln(u) for u in (0, 1): u = 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)) as its series;
+// the relative error is about 1e-15, also next to 1, where m - 1 is exact.
+SFD_INLINE vd log(vd u) {
+  const vl k = bits<vl>(u) - 0x3fe6a09e667f3bcdLL;
+  const vl e = k >> 52;
+  const vd m = bits<vd>(bits<vl>(u) - (e << 52));
+  const vd exponent = bits<vd>(e + 0x4338000000000000LL) - kRound;  // integer to double
+  const vd s = (m - 1.0) / (m + 1.0), z = s * s;
+  vd p = splat_d(2.0 / 19);
+  p = p * z + 2.0 / 17;
+  p = p * z + 2.0 / 15;
+  p = p * z + 2.0 / 13;
+  p = p * z + 2.0 / 11;
+  p = p * z + 2.0 / 9;
+  p = p * z + 2.0 / 7;
+  p = p * z + 2.0 / 5;
+  p = p * z + 2.0 / 3;
+  return exponent * 0.6931471805599453094 + (2.0 * s + s * z * p);
+}
+
+}  // namespace sfd::SFD_ISA
+#endif
