@@ -84,6 +84,7 @@ class LatentEncoder:
     def settings(self) -> dict:
         return {
             "vfm": module_digest(self.vfm),
+            "vfm_width": self.vfm.width,
             "semvae": module_digest(self.semvae),
             "texture_codec": module_digest(self.codec),
             "posterior": self.posterior,
