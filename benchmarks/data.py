@@ -31,11 +31,12 @@ from PIL import Image
 from timing import machine
 from torch import Tensor
 
+from sfd_fast.commands.encode import EncodeConfig, run_encode
 from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, TransportConfig
 from sfd_fast.data.cache.shards import write_shard
-from sfd_fast.data.encode.prepare import EncodeConfig, run_encode
 from sfd_fast.data.images.decode import load
-from sfd_fast.data.load.latents import LatentLoader, LatentShards
+from sfd_fast.data.load.latents import LatentShards
+from sfd_fast.data.load.loader import LatentLoader
 from sfd_fast.data.load.order import shuffled_indices
 from sfd_fast.data.load.targets import open_targets, with_targets
 
@@ -284,7 +285,7 @@ def measure_encoding(folder: Path, data: list[bytes], decoders: list[str]) -> li
     256 x 256, 32 + 16 channels, no flips: an autoencoder of 32 channels, two layers of a DINOv2 of width 48.
     """
     from sfd_fast.data.encode.encoders import LatentEncoder
-    from sfd_fast.data.encode.prepare import run
+    from sfd_fast.data.encode.job import make_cache
     from sfd_fast.data.images.index import INDEX_FOLDER, open_index
     from sfd_fast.formats.released_model import load_semvae
     from sfd_fast.formats.texture import load_codec
@@ -306,9 +307,10 @@ def measure_encoding(folder: Path, data: list[bytes], decoders: list[str]) -> li
         for name in decoders:
             out = folder / f"{name}{turn}"
             shutil.copytree(folder / "index", out / INDEX_FOLDER)
-            config = EncodeConfig(images=str(folder / "tree"), out=str(out), flip=False, decoder=name, **parts)
+            options = {"images": str(folder / "tree"), "out": str(out), "device": "cpu"} | parts
+            config = EncodeConfig(flip=False, decoder=name, **options)
             start = time.perf_counter()
-            run(config, encoder, "latents", Ranks(), torch.device("cpu"), lambda _: None)
+            make_cache(config, encoder, Ranks(), lambda _: None)
             found[name] += [len(data) / (time.perf_counter() - start)] * (turn > 0)
             if json.loads((out / "manifest.json").read_text()).get("dali_failures"):
                 raise OSError("DALI failed in a batch: its rate would be PIL's (the reason is in the log)")

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sfd_fast.data.cache.shards import read_header, write_shard
-from sfd_fast.data.load.latents import LatentLoader, LatentShards
+from sfd_fast.data.load.latents import LatentShards
+from sfd_fast.data.load.loader import LatentLoader
 from sfd_fast.diffusion.statistics import LatentStatistics
 
 BATCH = 256

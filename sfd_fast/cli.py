@@ -44,7 +44,7 @@ COMMANDS: dict[str, Command] = {
         "everything once on embedded images: train all parts, sample, judge, draw (about three minutes on a CPU)",
     ),
     "features": Command(
-        "sfd_fast.data.encode.prepare:FeaturesConfig", "sfd_fast.data.encode.prepare:run_features",
+        "sfd_fast.commands.features:FeaturesConfig", "sfd_fast.commands.features:run_features",
         "images to shards of VFM features, what train-semvae reads", presets=FEATURES_DEFAULTS,
     ),
     "train-semvae": Command(
@@ -53,7 +53,7 @@ COMMANDS: dict[str, Command] = {
         short={"out": "run.out", "max_steps": "train.max_steps", "deepspeed_config": "deepspeed.config_file"},
     ),
     "encode": Command(
-        "sfd_fast.data.encode.prepare:EncodeConfig", "sfd_fast.data.encode.prepare:run_encode",
+        "sfd_fast.commands.encode:EncodeConfig", "sfd_fast.commands.encode:run_encode",
         "images to shards of composite latents with their statistics, what train reads", presets=ENCODE_DEFAULTS,
     ),
     "inspect": Command(

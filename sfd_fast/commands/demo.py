@@ -30,9 +30,10 @@ from sfd_fast.config import (
 )
 from sfd_fast.config.presets import DIGITS, DIGITS_GUIDE
 from sfd_fast.data import digits
+from sfd_fast.data.cache import layout
 from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.diffusion import random_numbers
-from sfd_fast.diffusion.statistics import ChannelMoments, LatentStatistics
+from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import feature_map, feature_tokens
 from sfd_fast.evaluation.metrics import frechet_distance
 from sfd_fast.evaluation.statistics import RunningStatistics
@@ -87,7 +88,7 @@ def run_demo(config: DemoConfig) -> None:
     shutil.rmtree(cache, ignore_errors=True)
     for name, part in (("features", train), ("features_held_out", held_out)):
         write_shard(cache / name / "00000.safetensors", {
-            "feats_dino": encoder.features(part.images), "labels": part.labels,
+            layout.FEATURES: encoder.features(part.images), layout.LABELS: part.labels,
         })  # fmt: skip
     semvae_run = fresh_run(out / "semvae", semvae_config(config, cache), run_train_semvae, config)
     write_latents(cache, encoder, semvae_run.model, train, held_out)
@@ -187,15 +188,13 @@ def write_latents(
         with torch.no_grad():
             semantic, _ = semvae.encode(feature_tokens(features))  # (N, 16, C_s)
         shard = {
-            "latents": codec.encode(part.images)[0],
-            "latents_sv": feature_map(semantic).contiguous(),
-            "labels": part.labels,
-            "feats_dino": features,
+            layout.TEXTURE: codec.encode(part.images)[0],
+            layout.SEMANTIC: feature_map(semantic).contiguous(),
+            layout.LABELS: part.labels,
+            layout.FEATURES: features,
         }
         if name == "latents":
-            statistics = LatentStatistics.from_moments(
-                ChannelMoments.of(shard["latents"]), ChannelMoments.of(shard["latents_sv"])
-            )
+            statistics = LatentStatistics.from_moments(*layout.moments(shard))
         write_shard(cache / name / "00000.safetensors", shard)
         statistics.save(cache / name)
 

@@ -15,12 +15,20 @@ from sfd_fast.data.cache import layout
 from sfd_fast.data.cache.manifest import read_manifest
 from sfd_fast.data.cache.remote import local_shards
 from sfd_fast.data.cache.shards import Header, map_tensors, read_header
-from sfd_fast.data.images.decode import to_pixels
 from sfd_fast.data.load.latents import LatentShards
-from sfd_fast.diffusion.statistics import SEMANTIC_FILE, TEXTURE_FILE, ChannelMoments, LatentStatistics, merge_all
+from sfd_fast.diffusion.statistics import (
+    PARTS,
+    SEMANTIC_FILE,
+    TEXTURE_FILE,
+    ChannelMoments,
+    LatentStatistics,
+    first_not_finite,
+    merge_all,
+)
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.files.digest import file_digest, module_digest
 from sfd_fast.formats.texture import load_codec
+from sfd_fast.models.texture import to_uint8
 from sfd_fast.ranks import Ranks
 
 AUTO, NONE = "auto", "none"
@@ -60,7 +68,7 @@ def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) ->
     if config.verify:
         verify(folder, paths, headers)
         report("every shard is whole: checksums agree with the manifest where there is one, all values are finite")
-    if layout.FEATURES in headers[0].entries and not layout.texture_keys(headers[0].entries):
+    if layout.FEATURES in headers[0].entries and not layout.composite_keys(headers[0].entries):
         features = map_tensors(paths[0], headers[0])[layout.FEATURES][: config.num_images]
         save_picture([principal_colours(features.float())], config, folder, report)
         return
@@ -149,13 +157,13 @@ def describe(folder: Path, paths: list[str], headers: list[Header]) -> list[str]
 
 
 def describe_statistics(statistics: LatentStatistics) -> list[str]:
-    """Range of means and standard deviations of both streams."""
+    """Range of means and standard deviations of both parts."""
     lines = []
-    for stream in ("texture", "semantic"):
-        mean, std = getattr(statistics, f"{stream}_mean"), getattr(statistics, f"{stream}_std")
+    for part in PARTS:
+        mean, std = getattr(statistics, f"{part}_mean"), getattr(statistics, f"{part}_std")
         if len(mean):
             lines.append(
-                f"  {stream}: {len(mean)} channels, means {mean.min():.4g} to {mean.max():.4g}, "
+                f"  {part}: {len(mean)} channels, means {mean.min():.4g} to {mean.max():.4g}, "
                 f"standard deviations {std.min():.4g} to {std.max():.4g}"
             )
     return lines
@@ -172,11 +180,9 @@ def verify(folder: Path, paths: list[str], headers: list[Header]) -> None:
                 "that made the cache again with --verify: it encodes only what is missing or damaged"
             )
         for name, values in map_tensors(path, header).items():
-            if values.is_floating_point():
-                try:
-                    ChannelMoments.of(values)
-                except ValueError as error:
-                    raise ValueError(f"{path}: '{name}': {error}") from None
+            bad = first_not_finite(values)
+            if bad is not None:
+                raise ValueError(f"{path}: '{name}': sample {bad} holds NaN or infinity")
 
 
 def cache_moments(shards: LatentShards, ranks: Ranks | None = None) -> tuple[ChannelMoments, ChannelMoments]:
@@ -204,7 +210,7 @@ def draw(shards: LatentShards, codec: nn.Module | None, num_images: int) -> list
                 "give the codec that it was encoded with, or --texture_codec none"
             )
         with torch.no_grad():
-            rows = [to_pixels(codec.decode(raw["texture"].float()))]
+            rows = [to_uint8(codec.decode(raw["texture"].float()))]
     else:
         rows = [principal_colours(raw["texture"].float())]
     if shards.semantic_channels:

@@ -18,6 +18,8 @@ from sfd_fast.files.messages import first_line
 
 TEXTURE_FILE = "latents_stats.pt"
 SEMANTIC_FILE = "latents_sv_stats.pt"
+FILES = (TEXTURE_FILE, SEMANTIC_FILE)
+PARTS = ("texture", "semantic")
 VALUES = ("texture_mean", "texture_std", "semantic_mean", "semantic_std")
 
 
@@ -48,8 +50,7 @@ class ChannelMoments:
             mean = part.mean(dim=(0, 2))
             squares = (part - mean[:, None]).square().sum(dim=(0, 2))
             if not torch.isfinite(squares).all():
-                sample = start + int(torch.isfinite(part).flatten(1).all(dim=1).logical_not().nonzero()[0])
-                raise ValueError(f"sample {sample} holds NaN or infinity")
+                raise ValueError(f"sample {start + first_not_finite(part)} holds NaN or infinity")
             moments = moments.merge(cls(part.shape[0] * part.shape[2], mean, squares))
         return moments
 
@@ -97,14 +98,16 @@ def chunk_of(values: Tensor) -> int:
     return max(1, 2**22 * len(values) // max(values.numel(), 1))
 
 
-def join_channels(parts: Iterable[ChannelMoments]) -> ChannelMoments:
-    """Moments of several groups of channels of the same samples as one."""
-    parts = list(parts)
-    return ChannelMoments(
-        max(part.count for part in parts),
-        torch.cat([part.mean for part in parts]),
-        torch.cat([part.squares for part in parts]),
-    )
+def first_not_finite(values: Tensor) -> int | None:
+    """The first sample of (B, ...) that holds NaN or infinity, None where all are finite."""
+    if not values.is_floating_point():
+        return None
+    chunk = chunk_of(values)
+    for start in range(0, len(values), chunk):
+        bad = torch.isfinite(values[start : start + chunk]).flatten(1).all(dim=1).logical_not().nonzero()
+        if len(bad):
+            return start + int(bad[0])
+    return None
 
 
 def merge_all(parts: Iterable[ChannelMoments]) -> ChannelMoments:
@@ -129,7 +132,7 @@ def multiply_add(latents: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation of every channel of both streams; z' = (z - mean) / std * multiplier.
+    """Mean and standard deviation of every channel of both parts; z' = (z - mean) / std * multiplier.
 
     A model decodes with the statistics it was trained with: they belong to the cache (docs/METHOD.md 2).
     """
@@ -153,10 +156,10 @@ class LatentStatistics:
                     "constant channel cannot be standardised"
                 )
             object.__setattr__(self, name, values)
-        for stream in ("texture", "semantic"):
-            mean, std = getattr(self, f"{stream}_mean"), getattr(self, f"{stream}_std")
+        for part in PARTS:
+            mean, std = getattr(self, f"{part}_mean"), getattr(self, f"{part}_std")
             if mean.shape != std.shape:
-                raise ValueError(f"latent statistics: {len(mean)} {stream} means but {len(std)} standard deviations")
+                raise ValueError(f"latent statistics: {len(mean)} {part} means but {len(std)} standard deviations")
         if not self.multiplier > 0:
             raise ValueError(f"latent multiplier {self.multiplier} must be above 0")
 
@@ -227,51 +230,75 @@ class LatentStatistics:
         scale = (std / self.multiplier).to(values.device).view(-1, 1, 1)
         return torch.addcmul(mean.to(values.device).view(-1, 1, 1), values, scale)
 
-    def _check(self, values: Tensor, stream: str) -> None:
-        expected = len(getattr(self, f"{stream}_mean"))
+    def _check(self, values: Tensor, part: str) -> None:
+        expected = len(getattr(self, f"{part}_mean"))
         if values.shape[1] != expected:
             raise ValueError(
-                f"{stream} latents have {values.shape[1]} channels, their statistics {expected}: latents and "
+                f"{part} latents have {values.shape[1]} channels, their statistics {expected}: latents and "
                 "statistics belong to different caches"
             )
 
     def save(self, folder: str | Path) -> None:
         """Writes latents_stats.pt and latents_sv_stats.pt in the released form, atomically.
 
-        Raises OSError naming the file that cannot be written.
+        Raises OSError naming the file that cannot be written, ValueError before anything is written where a file that
+        is there already is of other channels.
         """
-        for name, mean, std in (
-            (TEXTURE_FILE, self.texture_mean, self.texture_std),
-            (SEMANTIC_FILE, self.semantic_mean, self.semantic_std),
-        ):
-            if len(mean) == 0:
+        values = ((self.texture_mean, self.texture_std), (self.semantic_mean, self.semantic_std))
+        files = {Path(folder, name): pair for name, pair in zip(FILES, values) if len(pair[0])}
+        for path, (mean, _) in files.items():
+            try:
+                found = len(read_statistics(path)["mean"])
+            except (FileNotFoundError, ValueError):  # nothing, or nothing of use
                 continue
+            if found != len(mean):
+                raise ValueError(
+                    f"{path} holds statistics of {found} channels, the new ones are of {len(mean)}: it belongs to "
+                    "other latents and is left alone; move it away to write new ones"
+                )
+        for path, (mean, std) in files.items():
             # through memory: saved to a file, the archive would carry the temporary name
             content = io.BytesIO()
             torch.save({"mean": mean.cpu().view(1, -1, 1, 1), "std": std.cpu().view(1, -1, 1, 1)}, content)
-            write_atomically(Path(folder, name), content.getbuffer())
+            write_atomically(path, content.getbuffer())
 
     @classmethod
-    def load(cls, folder: str | Path, multiplier: float = 1.0, *, semantic: bool = True) -> "LatentStatistics":
-        """Reads the statistics beside a cache (the released form); semantic=False: of a cache of texture alone.
+    def load(
+        cls, folder: str | Path, multiplier: float = 1.0, *, semantic: bool = True, pca_channels: int = 0
+    ) -> "LatentStatistics":
+        """Reads the statistics beside a cache (the released form); semantic=False: of a cache without latents_sv.
 
+        pca_channels: of PCA features, which stand before latents_sv and are never normalised (mean 0, std 1).
         Raises FileNotFoundError naming the file and how to make it, ValueError naming a damaged or foreign one.
         """
-        values = []
-        for name in (TEXTURE_FILE, SEMANTIC_FILE) if semantic else (TEXTURE_FILE,):
-            path = Path(folder, name)
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{path} is missing: compute it with `sfd inspect {folder} --statistics`, or copy it from "
-                    "where the cache was made"
-                )
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-                values.append({name: content[name].flatten() for name in ("mean", "std")})
-            except Exception as error:  # torch, pickle and zipfile raise many kinds
-                raise ValueError(
-                    f"{path} is truncated, damaged or no file of statistics ({first_line(error)}): copy it again, or "
-                    f"compute it with `sfd inspect {folder} --statistics`"
-                ) from error
-        texture, semantic = values if semantic else (*values, {"mean": torch.empty(0), "std": torch.empty(0)})
-        return cls(texture["mean"], texture["std"], semantic["mean"], semantic["std"], multiplier)
+        texture = read_statistics(Path(folder, TEXTURE_FILE))
+        parts = [{"mean": torch.zeros(pca_channels), "std": torch.ones(pca_channels)}]
+        parts += [read_statistics(Path(folder, SEMANTIC_FILE))] if semantic else []
+        mean, std = (torch.cat([part[name] for part in parts]) for name in ("mean", "std"))
+        return cls(texture["mean"], texture["std"], mean, std, multiplier)
+
+    def divided_at(self, texture_channels: int) -> "LatentStatistics":
+        """The same composite with another number of its channels called texture."""
+        mean, std = (torch.cat([getattr(self, f"{part}_{kind}") for part in PARTS]) for kind in ("mean", "std"))
+        count = texture_channels
+        return LatentStatistics(mean[:count], std[:count], mean[count:], std[count:], self.multiplier)
+
+
+def read_statistics(path: Path) -> dict[str, Tensor]:
+    """{"mean", "std"}, each (C,), of one file of statistics in the released form.
+
+    Raises FileNotFoundError naming the file and how to make it, ValueError naming a damaged or foreign one.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: compute it with `sfd inspect {path.parent} --statistics`, or copy it from where the "
+            "cache was made"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: content[name].flatten().float() for name in ("mean", "std")}
+    except Exception as error:  # torch, pickle and zipfile raise many kinds
+        raise ValueError(
+            f"{path} is truncated, damaged or no file of statistics ({first_line(error)}): copy it again, or compute "
+            f"it with `sfd inspect {path.parent} --statistics`"
+        ) from error

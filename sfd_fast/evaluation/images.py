@@ -3,16 +3,17 @@
 Shapes: B batch, N images, H height, W width; pixels are uint8 and channels last, as in OpenAI's batches.
 """
 
-import queue
-import threading
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
+
+from sfd_fast.files.ahead import ahead
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOLDER_ORDER_SEED = 0
@@ -147,35 +148,8 @@ def open_images(path: str | Path, *, num_workers: int = 4) -> ImageSet:
 def read_ahead(batches: Iterator[np.ndarray], depth: int = 3) -> Iterator[np.ndarray]:
     """The same batches, read by a thread up to `depth` ahead of their use. An error of the reader is raised here, at
     its place."""
-    ready: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
     end = object()
-
-    def put(item: object) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put(batch):
-                    return
-            put(end)
-        except Exception as error:  # handed over, not swallowed: the consumer raises it
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not end:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
+    for item in ahead(lambda _: next(batches, end), repeat(None), num_threads=1, depth=depth):
+        if item is end:
+            return
+        yield item

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sfd_fast.config import SFDConfig, require
 from sfd_fast.data.load.held_out import SPREAD
-from sfd_fast.data.load.latents import LatentLoader, LatentShards
+from sfd_fast.data.load.latents import LatentShards
+from sfd_fast.data.load.loader import LatentLoader
 from sfd_fast.data.load.targets import Targets, open_targets, with_targets
 from sfd_fast.diffusion.posterior import add_posterior_noise
 from sfd_fast.diffusion.statistics import LatentStatistics

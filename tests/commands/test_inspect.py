@@ -80,6 +80,28 @@ def test_statistics_are_exact_and_written_in_the_released_form(tmp_path):
     )
 
 
+def test_statistics_of_other_latents_are_never_overwritten(tmp_path):
+    cache(tmp_path / "c")
+    foreign = tmp_path / "c" / "latents_sv_stats.pt"
+    torch.save({"mean": torch.zeros(1, 8, 1, 1), "std": torch.ones(1, 8, 1, 1)}, foreign)
+    before = foreign.read_bytes()
+    with pytest.raises(ValueError, match="latents_sv_stats.pt holds statistics of 8 channels, the new ones are of 3"):
+        lines_of(path=tmp_path / "c", statistics=True)
+    assert foreign.read_bytes() == before and not (tmp_path / "c" / "latents_stats.pt").exists()
+
+
+def test_statistics_leave_pca_out(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    shard = {name: torch.randn(5, c, 2, 2, generator=g) for name, c in (("latents", 2), ("latents_dino", 3))}
+    write_shard(tmp_path / "c" / "a.safetensors", shard | {"labels": torch.arange(5)})
+    lines_of(path=tmp_path / "c", statistics=True)
+    assert sorted(p.name for p in (tmp_path / "c").glob("*.pt")) == ["latents_stats.pt"]
+    std = shard["latents"].double().numpy().std((0, 2, 3), ddof=1)
+    statistics = LatentShards(tmp_path / "c").statistics()
+    np.testing.assert_allclose(statistics.texture_std, std, rtol=1e-6)
+    assert statistics.semantic_std.tolist() == [1, 1, 1] and statistics.semantic_mean.tolist() == [0, 0, 0]
+
+
 def test_statistics_have_the_same_bits_for_any_number_of_ranks(tmp_path):
     cache(tmp_path / "c")
     shards = LatentShards(tmp_path / "c")
@@ -116,7 +138,7 @@ def test_verification_finds_nan_in_a_released_cache(tmp_path):
     write_shard(tmp_path / "c" / "a.safetensors", shard)
     with pytest.raises(ValueError, match="a.safetensors: 'latents': sample 2 holds NaN"):
         lines_of(path=tmp_path / "c", verify=True)
-    with pytest.raises(ValueError, match="a.safetensors: sample 2 holds NaN"):
+    with pytest.raises(ValueError, match="a.safetensors: 'latents': sample 2 holds NaN"):
         lines_of(path=tmp_path / "c", statistics=True)
 
 

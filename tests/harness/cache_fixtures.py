@@ -9,8 +9,8 @@ import torch
 from harness.image_trees import write_tree
 from harness.tiny_caches import encode_config
 from harness.tiny_encoders import save_autoencoder, save_dinov2
+from sfd_fast.commands.encode import run_encode
 from sfd_fast.config import SemVAEConfig
-from sfd_fast.data.encode.prepare import run_encode
 from sfd_fast.formats.model_folder import save_model
 from sfd_fast.models.semvae import SemVAE
 

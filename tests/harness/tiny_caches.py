@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sfd_fast.data.encode.prepare import EncodeConfig, FeaturesConfig
+from sfd_fast.commands.encode import EncodeConfig
+from sfd_fast.commands.features import FeaturesConfig
 
 SIZE, GRID = 32, 8
 

@@ -29,7 +29,7 @@ class CacheSizes:
 def describe(paths: str | Path | Iterable[str | Path], cache_folder: str | Path | None = None) -> CacheSizes:
     """Sizes of a cache, from its first shard and its manifest; of one without a manifest all labels are read.
 
-    Raises ValueError naming the file where there are no shards or one is damaged, FileNotFoundError for what is missing.
+    Raises ValueError where there are no shards or naming a damaged one, FileNotFoundError for what is missing.
     """
     folder, files = local_shards(paths, cache_folder)
     entries = read_header(files[0]).entries

@@ -1,42 +1,64 @@
-"""The tensors of a latent shard, and the check that all shards of a cache are of one kind (docs/METHOD.md 6)."""
+"""The tensors of a latent shard (docs/METHOD.md 6): names, statistics, and whether all shards are of one cache."""
 
-from sfd_fast.data.cache.shards import Entry, Header
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from sfd_fast.data.cache.shards import Header
+from sfd_fast.diffusion.statistics import ChannelMoments
 
 LABELS = "labels"
-TEXTURE = ("latents", "latents_dino")
-"""in the order of their channels; PCA features of older caches count as texture"""
-TEXTURE_MEAN = "latents_mean"
-TEXTURE_LOGVAR = "latents_logvar"
+TEXTURE = "latents"
+TEXTURE_MEAN, TEXTURE_LOGVAR = "latents_mean", "latents_logvar"
 """in place of `latents` where the cache holds the posterior's moments"""
-SEMANTIC = ("latents_sv",)
+PCA = "latents_dino"
+"""principal components of VFM features, in older caches: semantic latents that are never normalised"""
+SEMANTIC = "latents_sv"
 FEATURES = "feats_dino"
 FLIP = "_flip"
 
 
-def texture_keys(entries: dict[str, Entry]) -> list[str]:
-    """Names of the texture tensors, in the order of their channels."""
-    first = TEXTURE_MEAN if TEXTURE_MEAN in entries else TEXTURE[0]
-    return [key for key in (first, *TEXTURE[1:]) if key in entries]
+def composite_keys(names: Iterable[str]) -> list[str]:
+    """Names of the tensors that make the composite latent, in the order of their channels; the first is texture."""
+    names = set(names)
+    first = TEXTURE_MEAN if TEXTURE_MEAN in names else TEXTURE
+    return [key for key in (first, PCA, SEMANTIC) if key in names]
 
 
-def semantic_keys(entries: dict[str, Entry]) -> list[str]:
-    return [key for key in SEMANTIC if key in entries]
+def moments(tensors: Mapping[str, Tensor]) -> tuple[ChannelMoments, ChannelMoments]:
+    """Moments of the unflipped (texture, semantic) latents of a shard, without PCA; empty where there are none.
+
+    Raises ValueError naming the tensor and the sample where a value is not finite.
+    """
+    found = []
+    for names in ((TEXTURE, TEXTURE_MEAN), (SEMANTIC,)):
+        part = ChannelMoments.empty(0)
+        for name in names:
+            if name in tensors:
+                try:
+                    part = ChannelMoments.of(tensors[name])
+                except ValueError as error:
+                    raise ValueError(f"'{name}': {error}") from None
+        found.append(part)
+    if TEXTURE_LOGVAR in tensors:
+        found[0] = found[0].with_noise(tensors[TEXTURE_LOGVAR])
+    return found[0], found[1]
 
 
 def check_alike(paths: list[str], headers: list[Header]) -> None:
     """Raises ValueError naming the file that does not belong to the same cache as the first one."""
     first = headers[0]
-    for names in ((LABELS,), (TEXTURE[0], TEXTURE_MEAN)):
+    for names in ((LABELS,), (TEXTURE, TEXTURE_MEAN)):
         if not any(name in first.entries for name in names):
             raise ValueError(
                 f"{paths[0]} has no tensor '{names[0]}'; it holds {', '.join(first.entries) or 'nothing'}. A latent "
                 "shard needs at least labels and latents"
             )
-    streams = [first.entries[key] for key in texture_keys(first.entries) + semantic_keys(first.entries)]
-    if any(entry.dtype != streams[0].dtype or entry.shape[2:] != streams[0].shape[2:] for entry in streams):
+    parts = [first.entries[key] for key in composite_keys(first.entries)]
+    if any(entry.dtype != parts[0].dtype or entry.shape[2:] != parts[0].shape[2:] for entry in parts):
         raise ValueError(
             f"{paths[0]}: texture and semantic latents must share dtype and grid, got "
-            f"{[(entry.dtype, entry.shape) for entry in streams]}"
+            f"{[(entry.dtype, entry.shape) for entry in parts]}"
         )
     for path, header in zip(paths, headers):
         if header.entries.keys() != first.entries.keys():

@@ -1,14 +1,13 @@
-"""From a batch of pixels to the rows of a shard: VFM features, and latents of both streams.
+"""From a batch of pixels to the rows of a shard: VFM features, and texture and semantic latents.
 
 Letters: B images, S pixels, N tokens, F feature width, C_t and C_s channels, h, w latent grid.
 """
-
-from collections.abc import Callable
 
 import torch
 from sfd_kernels import feature_alignment_loss
 from torch import Tensor, nn
 
+from sfd_fast.data.cache.layout import FEATURES, FLIP, SEMANTIC, TEXTURE, TEXTURE_LOGVAR, TEXTURE_MEAN
 from sfd_fast.data.images.decode import flip_images, to_codec
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.posterior import sample_posterior
@@ -23,12 +22,12 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 class FeatureEncoder:
     """VFM features of both flips: feats_dino and feats_dino_flip (B, F, h, w), the released layout."""
 
+    kind = "features"
+    parts = ("vfm",)
+    """options of the command that name encoders"""
+
     def __init__(self, vfm: VFM, *, dtype: torch.dtype, flip: bool):
         self.vfm, self.dtype, self.flip = vfm, dtype, flip
-
-    def parts(self) -> tuple[str, ...]:
-        """Options of the command that name encoders."""
-        return ("vfm",)
 
     def settings(self) -> dict:
         return {"vfm": module_digest(self.vfm), "vfm_width": self.vfm.width, "vfm_grid": self.vfm.grid_size}
@@ -36,24 +35,25 @@ class FeatureEncoder:
     def layout(self) -> Layout:
         """dtype and shape of one sample of every tensor."""
         shape = (self.vfm.width, self.vfm.grid_size, self.vfm.grid_size)
-        names = ("feats_dino", "feats_dino_flip") if self.flip else ("feats_dino",)
-        return dict.fromkeys(names, (self.dtype, shape))
+        return {FEATURES + suffix: (self.dtype, shape) for suffix in suffixes(self.flip)}
 
     def __call__(self, images: Tensor, ids: Tensor) -> tuple[Rows, Tensor | None]:
         """images: (B, S, S, 3) uint8 on the encoder's device; ids: (B,) image numbers.  Returns (rows, None)."""
-        rows = {"feats_dino": feature_map(self.vfm.features(images))}
-        if self.flip:
-            rows["feats_dino_flip"] = feature_map(self.vfm.features(flip_images(images)))
-        return rows, None
+        views = {suffix: flip_images(images) if suffix else images for suffix in suffixes(self.flip)}
+        return {FEATURES + suffix: feature_map(self.vfm.features(view)) for suffix, view in views.items()}, None
 
 
 class LatentEncoder:
-    """Latents of both streams and both flips under the released names, optionally with the features.
+    """Texture and semantic latents of both flips under the released names, optionally with the features.
 
     Texture: a sample of the codec's posterior by (seed, image number), or with posterior="moments" its mean and
     logvar (latents_mean, latents_logvar), from which the loader samples anew at every visit. Semantics: a sample of
     SemVAE's posterior. A mirrored image draws its own noise.
     """
+
+    kind = "latents"
+    parts = ("vfm", "semvae", "texture_codec")
+    """options of the command that name encoders"""
 
     def __init__(
         self,
@@ -77,10 +77,6 @@ class LatentEncoder:
                 f"{vfm.width}: use the VFM that SemVAE was trained with"
             )
 
-    def parts(self) -> tuple[str, ...]:
-        """Options of the command that name encoders."""
-        return ("vfm", "semvae", "texture_codec")
-
     def settings(self) -> dict:
         return {
             "vfm": module_digest(self.vfm),
@@ -94,17 +90,14 @@ class LatentEncoder:
 
     def layout(self) -> Layout:
         """dtype and shape of one sample of every tensor."""
-        texture = (self.codec.latent_channels, self.grid, self.grid)
+        of_texture = (TEXTURE_MEAN, TEXTURE_LOGVAR) if self.posterior == "moments" else (TEXTURE,)
         layout: Layout = {}
-        for suffix in ("", "_flip") if self.flip else ("",):
-            if self.posterior == "moments":
-                layout[f"latents_mean{suffix}"] = layout[f"latents_logvar{suffix}"] = (self.dtype, texture)
-            else:
-                layout[f"latents{suffix}"] = (self.dtype, texture)
-            semantic = (self.semvae.config.latent_channels, self.grid, self.grid)
-            layout[f"latents_sv{suffix}"] = (self.dtype, semantic)
+        for suffix in suffixes(self.flip):
+            for name in of_texture:
+                layout[name + suffix] = (self.dtype, (self.codec.latent_channels, self.grid, self.grid))
+            layout[SEMANTIC + suffix] = (self.dtype, (self.semvae.config.latent_channels, self.grid, self.grid))
             if self.features:
-                layout[f"feats_dino{suffix}"] = (torch.float16, (self.vfm.width, self.grid, self.grid))
+                layout[FEATURES + suffix] = (torch.float16, (self.vfm.width, self.grid, self.grid))
         return layout
 
     @torch.no_grad()
@@ -112,33 +105,38 @@ class LatentEncoder:
         """images: (B, S, S, 3) uint8 on the encoders' device; ids: (B,) int64 numbers of the images.
 
         Returns the rows of the shard in their stored dtype, and the mean token cosine between y* and its
-        reconstruction from the stored semantic latent, (B,) per flip in turn: (B,) or (2, B).
+        reconstruction from the stored semantic latent, (B,) per flip in turn: (1, B) or (2, B).
         """
         rows: Rows = {}
         cosines = []
-        plain = (random_numbers.TEXTURE_POSTERIOR, random_numbers.SEMANTIC_POSTERIOR)
-        mirrored = (random_numbers.CODEC_NOISE, random_numbers.SEMANTIC_FLIP_NOISE)
-        for suffix, numbers in (("", plain), ("_flip", mirrored)) if self.flip else (("", plain),):
+        for suffix in suffixes(self.flip):
+            texture_noise, semantic_noise = (
+                (random_numbers.CODEC_NOISE, random_numbers.SEMANTIC_FLIP_NOISE)
+                if suffix
+                else (random_numbers.TEXTURE_POSTERIOR, random_numbers.SEMANTIC_POSTERIOR)
+            )
             view = flip_images(images) if suffix else images
             texture = self.codec.encode(to_codec(view))
             if self.posterior == "moments":
-                rows[f"latents_mean{suffix}"], rows[f"latents_logvar{suffix}"] = texture
+                rows[TEXTURE_MEAN + suffix], rows[TEXTURE_LOGVAR + suffix] = texture
             else:
-                rows[f"latents{suffix}"] = self._sample(*texture, ids, numbers[0])
+                rows[TEXTURE + suffix] = self._sample(*texture, ids, texture_noise)
             features = self.vfm.features(view)
             mean, logvar = (feature_map(part) for part in self.semvae.encode(features))
-            semantic = self._sample(mean, logvar, ids, numbers[1]).to(self.dtype)
-            rows[f"latents_sv{suffix}"] = semantic
+            semantic = self._sample(mean, logvar, ids, semantic_noise).to(self.dtype)
+            rows[SEMANTIC + suffix] = semantic
             decoded = self.semvae.decode(feature_tokens(semantic.float()))
             cosines.append(1 - feature_alignment_loss(decoded.float(), features.float())[1])
             if self.features:
-                rows[f"feats_dino{suffix}"] = feature_map(features)
+                rows[FEATURES + suffix] = feature_map(features)
         return rows, torch.stack(cosines)
 
-    def _sample(self, mean: Tensor, logvar: Tensor, ids: Tensor, stream: int) -> Tensor:
-        """mean + exp(logvar / 2) * noise(seed, image number)."""
-        eps = noise(ids.to(mean.device), mean.shape[1:], self.seed, stream)
+    def _sample(self, mean: Tensor, logvar: Tensor, ids: Tensor, number: int) -> Tensor:
+        """A sample of the posterior by (seed, image number) and a number of random_numbers.py."""
+        eps = noise(ids.to(mean.device), mean.shape[1:], self.seed, number)
         return sample_posterior(mean.float(), logvar.float(), eps)
 
 
-Encoder = Callable[[Tensor, Tensor], tuple[Rows, Tensor | None]]
+def suffixes(flip: bool) -> tuple[str, ...]:
+    """What the names of a shard's tensors end with: nothing, and the mark of mirrored images."""
+    return ("", FLIP) if flip else ("",)

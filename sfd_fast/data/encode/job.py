@@ -5,26 +5,29 @@ merges the records into the manifest and removes them.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from sfd_fast.data.cache.manifest import MANIFEST
+from sfd_fast.data.cache import layout
+from sfd_fast.data.cache.manifest import MANIFEST, begin
 from sfd_fast.data.cache.shards import ShardWriter, map_tensors, read_header, write_json
 from sfd_fast.data.encode.encoders import FeatureEncoder, LatentEncoder
-from sfd_fast.data.encode.progress import Progress
+from sfd_fast.data.encode.options import CacheOptions
 from sfd_fast.data.images.batches import decoded_batches
-from sfd_fast.data.images.index import INDEX_FOLDER, ImageIndex
+from sfd_fast.data.images.index import INDEX_FOLDER, ImageIndex, open_index
+from sfd_fast.data.progress import Progress
 from sfd_fast.diffusion.statistics import (
-    SEMANTIC_FILE,
-    TEXTURE_FILE,
+    FILES,
+    PARTS,
     ChannelMoments,
     LatentStatistics,
+    first_not_finite,
     merge_all,
 )
 from sfd_fast.files.atomic import sweep
@@ -34,30 +37,60 @@ from sfd_fast.ranks import Ranks
 Report = Callable[[str], None]
 
 
-class Settings(Protocol):
-    """What a job reads of the configuration of `sfd features` or `sfd encode`."""
+STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-    image_size: int
-    crop: Literal["adm", "resize"]
-    shard_size: int
-    batch_size: int
-    decoder: Literal["pil", "dali"]
-    precision: str
-    verify: bool
+
+def make_cache(
+    config: CacheOptions, encoder: FeatureEncoder | LatentEncoder, ranks: Ranks, report: Report = print
+) -> None:
+    """Screens the images, then encodes the shards that are not there or damaged; all ranks together.
+
+    Images are numbered by the screened index. Shard k holds the images k * shard_size and on, whatever the number of
+    ranks, and is encoded in batches of one fixed size (the last one padded), so every run gives the same bytes. Run
+    again over a finished folder, it encodes only shards that are missing or damaged.
+    """
+    out = Path(config.out)
+    num_threads = config.num_threads or os.cpu_count() or 1
+    index = open_index(
+        config.images, out / INDEX_FOLDER, on_bad=config.on_bad, num_threads=num_threads, ranks=ranks, report=report
+    )
+    settings = {
+        "kind": encoder.kind,
+        "images": index.fingerprint(),
+        "num_images": len(index),
+        "image_size": config.image_size,
+        "crop": config.crop,
+        "decoder": config.decoder,
+        "flip": config.flip,
+        "storage": config.storage,
+        "precision": config.precision,
+        "shard_size": config.shard_size,
+    } | encoder.settings()
+    sources = {name: located(getattr(config, name)) for name in (*encoder.parts, "images")}
+    manifest = ranks.on_first(lambda: begin(out, settings, sources))
+    job = CacheJob(out, index, encoder, manifest["fingerprint"], config, num_threads, ranks.device(config.device))
+    if manifest["complete"]:
+        job.repair(manifest, ranks, report)
+    else:
+        job.complete(manifest, ranks, report)
+
+
+def located(source: str) -> str:
+    """The absolute path of what is on this disk; hub ids and short names as they are."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 @dataclass(frozen=True)
-class Job:
+class CacheJob:
     """One cache. A shard is done when the shard and its record are there, and the shard has the recorded size."""
 
     out: Path
     index: ImageIndex
     encoder: FeatureEncoder | LatentEncoder
     fingerprint: str
-    config: Settings
+    config: CacheOptions
     num_threads: int
     device: torch.device
-    kind: Literal["features", "latents"]
     failed: set[int] = field(default_factory=set)
     """first images of the batches in which DALI failed"""
 
@@ -134,8 +167,8 @@ class Job:
                     f"instead of {sha256[:12]}...): this machine or these library versions round differently. Repair "
                     "the cache where it was made, copy the shard from there, or encode everything into another folder"
                 )
-        if self.kind == "latents" and not all((self.out / name).is_file() for name in (TEXTURE_FILE, SEMANTIC_FILE)):
-            texture, semantic = (manifest["statistics"][stream] for stream in ("texture", "semantic"))
+        if self.encoder.kind == "latents" and not all((self.out / name).is_file() for name in FILES):
+            texture, semantic = (manifest["statistics"][part] for part in PARTS)
             values = (texture["mean"], texture["std"], semantic["mean"], semantic["std"])
             LatentStatistics(*map(torch.tensor, values)).save(self.out)
             report(f"{self.out}: statistics written again from the manifest")
@@ -162,19 +195,19 @@ class Job:
             num_threads=self.num_threads,
             on_failure=lambda batch: self.failed.add(batch[0]),
         )
-        progress = Progress(sum(len(self.images(k)) for k in shards), ranks, report)
+        progress = Progress("encoding", sum(len(self.images(k)) for k in shards), ranks, report)
         for k in shards:
             self.encode_shard(k, decoded, progress)
 
     def encode_shard(self, k: int, decoded: Iterator[Tensor], progress: Progress) -> None:
         images = self.images(k)
-        layout = {name: (dtype, (len(images), *shape)) for name, (dtype, shape) in self.encoder.layout().items()}
-        layout["labels"] = (torch.int64, (len(images),))
+        tensors = {name: (dtype, (len(images), *shape)) for name, (dtype, shape) in self.encoder.layout().items()}
+        tensors[layout.LABELS] = (torch.int64, (len(images),))
         cosine = 0.0
         metadata = {"fingerprint": self.fingerprint, "first_image": images.start}
-        with ShardWriter(self.path(k), layout, metadata) as writer:
+        with ShardWriter(self.path(k), tensors, metadata) as writer:
             labels = torch.from_numpy(self.index.labels[images.start : images.stop].astype("int64"))
-            writer.write("labels", 0, labels)
+            writer.write(layout.LABELS, 0, labels)
             for batch in split(images, self.config.batch_size):
                 rows, cosines = self.encode_batch(next(decoded), batch)
                 for name, values in rows.items():
@@ -200,32 +233,20 @@ class Job:
         """
         path = self.path(k)
         tensors = map_tensors(path, read_header(path))
+        for name, values in tensors.items():
+            bad = first_not_finite(values)
+            if bad is not None:
+                raise ValueError(
+                    f"{path}: '{name}' of {self.index.describe(self.images(k)[bad])} holds NaN or infinity. Use "
+                    "precision fp32, storage bf16 or fp32 (fp16 ends at 65504), and check the encoder's weights"
+                )
         record = {"count": len(self.images(k)), "bytes": path.stat().st_size, "sha256": file_digest(path)}
-        for stream, name in (("texture", "latents"), ("texture", "latents_mean"), ("semantic", "latents_sv")):
-            if name in tensors:
-                moments = self.moments(k, name, tensors[name])
-                if name == "latents_mean":
-                    moments = moments.with_noise(tensors["latents_logvar"])
-                record[stream] = moments.to_json()
-        for name in ("latents_flip", "latents_mean_flip", "latents_sv_flip", "feats_dino", "feats_dino_flip"):
-            if name in tensors:
-                self.moments(k, name, tensors[name])
-        if "semantic" in record:
+        if self.encoder.kind == "latents":
+            record |= {part: moments.to_json() for part, moments in zip(PARTS, layout.moments(tensors))}
             record["cosine"] = cosine
         if self.config.decoder == "dali":
             record["dali_failures"] = sum(image in self.images(k) for image in self.failed)
         return record
-
-    def moments(self, k: int, name: str, values: Tensor) -> ChannelMoments:
-        try:
-            return ChannelMoments.of(values)
-        except ValueError as error:
-            sample = int(torch.isfinite(values.float()).flatten(1).all(1).logical_not().nonzero()[0])
-            image = self.index.describe(self.images(k)[sample])
-            raise ValueError(
-                f"{self.path(k)}: '{name}' of {image}: {error}. Use precision fp32, storage bf16 or fp32 (fp16 ends "
-                "at 65504), and check the encoder's weights"
-            ) from None
 
     def finish(self, manifest: dict, report: Report) -> None:
         """Merges the shards' records in their order, writes statistics and the final manifest, removes the records."""
@@ -240,15 +261,12 @@ class Job:
             "shards": {name: {key: r[key] for key in ("count", "bytes", "sha256")} for name, r in records.items()},
             "bytes_per_image": sum(r["bytes"] for r in records.values()) / len(self.index),
         }
-        if self.kind == "latents":
-            texture, semantic = (
-                merge_all(ChannelMoments.from_json(r[stream]) for r in records.values())
-                for stream in ("texture", "semantic")
-            )
-            LatentStatistics.from_moments(texture, semantic).save(self.out)
+        if self.encoder.kind == "latents":
+            moments = [merge_all(ChannelMoments.from_json(r[part]) for r in records.values()) for part in PARTS]
+            LatentStatistics.from_moments(*moments).save(self.out)
             manifest["statistics"] = {
-                stream: {"count": m.count, "mean": m.mean.tolist(), "std": m.std().tolist()}
-                for stream, m in (("texture", texture), ("semantic", semantic))
+                part: {"count": m.count, "mean": m.mean.tolist(), "std": m.std().tolist()}
+                for part, m in zip(PARTS, moments)
             }
             manifest["semvae_target_cosine"] = sum(r["cosine"] for r in records.values()) / len(self.index)
         if self.config.decoder == "dali":

@@ -9,7 +9,6 @@ logged with its cause. A pipeline that cannot be built is an error. B images, S 
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from sfd_fast.data.images.decode import GEOMETRIES, Geometry, decode, load, square, to_tensor
 from sfd_fast.data.images.index import ImageIndex
+from sfd_fast.files.ahead import ahead
 
 log = logging.getLogger(__name__)
 
@@ -247,12 +247,7 @@ def read_batches_dali(
             on_failure(batch)
         return images
 
-    with ThreadPoolExecutor(1, thread_name_prefix="dali") as pool:
-        ahead = pool.submit(decoded, batches[0])
-        for batch in batches[1:]:
-            current, ahead = ahead.result(), pool.submit(decoded, batch)
-            yield current
-        yield ahead.result()
+    yield from ahead(decoded, batches, num_threads=1, depth=1)
 
 
 def max_halvings(index: ImageIndex, size: int, crop: str) -> int:

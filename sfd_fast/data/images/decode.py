@@ -4,8 +4,8 @@ Letters: B images of a batch, S edge of the square crop.
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from sfd_fast.files.ahead import ahead
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 
@@ -106,38 +108,23 @@ def to_codec(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """float (B, 3, S, S) in [-1, 1] to uint8 (B, S, S, 3): clamp(127.5 x + 128, 0, 255) truncated, docs/METHOD.md 2."""
-    return images.float().mul(127.5).add(128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
 def read_batches(
     read: Callable[[int], bytes],
-    batches: Iterable[Sequence[int]],
+    batches: Sequence[Sequence[int]],
     size: int,
     *,
     crop: str = "adm",
     num_threads: int = 2,
-    ahead: int = 2,
+    num_ahead: int = 2,
 ) -> Iterator[Tensor]:
-    """Decoded batches (B, S, S, 3) uint8 in the order given, decoded by threads up to `ahead` batches early.
+    """Decoded batches (B, S, S, 3) uint8 in the order given, decoded by threads up to `num_ahead` batches early.
 
     read: from an image's number to its bytes. PIL decodes and resizes without the interpreter lock, so threads do.
     An image that cannot be decoded raises the error of `read` or `decode`.
     """
-    with ThreadPoolExecutor(max(num_threads, 1), thread_name_prefix="decode") as pool:
-        source = iter(batches)
-        running: list[list] = []
-
-        def submit(count: int) -> None:
-            for batch in islice(source, count):
-                running.append([pool.submit(lambda i: load(read(i), size, crop), i) for i in batch])
-
-        try:
-            submit(ahead + 1)
-            while running:
-                yield torch.stack([future.result() for future in running.pop(0)])
-                submit(1)
-        finally:
-            for future in (future for batch in running for future in batch):
-                future.cancel()
+    depth = num_ahead * max(map(len, batches), default=0)
+    numbers = (number for batch in batches for number in batch)
+    work = ahead(lambda i: load(read(i), size, crop), numbers, num_threads=max(num_threads, 1), depth=depth)
+    with closing(work) as images:
+        for batch in batches:
+            yield torch.stack(list(islice(images, len(batch))))

@@ -6,7 +6,6 @@ Divided over the ranks. A screening that was killed continues: findings are kept
 import dataclasses
 import io
 import json
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 from sfd_fast.data.cache.shards import ShardWriter, write_json
 from sfd_fast.data.images.decode import decode
 from sfd_fast.data.images.sources import Reader, Scan, scan
+from sfd_fast.data.progress import Progress
 from sfd_fast.files.atomic import TEMPORARY
 from sfd_fast.ranks import Ranks
 
@@ -127,17 +127,14 @@ def screen(source: str, path: Path, *, num_threads: int, ranks: Ranks, report: C
         report(f"screening: {len(known)} of {len(found.keys)} images were screened by a run before")
     left = [i for i in range(len(found.keys)) if i not in known]
     mine, findings = [left[j] for j in ranks.mine(len(left))], {}
-    last = start = time.monotonic()
+    progress = Progress("screening", len(mine), ranks, report)
     with ThreadPoolExecutor(max(num_threads, 1), thread_name_prefix="screen") as pool:
         for first in range(0, len(mine), SCREEN_BLOCK):
             block = mine[first : first + SCREEN_BLOCK]
             looked = dict(zip(block, pool.map(look, block)))
             journals.add(ranks.rank, looked)
             findings |= looked
-            if ranks.first and time.monotonic() - last > 10:
-                last, done = time.monotonic(), len(findings)
-                rate = done / (last - start)
-                report(f"screening: {done}/{len(mine)} images, {rate:.0f}/s, {(len(mine) - done) / rate:.0f} s left")
+            progress.add(len(looked))
     for share in ranks.gather(findings):
         known |= share
 

@@ -4,7 +4,6 @@ Letters: B batch, N samples of the set, F width of a feature, h, w its grid.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -12,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd_fast.data.cache.layout import check_settings
+from sfd_fast.data.cache import layout
 from sfd_fast.data.cache.remote import local_shards
 from sfd_fast.data.cache.shards import map_tensors, read_header
 from sfd_fast.data.load.held_out import Part, SampleSet
 from sfd_fast.data.load.order import flips, shuffled_indices
+from sfd_fast.diffusion.statistics import first_not_finite
 from sfd_fast.diffusion.transport import feature_tokens
+from sfd_fast.files.ahead import ahead
 
-KEY = "feats_dino"
-FLIPPED = "feats_dino_flip"
+KEY, FLIPPED = layout.FEATURES, layout.FEATURES + layout.FLIP
 
 
 class FeatureShards(SampleSet):
@@ -43,7 +43,7 @@ class FeatureShards(SampleSet):
                 raise ValueError(
                     f"{file} has features of shape {here[0]}, {here[1]}; the shards before it {there[0]}, {there[1]}"
                 )
-            check_settings(file, header, self.paths[0], headers[0])
+            layout.check_settings(file, header, self.paths[0], headers[0])
         maps = [map_tensors(file, header) for file, header in zip(self.paths, headers)]
         self.plain = [tensors[KEY] for tensors in maps]
         self.flipped = [tensors.get(FLIPPED) for tensors in maps]
@@ -77,11 +77,11 @@ class FeatureShards(SampleSet):
 
     def flaw(self, indices: Tensor, flip: Tensor) -> str:
         """The first of some samples that is not finite as it is stored, with file and row; "" where all are finite."""
-        bad = torch.isfinite(self.gather(indices, flip)).flatten(1).all(dim=1).logical_not().nonzero()
-        if not len(bad):
+        bad = first_not_finite(self.gather(indices, flip))
+        if bad is None:
             return ""
-        shards, rows = (int(part[int(bad[0])]) for part in self.places(indices))
-        view = "mirrored " if flip[int(bad[0])] else ""
+        shards, rows = (int(part[bad]) for part in self.places(indices))
+        view = "mirrored " if flip[bad] else ""
         return f"{self.paths[shards]}: the {view}features of sample {rows} hold NaN or infinity"
 
 
@@ -134,9 +134,5 @@ class FeatureLoader:
         return {"features": features, "sample_ids": positions}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        with ThreadPoolExecutor(1, thread_name_prefix="features") as pool:
-            ahead = pool.submit(self.batch, self.start_step)
-            for step in count(self.start_step + 1):
-                batch = ahead.result()
-                ahead = pool.submit(self.batch, step)
-                yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        for batch in ahead(self.batch, count(self.start_step), num_threads=1, depth=1):
+            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}

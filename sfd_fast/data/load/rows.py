@@ -21,7 +21,7 @@ from sfd_fast.data.cache.shards import BORDER, PAGE
 WORDS = {8: (ctypes.c_int64, torch.int64), 1: (ctypes.c_uint8, torch.uint8)}
 
 
-class Memory:
+class MappedMemory:
     """The address space from the first byte of some tensors to the last. Only what is mapped may be read.
 
     Holds the tensors, and with them their maps, alive.
@@ -52,7 +52,7 @@ class RowTable:
     unit: the longest run, up to BORDER, on whose borders all rows begin and end.
     """
 
-    def __init__(self, memory: Memory, plain: list[Tensor], flipped: list[Tensor] | None):
+    def __init__(self, memory: MappedMemory, plain: list[Tensor], flipped: list[Tensor] | None):
         self.shape, self.dtype = tuple(plain[0].shape[1:]), plain[0].dtype
         self.has_flips = flipped is not None
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
@@ -98,7 +98,7 @@ class Places:
 class RunTable:
     """Several tables whose rows begin on borders of pages, one after the other within each sample, copied at once."""
 
-    def __init__(self, memory: Memory, tables: Sequence[RowTable]):
+    def __init__(self, memory: MappedMemory, tables: Sequence[RowTable]):
         self._tables, self._unit = tables, math.gcd(*(table.unit for table in tables))
         self._runs = memory.runs(self._unit)
 

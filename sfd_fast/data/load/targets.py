@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from sfd_fast.data.cache.manifest import read_manifest
 from sfd_fast.data.images.decode import load
 from sfd_fast.data.images.index import INDEX_FILE, INDEX_FOLDER, ImageIndex
-from sfd_fast.data.load.latents import Batch, LatentLoader, LatentShards
+from sfd_fast.data.load.latents import Batch, LatentShards
+from sfd_fast.data.load.loader import LatentLoader
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import feature_tokens, split_latents
 from sfd_fast.files.digest import module_digest
@@ -115,11 +116,7 @@ def open_targets(
     images cannot be read; FileNotFoundError where the cache came without the index of its images.
     """
     if kind == "stored":
-        if shards.feature_shape is None:
-            raise ValueError(
-                f"{shards.folder} has no VFM features (feats_dino), which REPA needs: set data.targets to semvae or "
-                "online, encode them (`sfd encode --features true`), or set transport.repa_weight to 0"
-            )
+        shards.require(flip=False, features=True)
         return None
     if kind not in ("semvae", "online"):
         raise ValueError(f"data.targets '{kind}' is unknown; choose stored, semvae or online")

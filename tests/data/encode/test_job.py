@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from harness.tiny_caches import SIZE, contents, encode_config, features_config
 
-from sfd_fast.data.encode.job import Job
-from sfd_fast.data.encode.prepare import run_encode, run_features
+from sfd_fast.commands.encode import run_encode
+from sfd_fast.commands.features import run_features
+from sfd_fast.data.encode.job import CacheJob
 from sfd_fast.data.load.latents import LatentShards
 
 pytest_plugins = ["harness.cache_fixtures"]
@@ -72,7 +73,7 @@ def test_a_run_that_continues_gives_the_space_of_unfinished_shards_back_first(pa
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".writing-1-1-shard-00000.safetensors").write_bytes(b"half")
-    monkeypatch.setattr(Job, "encode_shards", stop)
+    monkeypatch.setattr(CacheJob, "encode_shards", stop)
     with pytest.raises(KeyboardInterrupt):
         run_encode(encode_config(parts, tmp_path / "out"))
 

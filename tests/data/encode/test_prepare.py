@@ -13,10 +13,13 @@ from harness.tiny_caches import GRID, SIZE, encode_config, features_config, stor
 from harness.tiny_encoders import save_dinov2
 from PIL import Image
 
-from sfd_fast.data.encode.prepare import FeaturesConfig, located, run_encode, run_features
+from sfd_fast.commands.encode import run_encode
+from sfd_fast.commands.features import FeaturesConfig, run_features
+from sfd_fast.data.encode.job import located
 from sfd_fast.data.images import screening
 from sfd_fast.data.images.decode import square
-from sfd_fast.data.load.latents import LatentLoader, LatentShards
+from sfd_fast.data.load.latents import LatentShards
+from sfd_fast.data.load.loader import LatentLoader
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
 
@@ -229,7 +232,7 @@ def test_values_that_are_not_finite_name_the_image(parts, tmp_path):
         model.quant_conv.weight.mul_(1e6)
     model.save_pretrained(tmp_path / "codec")
     config = encode_config(parts | {"texture_codec": str(tmp_path / "codec")}, tmp_path / "out", storage="fp16")
-    with pytest.raises(ValueError, match="shard-00000.safetensors: 'latents' of .*china/000.jpg: sample 0 holds NaN"):
+    with pytest.raises(ValueError, match="shard-00000.safetensors: 'latents' of .*china/000.jpg holds NaN"):
         run_encode(config)
 
 

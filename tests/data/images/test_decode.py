@@ -8,7 +8,7 @@ import torch
 from harness.image_trees import encoded, photographs
 from PIL import Image
 
-from sfd_fast.data.images.decode import decode, flip_images, load, read_batches, square, to_codec, to_pixels
+from sfd_fast.data.images.decode import decode, flip_images, load, read_batches, square, to_codec
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
@@ -112,7 +112,7 @@ def test_batches_come_in_order_whatever_the_threads():
     data = [encoded(photographs()["china"].crop((i, i, i + 60, i + 50))) for i in range(9)]
     order = [[3, 1, 4], [1, 5], [8, 2, 6, 7]]
     runs = [
-        list(read_batches(data.__getitem__, order, 16, num_threads=threads, ahead=ahead))
+        list(read_batches(data.__getitem__, order, 16, num_threads=threads, num_ahead=ahead))
         for threads, ahead in ((1, 0), (2, 2), (4, 9))
     ]
     for batches in runs:
@@ -129,12 +129,6 @@ def test_codec_range_is_minus_one_to_one():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1).expand(1, 1, 2, 3)
     assert to_codec(images)[0, :, 0].tolist() == [[-1.0, 1.0]] * 3
     assert to_codec(images).shape == (1, 3, 1, 2)
-
-
-def test_pixels_are_clamped_and_truncated_as_released():
-    x = torch.tensor([-2.0, -1.0, 0.0, 0.9999, 1.0, 2.0]).view(1, 1, 1, 6)
-    assert to_pixels(x).flatten().tolist() == [0, 0, 128, 255, 255, 255]
-    assert to_pixels(torch.tensor([0.005]).view(1, 1, 1, 1)).item() == 128  # 128.6375 truncated
 
 
 def test_flip_mirrors_left_and_right():

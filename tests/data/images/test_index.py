@@ -20,6 +20,10 @@ def silent(_):
     pass
 
 
+def without_progress(lines):
+    return [line for line in lines if not line.startswith("screening: ")]
+
+
 def test_an_index_knows_labels_sizes_and_bytes(tmp_path):
     tree = write_tree(tmp_path / "tree")
     index = open_index(tree, tmp_path / "out", report=silent)
@@ -61,7 +65,7 @@ def test_damaged_files_are_listed_and_skipped(tmp_path):
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert set(report) == {str(tree / "china" / "001.jpg"), str(tree / "hopper" / "zzz.png")}
     assert "truncated" in report[str(tree / "china" / "001.jpg")]
-    assert lines == [f"2 of 14 images are unreadable, listed in {tmp_path / 'out' / REPORT_FILE}"]
+    assert without_progress(lines) == [f"2 of 14 images are unreadable, listed in {tmp_path / 'out' / REPORT_FILE}"]
 
 
 def test_damaged_files_are_fatal_where_asked_for_also_on_a_second_run(tmp_path):
@@ -200,7 +204,7 @@ def test_classes_without_images_are_said_or_fatal_as_configured(tmp_path):
                 archive.addfile(info, io.BytesIO(data))
     lines = []
     assert len(open_index(tmp_path / "tars", tmp_path / "out", report=lines.append).classes) == 4
-    assert lines == [f"2 of 4 classes of {tmp_path / 'tars'} have no images: 1, 2"]
+    assert without_progress(lines) == [f"2 of 4 classes of {tmp_path / 'tars'} have no images: 1, 2"]
     for out in ("out", "new"):
         with pytest.raises(ValueError, match="2 of 4 classes of .*tars have no images: 1, 2.*on_bad=skip"):
             open_index(tmp_path / "tars", tmp_path / out, on_bad="fail", report=silent)
@@ -211,7 +215,7 @@ def test_ignored_tar_files_are_said(tmp_path):
     (tree / "backup.tar").write_bytes(b"anything")
     lines = []
     assert len(open_index(tree, tmp_path / "out", report=lines.append)) == 2
-    assert lines == [f"{tree} has class folders: its 1 *.tar files, such as backup.tar, are ignored"]
+    assert without_progress(lines) == [f"{tree} has class folders: its 1 *.tar files, such as backup.tar, are ignored"]
 
 
 def test_a_damaged_index_is_named_and_may_be_deleted(tmp_path):

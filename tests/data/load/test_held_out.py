@@ -7,7 +7,8 @@ from harness.tiny_run import write_data
 
 from sfd_fast.data.load.features import FeatureShards
 from sfd_fast.data.load.held_out import Part, held_out_numbers
-from sfd_fast.data.load.latents import LatentLoader, LatentShards
+from sfd_fast.data.load.latents import LatentShards
+from sfd_fast.data.load.loader import LatentLoader
 
 
 @pytest.mark.parametrize(("num_samples", "count"), [(40, 8), (41, 8), (1000, 999), (10, 1), (50_000, 50_000), (7, 3)])

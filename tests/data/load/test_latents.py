@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from sfd_fast.data.cache.shards import write_json, write_shard
-from sfd_fast.data.load.latents import LatentLoader, LatentShards
+from sfd_fast.data.load.latents import LatentShards
+from sfd_fast.data.load.loader import LatentLoader
 from sfd_fast.diffusion.statistics import LatentStatistics, multiply_add
 
 
@@ -77,16 +78,46 @@ def test_rows_of_whole_pages_are_gathered_alike(tmp_path, flip):
         assert torch.equal(out["labels"], stored["labels"][indices])
 
 
-def test_pca_features_of_older_caches_follow_texture(tmp_path):
-    tensors = {k: torch.randn(3, c, 2, 2) for k, c in (("latents", 2), ("latents_dino", 1), ("latents_sv", 1))}
-    write_shard(tmp_path / "a.safetensors", tensors | {"labels": torch.arange(3)})
-    out = LatentShards(tmp_path).gather(torch.tensor([2, 1]), torch.tensor([False, False]))
-    expected = torch.cat([tensors["latents"], tensors["latents_dino"]], dim=1)[[2, 1]]
-    assert torch.equal(out["texture"], expected)
-    assert torch.equal(out["semantic"], tensors["latents_sv"][[2, 1]])
+def pca_cache(folder, **channels):
+    """A cache of 3 samples with those tensors, and the genuine statistics: none of PCA."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(3, count, 2, 2, generator=g) for name, count in channels.items()}
+    write_shard(folder / "a.safetensors", tensors | {"labels": torch.arange(3)})
+    for name in ("latents", "latents_sv"):
+        if name in channels:
+            shape = (1, channels[name], 1, 1)
+            torch.save({"mean": torch.full(shape, 2.0), "std": torch.full(shape, 4.0)}, folder / f"{name}_stats.pt")
+    return tensors
 
 
-def test_a_cache_of_one_stream_has_no_semantic_channels(tmp_path):
+@pytest.mark.parametrize(
+    ("channels", "semantic"),
+    [({"latents": 2, "latents_dino": 3, "latents_sv": 1}, 4), ({"latents": 2, "latents_dino": 3}, 3),
+     ({"latents": 2, "latents_sv": 1}, 1), ({"latents": 2}, 0)],
+)  # fmt: skip
+def test_the_composite_is_texture_pca_semantics_and_pca_is_never_normalised(tmp_path, channels, semantic):
+    tensors = pca_cache(tmp_path, **channels)
+    shards = LatentShards(tmp_path)
+    assert (shards.texture_channels, shards.semantic_channels) == (2, semantic)
+    out = shards.gather(torch.tensor([2, 1]), torch.tensor([False, False]))
+    stored = torch.cat([tensors[name] for name in channels], dim=1)
+    assert torch.equal(torch.cat([out["texture"], out["semantic"]], dim=1), stored[[2, 1]])
+    batch = take(LatentLoader(shards, 3, seed=0, flip=False, shuffle=False), 1)[0]
+    parts = [v if name == "latents_dino" else (v - 2) / 4 for name, v in tensors.items()]
+    torch.testing.assert_close(batch["latents"], torch.cat(parts, dim=1))
+
+
+def test_a_model_says_whether_pca_beside_semvae_latents_is_semantic(tmp_path):
+    pca_cache(tmp_path, latents=2, latents_dino=3, latents_sv=1)
+    shards = LatentShards(tmp_path, semantic_channels=1)
+    assert (shards.texture_channels, shards.semantic_channels) == (5, 1)
+    assert shards.statistics().texture_std.tolist() == [4, 4, 1, 1, 1]
+    pca_cache(tmp_path / "plain", latents=2, latents_sv=1)
+    with pytest.raises(ValueError, match="has 1 semantic channels, 2 are asked for"):
+        LatentShards(tmp_path / "plain", semantic_channels=2)
+
+
+def test_a_cache_of_texture_alone_has_no_semantic_channels(tmp_path):
     make_cache(tmp_path, semantic=0)
     shards = LatentShards(tmp_path)
     assert shards.semantic_channels == 0
@@ -247,7 +278,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
 def test_user_mistakes_are_clear(tmp_path):
     make_cache(tmp_path, flip=False)
     shards = LatentShards(tmp_path)
-    with pytest.raises(ValueError, match="no flipped latents.*flip=False"):
+    with pytest.raises(ValueError, match="no flipped latents.*set data.flip to false"):
         LatentLoader(shards, 8, seed=0)
     with pytest.raises(ValueError, match="no VFM features"):
         LatentLoader(shards, 8, seed=0, flip=False, features=True)
@@ -259,6 +290,7 @@ def test_user_mistakes_are_clear(tmp_path):
 
 def test_statistics_of_another_cache_are_refused(tmp_path):
     make_cache(tmp_path)
+    (tmp_path / "latents_stats.pt").unlink()
     LatentStatistics.identity(4, 2).save(tmp_path)
     with pytest.raises(ValueError, match=r"statistics in .* are of 4 \+ 2 channels, its latents have 3 \+ 2"):
         LatentLoader(LatentShards(tmp_path), 8, seed=0)
@@ -380,7 +412,7 @@ def test_mirrored_latents_need_mirrored_features(tmp_path):
     save_file(shard, tmp_path / "shard.safetensors")
     LatentStatistics(torch.zeros(3), torch.ones(3), torch.zeros(2), torch.ones(2)).save(tmp_path)
     shards = LatentShards(tmp_path)
-    with pytest.raises(ValueError, match="no flipped VFM features \\(feats_dino_flip\\).*flip=False"):
+    with pytest.raises(ValueError, match="no flipped VFM features \\(feats_dino_flip\\).*data.flip to false"):
         LatentLoader(shards, 4, seed=0)
     assert len(take(LatentLoader(shards, 4, seed=0, features=False), 1)) == 1
     assert len(take(LatentLoader(shards, 4, seed=0, flip=False), 1)) == 1

@@ -10,10 +10,11 @@ from harness.image_trees import write_tree
 from harness.tiny_encoders import save_autoencoder, save_dinov2
 from safetensors.torch import load_file
 
+from sfd_fast.commands.encode import EncodeConfig, run_encode
 from sfd_fast.config import DataConfig, ModelConfig, RunConfig, SemVAEConfig, SFDConfig, TrainConfig, TransportConfig
 from sfd_fast.data.cache.shards import write_shard
-from sfd_fast.data.encode.prepare import EncodeConfig, run_encode
-from sfd_fast.data.load.latents import LatentLoader, LatentShards
+from sfd_fast.data.load.latents import LatentShards
+from sfd_fast.data.load.loader import LatentLoader
 from sfd_fast.data.load.targets import open_targets, with_targets
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.formats.model_folder import save_model
