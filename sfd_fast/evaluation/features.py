@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sfd_fast.evaluation.inception import NUM_POOL_FEATURES, NUM_SPATIAL_FEATURES
 from sfd_fast.evaluation.weights import load_inception
+from sfd_fast.files.pretrained import load_pretrained
 
 FEATURE_KINDS = ("inception", "dinov2", "digits")
 
@@ -119,7 +120,8 @@ class DinoV2Features(FeatureExtractor):
         try:
             from transformers import AutoModel
 
-            self.network = AutoModel.from_pretrained(weights or self.published).eval().requires_grad_(False)
+            source = weights or self.published
+            self.network = load_pretrained(AutoModel, source, trust_remote_code=False).requires_grad_(False)
         except (ImportError, OSError, ValueError) as error:
             raise ValueError(
                 f"cannot load DINOv2 from {weights or self.published}: {error}. Give --weights a local folder in the "

@@ -1,7 +1,8 @@
 """Tensors in safetensors files, with one JSON description in the file's metadata."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ KEY = "sfd_fast"
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], description: dict[str, Any] | None = None) -> None:
     """An atomic safetensors file, every tensor in its own dtype, with a JSON description in its metadata."""
+    write_atomically(path, lambda temporary: store_safetensors(temporary, tensors, description))
+
+
+def store_safetensors(path: Path, tensors: Mapping[str, Tensor], description: dict[str, Any] | None = None) -> None:
+    """The same in place: for files of a folder that is replaced as a whole."""
     metadata = None if description is None else {KEY: json.dumps(description, sort_keys=True)}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,6 +56,17 @@ def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, An
 def description_of(file: Any) -> dict[str, Any]:
     """The description in an open safetensors file."""
     return json.loads((file.metadata() or {}).get(KEY, "{}"))
+
+
+@contextlib.contextmanager
+def float32_by_default() -> Iterator[None]:
+    """What is built inside is float32, whatever torch.set_default_dtype says: weights have the same bits everywhere."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def require_finite(tensors: Mapping[str, Tensor], source: object) -> None:

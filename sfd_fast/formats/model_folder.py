@@ -2,6 +2,7 @@
 
     DIR/model.safetensors   weights; metadata "sfd_fast" holds one sorted JSON: format, kind, config, ...
     DIR/config.json         the same JSON for people and search; never read back
+    DIR/sfd_fast.json       our mark and the digests of all files, see marked_folder.py
 """
 
 import json
@@ -15,12 +16,11 @@ from torch import Tensor, nn
 from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, from_dict, to_dict
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.files import tensors as files
-from sfd_fast.files.atomic import write_atomically
-from sfd_fast.files.tensors import check_fit, read_safetensors, require_finite, write_safetensors
+from sfd_fast.files.tensors import check_fit, read_safetensors, require_finite, store_safetensors
+from sfd_fast.formats.marked_folder import WEIGHTS, check_files, replace_marked
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
 
-WEIGHTS = "model.safetensors"
 READABLE = "config.json"
 FORMAT = 1
 REST = "released.safetensors"
@@ -35,16 +35,28 @@ class Stored(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def write_directory(folder: str | Path, kind: str, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+def write_directory(
+    folder: str | Path,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    content: dict[str, Any],
+    rest: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+) -> None:
     """Writes a model's directory; killed at any moment, it leaves the old model or the new one.
 
-    Raises OSError where the place cannot be written; the previous model is then intact.
+    rest: tensors and description of REST, where the model comes from a released file.
+    Raises ValueError where something that is not ours lies there, OSError where the place cannot be written; the
+    previous model is then intact.
     """
-    folder = Path(folder)
     description = {"format": FORMAT, "kind": kind, **content}
-    readable = json.dumps(description, indent=2, sort_keys=True)
-    write_safetensors(folder / WEIGHTS, tensors, description)
-    write_atomically(folder / READABLE, readable + "\n")
+
+    def write(temporary: Path) -> None:
+        store_safetensors(temporary / WEIGHTS, tensors, description)
+        (temporary / READABLE).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+        if rest is not None:
+            store_safetensors(temporary / REST, *rest)
+
+    replace_marked(folder, kind, write)
 
 
 def read_description(folder: str | Path, kind: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -68,8 +80,12 @@ def read_description(folder: str | Path, kind: str | None = None) -> tuple[str, 
 
 
 def read_directory(folder: str | Path, kind: str | None = None) -> Stored:
-    """Reads what `write_directory` wrote; raises as `read_description`, and ValueError for NaN or infinity inside."""
+    """Reads what `write_directory` wrote.
+
+    Raises as `read_description`, and ValueError for NaN or infinity inside and for a file that is not what was written.
+    """
     found, content = read_description(folder, kind)
+    check_files(folder)
     tensors, _ = read_safetensors(Path(folder, WEIGHTS))
     require_finite(tensors, folder)
     return Stored(found, content, tensors)
@@ -83,12 +99,14 @@ def save_model(
     statistics: LatentStatistics | None = None,
     weights: Mapping[str, Tensor] | None = None,
     card: Mapping[str, Any] | None = None,
+    rest: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
 ) -> None:
     """Writes a model's directory, atomically.
 
     config: of the run that trained a LightningDiT (delta_t is part of it); statistics: of the latents it saw; weights:
-    stored instead of the model's own (an EMA); card: anything JSON for the record (step, data, metrics).
-    Raises ValueError where these do not belong to the model, OSError where the place cannot be written.
+    stored instead of the model's own (an EMA); card: anything JSON for the record (step, data, metrics); rest: of
+    `write_directory`.
+    Raises ValueError where these do not belong to the model, and as `write_directory`.
     """
     kind = "dit" if isinstance(model, LightningDiT) else "semvae"
     if config is not None and kind == "dit" and config.model != model.config:
@@ -103,8 +121,7 @@ def save_model(
     content: dict[str, Any] = {"config": settings, "card": dict(card or {})}
     if statistics is not None:
         content["statistics"] = statistics.to_json()
-    Path(path, REST).unlink(missing_ok=True)  # it described the weights that are being replaced
-    write_directory(path, kind, tensors, content)
+    write_directory(path, kind, tensors, content, rest)
 
 
 def read_config(path: str | Path) -> SFDConfig:

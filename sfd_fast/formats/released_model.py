@@ -14,10 +14,9 @@ import yaml
 from torch import Tensor
 
 from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, from_dict
-from sfd_fast.files.tensors import read_safetensors, require_finite, write_safetensors
+from sfd_fast.files.tensors import read_safetensors, require_finite
 from sfd_fast.formats.model_folder import (
     REST,
-    WEIGHTS,
     build_dit,
     build_semvae,
     read_config,
@@ -35,7 +34,7 @@ from sfd_fast.formats.released_file import (
     write_torch_file,
 )
 from sfd_fast.formats.released_semvae import semvae_config, semvae_to_released
-from sfd_fast.formats.texture import save_codec, texture_codec_from_ldm
+from sfd_fast.formats.texture import save_codec, texture_codec_from_ldm, without_losses
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
 
@@ -105,25 +104,23 @@ def convert_released(
     Raises as `load_released`.
     """
     released = _read_released(source, config, weights)
-    ignored: list[str] = []
-    if "x_embedder.proj.weight" in released.weights:
-        kind, (settings, ignored) = "dit", read_released_config(released.settings, released.weights)
-        model = build_dit(settings.model, released.weights, source)
-        save_model(target, model, config=settings, card={"source": Path(source).name, "weights": weights})
-    elif "quant_conv.weight" in released.weights:
-        kind, codec = "texture", texture_codec_from_ldm(released.weights)
-        save_codec(target, codec)
-    else:
-        kind = "semvae"
-        model = build_semvae(semvae_config(released.weights, released.settings), released.weights, source)
-        save_model(target, model, card={"source": Path(source).name})
+    rest = None
     if released.tree is not None:
         tree = released.tree if keep_training_state else _without_training_state(released.tree, weights)
-        stored = set(read_safetensors(Path(target, WEIGHTS))[0])
-        known = {name: tensor for name, tensor in released.weights.items() if name in stored}
-        text, tensors = pack_tree(tree, known)
-        write_safetensors(Path(target, REST), tensors, {"tree": text})
-    return Converted(kind, ignored)
+        text, tensors = pack_tree(tree, without_losses(released.weights))
+        rest = tensors, {"tree": text}
+    card = {"source": Path(source).name}
+    if "x_embedder.proj.weight" in released.weights:
+        settings, ignored = read_released_config(released.settings, released.weights)
+        model = build_dit(settings.model, released.weights, source)
+        save_model(target, model, config=settings, card=card | {"weights": weights}, rest=rest)
+        return Converted("dit", ignored)
+    if "quant_conv.weight" in released.weights:
+        save_codec(target, texture_codec_from_ldm(released.weights, source), rest)
+        return Converted("texture", [])
+    model = build_semvae(semvae_config(released.weights, released.settings), released.weights, source)
+    save_model(target, model, card=card, rest=rest)
+    return Converted("semvae", [])
 
 
 def export_released(source: str | Path, target: str | Path) -> None:

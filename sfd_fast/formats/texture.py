@@ -3,20 +3,20 @@
 LDM's autoencoder has the parameters of diffusers' AutoencoderKL with attention at the lowest level (docs/METHOD.md 2).
 """
 
-import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sfd_fast.config import TextureConfig, to_dict
-from sfd_fast.files.messages import first_line
+from sfd_fast.files.documents import read_json
+from sfd_fast.files.pretrained import load_pretrained
 from sfd_fast.files.tensors import check_fit, read_safetensors, require_finite
-from sfd_fast.formats.model_folder import REST, read_directory, write_directory
+from sfd_fast.formats.marked_folder import MARK, check_files, replace_marked
+from sfd_fast.formats.model_folder import read_directory, write_directory
 from sfd_fast.formats.released_file import read_torch_file, state_dict_of
 from sfd_fast.models.texture import Codec, DiffusersCodec, IdentityCodec, TextureCodec
 
@@ -63,9 +63,14 @@ def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[st
     return {names[key]: value for key, value in tensors.items()}
 
 
+def without_losses(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights less those of the training loss (a discriminator), which LDM files hold too."""
+    return {key: value for key, value in tensors.items() if "loss" not in key}
+
+
 def from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """LDM-named weights under diffusers' names; 1x1 convolutions of attention become Linears, losses are dropped."""
-    tensors = {key: value for key, value in tensors.items() if "loss" not in key}
+    tensors = without_losses(tensors)
     renamed = _renamed(tensors, parameter_names(config_of_ldm(tensors)))
     return {key: value[:, :, 0, 0] if _is_convolution(key, value) else value for key, value in renamed.items()}
 
@@ -113,19 +118,20 @@ def texture_codec_from_ldm(tensors: Mapping[str, Tensor], source: object = "the 
     return codec.eval()
 
 
-def save_codec(path: str | Path, codec: Codec) -> None:
+def save_codec(
+    path: str | Path, codec: Codec, rest: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+) -> None:
     """Writes a texture codec's directory: the autoencoder's weights under the released (LDM) names, one of diffusers as
-    diffusers does. Raises OSError where the place cannot be written.
+    diffusers does. Raises as `write_directory`, which tells of `rest` too.
     """
-    Path(path, REST).unlink(missing_ok=True)
     if isinstance(codec, IdentityCodec):
         settings = {"latent_channels": codec.latent_channels, "downsampling": codec.downsampling}
         write_directory(path, "identity", {}, {"config": settings})
     elif isinstance(codec, TextureCodec):
         weights = to_ldm(codec.autoencoder.state_dict(), codec.config)
-        write_directory(path, "texture", weights, {"config": to_dict(codec.config)})
+        write_directory(path, "texture", weights, {"config": to_dict(codec.config)}, rest)
     else:
-        save_autoencoder(Path(path), codec)
+        replace_marked(path, "diffusers", codec.autoencoder.save_pretrained)
 
 
 def load_codec(path: str | Path) -> Codec:
@@ -135,8 +141,8 @@ def load_codec(path: str | Path) -> Codec:
     No network attempt. Raises FileNotFoundError, or ValueError for damaged, diverged or foreign weights.
     """
     path = Path(path)
-    if is_diffusers_directory(path):
-        codec = load_autoencoder(path)
+    if folder := diffusers_directory(path):
+        codec = load_autoencoder(folder)
     elif path.is_dir():
         codec = codec_of_directory(path)
     else:
@@ -157,34 +163,24 @@ def codec_of_directory(path: Path) -> Codec:
     return texture_codec_from_ldm(stored.tensors, path)
 
 
-def is_diffusers_directory(path: str | Path) -> bool:
-    """Whether diffusers saved an AutoencoderKL there."""
-    config = Path(path, "config.json")
-    return config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderKL"
+def diffusers_directory(path: Path) -> Path | None:
+    """Where diffusers saved an AutoencoderKL: path itself, or `vae` in a pipeline's folder; None where it did not.
+
+    Raises ValueError for another class of diffusers.
+    """
+    for folder in (path, path / "vae"):
+        if (folder / "config.json").is_file():
+            kind = read_json(folder / "config.json").get("_class_name")
+            if kind == "AutoencoderKL":
+                return folder
+            if kind is not None:
+                raise ValueError(f"{folder} holds a {kind} of diffusers; the texture codec must be an AutoencoderKL")
+    return None
 
 
-def load_autoencoder(folder: str | Path) -> DiffusersCodec:
+def load_autoencoder(folder: Path) -> DiffusersCodec:
     from diffusers import AutoencoderKL
 
-    try:
-        model, loaded = AutoencoderKL.from_pretrained(
-            folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except Exception as error:  # diffusers and safetensors raise many kinds
-        raise ValueError(
-            f"{folder} is a directory of diffusers, but its AutoencoderKL cannot be loaded: {first_line(error)}"
-        ) from error
-    missing = loaded["missing_keys"]
-    if missing:  # diffusers would leave them at random values
-        raise ValueError(f"{folder} lacks {len(missing)} weights of its AutoencoderKL, the first is '{missing[0]}'")
-    require_finite(model.state_dict(), folder)
-    return DiffusersCodec(model)
-
-
-def save_autoencoder(folder: Path, codec: DiffusersCodec) -> None:
-    """Writes a directory that diffusers and load_codec read; each file appears under its name when it is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
-        codec.autoencoder.save_pretrained(temporary)
-        for path in sorted(Path(temporary).iterdir(), reverse=True):  # config.json, which names the kind, last
-            os.replace(path, folder / path.name)
+    if (folder / MARK).is_file():
+        check_files(folder)
+    return DiffusersCodec(load_pretrained(AutoencoderKL, folder, local_files_only=True, low_cpu_mem_usage=False))

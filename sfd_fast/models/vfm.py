@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfd_fast.files.pretrained import load_pretrained, read_config
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -69,7 +71,7 @@ class VFM(nn.Module):
         self.model, self.family = model.eval().requires_grad_(False), family
         self.grid_size = grid_size
         self.resolution = grid_size * model.config.patch_size
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in family.normalisation)
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in family.normalisation)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -113,7 +115,8 @@ def load_vfm(path_or_id: str | Path, *, grid_size: int = 16) -> VFM:
     """An encoder from a local directory (no network attempt), a short name of NAMES, or a Hugging Face hub id.
 
     grid_size: tokens along each axis; images are resized to grid_size * patch size (16 * 14 = 224 for DINOv2).
-    Raises FileNotFoundError for a path that does not exist, ValueError for a model of another family.
+    Nothing runs that the model brings along. Raises FileNotFoundError for a path that does not exist, ValueError for a
+    model of another family and for one that is incomplete or damaged.
     """
     import transformers
 
@@ -124,11 +127,11 @@ def load_vfm(path_or_id: str | Path, *, grid_size: int = 16) -> VFM:
             f"{name} is no directory; give a directory saved by transformers, a hub id (organisation/name), or one of "
             f"{', '.join(NAMES)}"
         )
-    config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
-    family = FAMILIES.get(config.model_type)
+    model_type = str(read_config(name).get("model_type"))
+    family = FAMILIES.get(model_type)
     if family is None:
-        raise ValueError(f"{name} is a {config.model_type}; vision encoders supported: {', '.join(FAMILIES)}")
+        raise ValueError(f"{name} is a {model_type}; vision encoders supported: {', '.join(FAMILIES)}")
     options = {"mask_ratio": 0.0} if family.model == "ViTMAEModel" else {}
     kind = getattr(transformers, family.model)
-    model = kind.from_pretrained(name, local_files_only=local, dtype=torch.float32, **options)
+    model = load_pretrained(kind, name, local_files_only=local, dtype=torch.float32, **options)
     return VFM(model, family, grid_size=grid_size)

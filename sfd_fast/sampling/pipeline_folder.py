@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from torch import nn
 
 from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SFDConfig, from_dict, require
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.files.atomic import write_atomically
 from sfd_fast.files.messages import first_line
+from sfd_fast.formats.marked_folder import check_files, replace_marked
 from sfd_fast.formats.model_folder import read_config, read_statistics, save_model
 from sfd_fast.formats.released_model import load_model
 from sfd_fast.formats.texture import load_codec, save_codec
@@ -29,17 +28,22 @@ def save_parts(
     training: SFDConfig | None,
     **settings,
 ) -> None:
-    """Writes a pipeline's folder; settings (plain data) go into pipeline.json. Raises OSError where it cannot."""
-    save_model(folder / "transformer", model, config=training, statistics=statistics)
-    if guide is not None:
-        save_model(folder / "guide", guide, statistics=statistics)
-    else:  # an earlier pipeline's guide would be loaded with this one
-        shutil.rmtree(folder / "guide", ignore_errors=True)
-    save_codec(folder / "texture_codec", codec)
-    (folder / "statistics").mkdir(exist_ok=True)
-    statistics.save(folder / "statistics")
-    text = json.dumps(settings | {"latent_multiplier": statistics.multiplier}, indent=1) + "\n"
-    write_atomically(folder / INDEX, text)
+    """Writes a pipeline's folder, in one step; settings (plain data) go into pipeline.json.
+
+    Raises ValueError where something that is not ours lies there, OSError where the place cannot be written.
+    """
+
+    def write(temporary: Path) -> None:
+        save_model(temporary / "transformer", model, config=training, statistics=statistics)
+        if guide is not None:
+            save_model(temporary / "guide", guide, statistics=statistics)
+        save_codec(temporary / "texture_codec", codec)
+        (temporary / "statistics").mkdir()
+        statistics.save(temporary / "statistics")
+        text = json.dumps(settings | {"latent_multiplier": statistics.multiplier}, indent=1) + "\n"
+        (temporary / INDEX).write_text(text)
+
+    replace_marked(folder, "pipeline", write)
 
 
 def local_folder(source: str | Path) -> Path:
@@ -66,6 +70,7 @@ def load_parts(
     """Arguments of SFDPipeline from files; raises as from_pretrained."""
     parts: dict = {}
     if (folder / INDEX).is_file():
+        check_files(folder)
         index = json.loads((folder / INDEX).read_text())
         parts["delta_t"], parts["micro_batch_size"] = index["delta_t"], index["micro_batch_size"]
         parts["sampler"] = from_dict(SamplerConfig, index["sampler"])

@@ -32,7 +32,7 @@ def own_images(folder, latents):
 
 def test_a_saved_codec_is_a_directory_of_diffusers_again(folder, tmp_path):
     save_codec(tmp_path / "again", load_codec(folder))
-    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", WEIGHTS]
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", WEIGHTS, "sfd_fast.json"]
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(own_images(tmp_path / "again", latents), own_images(folder, latents))
 
@@ -87,6 +87,8 @@ def damaged(folder, target, change):
         tensors = load_file(folder / WEIGHTS)
         if change == "missing":
             del tensors["decoder.conv_out.weight"]
+        elif change == "reshaped":
+            tensors["decoder.conv_out.weight"] = torch.zeros(3, 16, 3, 3)
         else:
             tensors["decoder.conv_out.weight"][0, 0, 0, 0] = float("nan")
         save_file(tensors, target / WEIGHTS, {"format": "pt"})
@@ -96,12 +98,47 @@ def damaged(folder, target, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("truncated", "bad is a directory of diffusers, but its AutoencoderKL cannot be loaded"),
-        ("absent", "bad is a directory of diffusers, but its AutoencoderKL cannot be loaded"),
+        ("truncated", "bad: its AutoencoderKL cannot be loaded: "),
+        ("absent", "bad: its AutoencoderKL cannot be loaded: "),
         ("missing", "bad lacks 1 weights of its AutoencoderKL, the first is 'decoder.conv_out.weight'"),
+        ("reshaped", "bad has in another shape 1 weights of its AutoencoderKL, the first is 'decoder.conv_out.weight'"),
         ("nan", "the weights of .*bad hold NaN or infinity"),
     ],
 )
 def test_damaged_directories_are_clear_errors(folder, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load_codec(damaged(folder, tmp_path / "bad", change))
+
+
+def test_an_autoencoder_in_a_pipelines_folder_of_diffusers_is_found(folder, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    save_codec(tmp_path / "vae", load_codec(folder))
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load_codec(tmp_path).decode(latents), own_images(folder, latents))
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderDC", "VQModel"])
+@pytest.mark.parametrize("place", ["", "vae"])
+def test_other_codecs_of_diffusers_are_refused_by_their_class(tmp_path, kind, place):
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "config.json").write_text(f'{{"_class_name": "{kind}"}}')
+    with pytest.raises(ValueError, match=f"holds a {kind} of diffusers; the texture codec must be an AutoencoderKL"):
+        load_codec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("[1, 2]", "config.json must hold one JSON object, but holds list"),
+        ("{", "config.json cannot be read as JSON"),
+        ("[" * 100_000, "config.json cannot be read as JSON: nested too deeply"),
+        ('{"_class_name": "AutoencoderKL", "layers_per_block": 1000000000}', "layers_per_block = 10+; at most 1000"),
+        ('{"_class_name": "AutoencoderKL", "block_out_channels": [1099511627776]}', "block_out_channels = 10995116277"),
+        ('{"_class_name": "AutoencoderKL", "latent_channels": "many"}', "its AutoencoderKL cannot be loaded"),
+    ],
+)
+def test_malformed_configs_of_diffusers_are_one_line_at_once(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=message) as error:
+        load_codec(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)

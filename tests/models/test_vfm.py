@@ -1,13 +1,19 @@
 """Features equal what transformers itself computes from the same preprocessed pixels."""
 
+import contextlib
+import json
+import time
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from harness.image_trees import photographs
 from harness.tiny_encoders import save, save_dinov2
+from safetensors.torch import load_file, save_file
 
 from sfd_fast.data.images.decode import square, to_tensor
+from sfd_fast.evaluation.features import DinoV2Features
 from sfd_fast.models.vfm import NAMES, load_vfm
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -123,3 +129,110 @@ def test_mistakes_are_clear(tmp_path):
 
 def test_the_released_encoder_has_a_short_name():
     assert NAMES["dinov2-b"] == "facebook/dinov2-with-registers-base"
+
+
+def changed_weights(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    if change == "layers missing":
+        tensors = {key: value for key, value in tensors.items() if ".layer.1." not in key}
+    elif change == "prefixed":
+        tensors = {f"module.{key}": value for key, value in tensors.items()}
+    elif change == "another shape":
+        tensors["layernorm.weight"] = torch.ones(7)
+    elif change == "further layers":
+        tensors |= {key.replace(".1.", ".2."): value.clone() for key, value in tensors.items() if ".layer.1." in key}
+    elif change == "nan":
+        tensors["layernorm.weight"][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("layers missing", r"lacks \d+ weights of its Dinov2WithRegistersModel, the first is 'encoder.layer.1"),
+        ("prefixed", r"lacks \d+ weights of its Dinov2WithRegistersModel"),
+        ("another shape", "has in another shape 1 weights .* the first is 'layernorm.weight'"),
+        ("further layers", r"has beyond its config \d+ weights .* the first is 'encoder.layer.2"),
+        ("nan", "hold NaN or infinity .first in 'layernorm.weight'"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_in_one_line_and_not_filled_with_random_numbers(
+    tmp_path, change, message, capfd
+):
+    folder = changed_weights(save_dinov2(tmp_path), change)
+    with pytest.raises(ValueError, match=message) as error:
+        load_vfm(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    assert "REPORT" not in capfd.readouterr().err
+
+
+def test_evaluation_refuses_weights_that_do_not_fit(tmp_path):
+    config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=70)
+    folder = changed_weights(save(transformers.Dinov2Model, config, tmp_path), "layers missing")
+    with pytest.raises(ValueError, match=r"lacks \d+ weights of its Dinov2Model"):
+        DinoV2Features(str(folder))
+
+
+def test_decoders_and_text_towers_of_whole_models_are_left_aside(tmp_path):
+    mae = small(transformers.ViTMAEConfig, image_size=64, decoder_hidden_size=16, decoder_num_attention_heads=2,
+                decoder_num_hidden_layers=1, decoder_intermediate_size=16)  # fmt: skip
+    save(transformers.ViTMAEForPreTraining, mae, tmp_path / "mae")
+    small_text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+                  "vocab_size": 9}  # fmt: skip
+    vision = small(transformers.CLIPVisionConfig, image_size=64).to_dict()
+    clip = transformers.CLIPConfig(text_config=small_text, vision_config=vision)
+    save(transformers.CLIPModel, clip, tmp_path / "clip")
+    for kind in ("mae", "clip"):
+        assert load_vfm(tmp_path / kind, grid_size=4).features(real_images()).shape == (3, 16, 24)
+
+
+def test_no_code_from_a_models_folder_runs_and_nobody_is_asked(tmp_path, monkeypatch):
+    folder = save_dinov2(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "evil.py").write_text("raise SystemExit('ran')\n")
+    monkeypatch.setattr("builtins.input", lambda *a: "y")
+    for more in ({}, {"model_type": "unheard-of"}):
+        auto = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto} | more))
+        if not more:
+            assert load_vfm(folder, grid_size=4).width == 24
+        else:
+            with pytest.raises(ValueError, match="is a unheard-of; vision encoders supported"):
+                load_vfm(folder, grid_size=4)
+        with pytest.raises(ValueError) if more else contextlib.nullcontext():
+            DinoV2Features(str(folder))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[1]", '"text"', "{}", "[" * 100_000, '{"a":' * 100_000, "\x00\xff", '{"model_type": 7}',
+     '{"model_type": "dinov2_with_registers", "num_hidden_layers": 1000000000}',
+     '{"model_type": "dinov2_with_registers", "hidden_size": 1099511627776}',
+     '{"model_type": "dinov2_with_registers", "hidden_size": "wide"}',
+     '{"model_type": "dinov2_with_registers", "hidden_size": -24}',
+     '{"model_type": "dinov2_with_registers", "patch_size": 0}',
+     '{"model_type": "dinov2_with_registers", "hidden_size": 1000000, "intermediate_size": 1000000}'],
+)  # fmt: skip
+def test_malformed_configs_are_one_line_at_once(tmp_path, content):
+    folder = save_dinov2(tmp_path)
+    (folder / "config.json").write_text(content)
+    begun = time.monotonic()
+    for load in (load_vfm, DinoV2Features):
+        with pytest.raises(ValueError, match=str(folder)) as error:
+            load(str(folder))
+        assert "\n" not in str(error.value)
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_no_bit(tmp_path, dtype):
+    folder, images = save_dinov2(tmp_path), real_images()
+    expected = load_vfm(folder, grid_size=4).features(images)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(load_vfm(folder, grid_size=4).features(images), expected)
+    finally:
+        torch.set_default_dtype(before)
