@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from sfd_fast.config import TrainConfig, require
-from sfd_fast.files.atomic import replace_folder
 from sfd_fast.ranks import Ranks
 from sfd_fast.training.checkpoints import STATE, Checkpoints
 from sfd_fast.training.deterministic import deterministic_algorithms
@@ -23,7 +22,6 @@ from sfd_fast.training.optimizer import learning_rate
 from sfd_fast.training.run.directory import (
     MODEL,
     check_alike,
-    check_replaceable,
     lock,
     prepare_directory,
     resume_notes,
@@ -237,8 +235,7 @@ def export_model(run: Run, target: Path) -> Path:
 
     def write() -> None:
         if run.engine.rank == 0:
-            check_replaceable(target)
-            replace_folder(target, lambda temporary: run.job.export(temporary, state, run.step))
+            run.job.export(target, state, run.step)
 
     together(run.engine, f"write the model to {target}", write)
     return target

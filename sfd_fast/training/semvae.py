@@ -15,7 +15,6 @@ from sfd_fast.data.load.features import FeatureLoader, FeatureShards
 from sfd_fast.data.load.held_out import SPREAD
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
-from sfd_fast.files.atomic import replace_folder
 from sfd_fast.formats.model_folder import save_model
 from sfd_fast.models.semvae import SemVAE, semvae_loss
 from sfd_fast.training.diffusion import VALIDATION_IDS
@@ -131,7 +130,7 @@ def fit_pca(config: SemVAETrainingConfig) -> TrainResult:
         starts = range(0, len(shards), size)
         chunks = (torch.arange(start, min(start + size, len(shards))) for start in starts)
         model.pca.fit(shards.gather(indices, plain[: len(indices)]) for indices in chunks)
-        replace_folder(folder / MODEL, lambda temporary: save_semvae(temporary, model, 0))
+        save_semvae(folder / MODEL, model, 0)
     return TrainResult(folder, 0, folder / MODEL)
 
 

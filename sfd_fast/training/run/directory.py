@@ -13,7 +13,7 @@ from sfd_fast.files.atomic import sweep, write_atomically
 from sfd_fast.files.digest import settings_digest
 from sfd_fast.files.documents import require_kinds
 from sfd_fast.files.lock import FolderLock
-from sfd_fast.formats.model_folder import read_description
+from sfd_fast.formats.marked_folder import strangers
 from sfd_fast.training.checkpoints import STATE, Checkpoints, read_state
 from sfd_fast.training.engines.interface import Engine, together
 from sfd_fast.training.job import Job
@@ -45,7 +45,7 @@ def prepare_directory(
         )
     if not write:
         return
-    check_replaceable(folder / MODEL)
+    strangers(folder / MODEL)  # raises where the model could not take its place at the end
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
@@ -54,19 +54,6 @@ def prepare_directory(
         (folder / STOP_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"the run directory {folder} cannot be written ({error}); choose another run.out") from error
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raises ValueError where the run's model would take the place of something that is no model of ours."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    try:
-        read_description(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is no model of ours ({error}), but this run would write its model there: move it away, or "
-            "choose another run.out"
-        ) from None
 
 
 def check_alike(job: Job, engine: Engine) -> None:
