@@ -8,7 +8,7 @@ from sfd_fast.config.data import DataConfig, FeatureDataConfig
 from sfd_fast.config.model import ModelConfig, SemVAEConfig, TextureConfig
 from sfd_fast.config.optimizer import OptimizerConfig
 from sfd_fast.config.run import RunConfig
-from sfd_fast.config.sampling import GuidanceConfig, SamplerConfig
+from sfd_fast.config.sampling import GuidanceConfig, SamplerConfig, SingleSettings, with_settings
 from sfd_fast.config.training import (
     DeepSpeedConfig,
     SemVAETrainingConfig,
@@ -32,6 +32,7 @@ __all__ = [
     "SemVAEConfig",
     "SemVAETrainingConfig",
     "Settings",
+    "SingleSettings",
     "TextureConfig",
     "TrainConfig",
     "TrainingPrecision",
@@ -41,4 +42,5 @@ __all__ = [
     "require",
     "require_positive",
     "to_dict",
+    "with_settings",
 ]

@@ -1,9 +1,10 @@
 """How images are sampled: guidance and the solver."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, make_dataclass, replace
 from typing import Annotated, Literal
 
-from sfd_fast.config.checks import Fraction, Positive, Range, Settings, require
+from sfd_fast.config.checks import Fraction, Positive, Range, Settings, annotations, from_dict, require
 
 MAX_STEPS = 100_000
 """more steps than any solver has a use for: a slip of the hand, which would run for ever"""
@@ -58,3 +59,63 @@ class SamplerConfig(Settings, section="sampler", may_change=True):
     atol: Positive = 1e-6
     rtol: Positive = 1e-3
     """tolerances of dopri5 only"""
+
+SETTINGS = {
+    "num_steps": (SamplerConfig, "num_steps"),
+    "solver": (SamplerConfig, "solver"),
+    "timestep_shift": (SamplerConfig, "timestep_shift"),
+    "time_grid": (SamplerConfig, "grid"),
+    "atol": (SamplerConfig, "atol"),
+    "rtol": (SamplerConfig, "rtol"),
+    "guidance_scale": (GuidanceConfig, "scale"),
+    "guidance_mode": (GuidanceConfig, "mode"),
+    "texture_scale": (GuidanceConfig, "texture_scale"),
+    "semantic_scale": (GuidanceConfig, "semantic_scale"),
+    "interval_start": (GuidanceConfig, "interval_start"),
+    "interval_mode": (GuidanceConfig, "interval_mode"),
+}
+"""single settings by the names that `sfd sample` and SFDPipeline's calls give them"""
+
+SingleSettings = make_dataclass(
+    "SingleSettings",
+    [(name, annotations(kind)[field] | None, None) for name, (kind, field) in SETTINGS.items()],
+    bases=(Settings,),
+    frozen=True,
+    kw_only=True,
+    namespace={
+        "__module__": __name__,
+        "__doc__": "Options of the names of SETTINGS; None: not given.\n\nArgs:\n"
+        + "\n".join(f"    {name}: instead of the pipeline's own" for name in SETTINGS),
+    },
+)
+
+
+def with_settings(
+    sampler: SamplerConfig, guidance: GuidanceConfig, settings: Mapping[str, object], *, mode: str
+) -> tuple[SamplerConfig, GuidanceConfig]:
+    """Sampler and guidance with single settings put in: names of SETTINGS; None leaves what is there.
+
+    guidance_scale replaces separate scales too. A scale where guidance is off turns it on in the given mode, and
+    guidance_mode none turns it off. Raises ValueError for unknown names and settings that contradict each other.
+    """
+    named = vars(from_dict(SingleSettings, dict(settings)))
+    settings = {name: value for name, value in named.items() if value is not None}
+    given: dict[type, dict] = {SamplerConfig: {}, GuidanceConfig: {}}
+    for name, value in settings.items():
+        kind, field = SETTINGS[name]
+        given[kind][field] = value
+    changes = given[GuidanceConfig]
+    scales = {name: value for name, value in settings.items() if name.endswith("_scale")}
+    if settings.get("guidance_mode") == "none":
+        for name, scale in scales.items():
+            require(
+                scale == 1,
+                f"{name} {scale} contradicts guidance_mode none: leave one of them out, or give --guidance_mode cfg or "
+                "autoguidance",
+            )
+        changes |= {"scale": 1.0, "texture_scale": None, "semantic_scale": None}
+    elif "guidance_scale" in scales:
+        changes = {"texture_scale": None, "semantic_scale": None} | changes
+    if guidance.mode == "none" and any(scale != 1 for scale in scales.values()):
+        changes = {"mode": mode} | changes
+    return replace(sampler, **given[SamplerConfig]), replace(guidance, **changes)

@@ -99,7 +99,7 @@ def sample_dopri5(
     delta_t: float,
     config: SamplerConfig,
     num_texture_channels: int,
-    callback: Callback,
+    callback: Callback | None,
 ) -> Tensor:
     """Integrate over tau in [0, 1 + delta_t] with adaptive steps, stage by stage; see sfd_fast.sampling.sampler.sample.
 
@@ -122,5 +122,6 @@ def sample_dopri5(
             return join_latents(*(part if moves else torch.zeros_like(part) for part, moves in zip(parts, mask)))
 
         x = _integrate(drift, x, start, end, config.atol, config.rtol)
-        callback(number, end, x)
+        if callback is not None:
+            callback(number, end, x)
     return x

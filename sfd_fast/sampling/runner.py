@@ -1,11 +1,8 @@
-"""One sampler step over static tensors, for replay: eager, compiled, or as a captured CUDA graph.
+"""Trajectories of the network for replay: eager, compiled, or with a step as a captured CUDA graph.
 
-Everything that changes from step to step (times as conditions, coefficients per stream and history, masks, guidance
-weights, the step's number) stands in device tables which the step reads at a device counter. So one captured graph
-serves all steps of all stages and all plans that fit its tables, and a trajectory needs neither a host read-back nor
-an allocation.
-Letters: B micro-batch, C channels, D width of the network, E rows of the tables (evaluations and spare ones), K earlier
-velocities kept.
+A runner computes the network's conditions of all rows before the loop, so a step runs the network and one update and
+nothing else. One captured step serves all stages and all plans that fit its tables.
+Letters: B micro-batch, C channels, D width of the network, E rows of the tables (evaluations and spare ones).
 """
 
 from collections import OrderedDict
@@ -15,70 +12,19 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from sfd_kernels import condition_silu, masked_velocity_update
+from sfd_kernels import condition_silu
 from torch import Tensor, nn
 
 from sfd_fast.config import require
-from sfd_fast.diffusion.transport import clocks
 from sfd_fast.sampling.solvers import Callback, Plan
+from sfd_fast.sampling.trajectory import Trajectory
 
 WARM_UP_STEPS = 3  # before a capture: lazy initialisation and kernel compilation must not be recorded
 SMALLEST_CAPACITY = 64
 MAX_RUNNERS = 8
 
-
-class Tables(NamedTuple):
-    """What the steps read, one row per evaluation, and the state that they write."""
-
-    x: Tensor
-    """(B, C, H, W) float32, the state"""
-    base: Tensor | None
-    """(B, C, H, W), the state at the beginning of the step; Runge-Kutta methods only"""
-    history: Tensor | None
-    """(K, B, C, H, W)"""
-    counter: Tensor
-    """(1,) int64, number of evaluations done"""
-    condition: Tensor
-    """(E, B, D), the network's condition at every time"""
-    weak_condition: Tensor | None
-    """(E, B, D') of the guide or of the null class"""
-    weights: Tensor
-    """(E, 2) guidance"""
-    coefficients: Tensor
-    """(E, 2, 1 + K)"""
-    write_slot: Tensor
-    """(E,) int64"""
-    commit: Tensor
-    """(E,) int64"""
-
-
 Network = Callable[[Tensor, Tensor], Tensor]
 """velocity = network(x (B, C, H, W), condition (B, D))"""
-
-
-def step(network: Network, weak: Network | None, tables: Tables, num_texture_channels: int) -> None:
-    """One evaluation and its update, wholly on the device: reads row `counter` of the tables, writes x, advances.
-
-    weak: None leaves guidance out.
-    """
-    row = tables.counter
-    velocity = network(tables.x, tables.condition.index_select(0, row).squeeze(0))
-    guide = None
-    if weak is not None:
-        guide = weak(tables.x, tables.weak_condition.index_select(0, row).squeeze(0))
-    masked_velocity_update(
-        tables.x,
-        tables.base,
-        tables.history,
-        velocity,
-        guide,
-        None if weak is None else tables.weights.index_select(0, row).squeeze(0),
-        tables.coefficients.index_select(0, row).squeeze(0),
-        None if tables.history is None else tables.write_slot.index_select(0, row),
-        None if tables.base is None else tables.commit.index_select(0, row),
-        num_texture_channels,
-    )
-    tables.counter.add_(1)
 
 
 class TableShape(NamedTuple):
@@ -92,11 +38,11 @@ class TableShape(NamedTuple):
 
 def table_shape(plan: Plan) -> TableShape:
     capacity = max(SMALLEST_CAPACITY, 1 << (plan.num_evaluations - 1).bit_length())
-    return TableShape(plan.has_base, plan.num_history, capacity)
+    return TableShape(plan.rows.has_base, plan.num_history, capacity)
 
 
 class Conditions:
-    """The conditions of one network over the time grid: times embedded once for a plan, labels added per micro-batch.
+    """The conditions of one network over the time grid: times embedded once for all samples, labels added to each.
 
     table: (E, B, D), written by `fill` from the static tensors `labels` (B,) and the embedded times.
     """
@@ -113,8 +59,7 @@ class Conditions:
     def embed(self, t_tex: Tensor, t_sem: Tensor) -> None:
         """Times of the plan's evaluations, (E,); rows beyond them keep what they hold and are never read."""
         for table, embedded in zip(self.times, self.network.embed_times(t_tex, t_sem)):
-            if embedded is not None:
-                table[: len(embedded)] = embedded
+            table[: len(t_tex)] = embedded
 
     def fill(self) -> None:
         """SiLU(times + labels) of every row and sample."""
@@ -152,35 +97,22 @@ class StepRunner:
         pool=None,
         networks: Callable[[nn.Module], Network] | None = None,
     ) -> None:
-        self.backend, self.pool = backend, pool
-        config = model.config
-        self.num_texture_channels = config.texture_channels
-        device, self.shape, kept = model.pos_embed.device, table_shape(plan), plan.num_history
-        rows = self.shape.capacity
-        state = (micro_batch_size, config.channels, config.grid_size, config.grid_size)
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
+        self.backend, self.pool, self.shape = backend, pool, table_shape(plan)
+        config, rows = model.config, self.shape.capacity
+        self.trajectory = Trajectory(
+            plan,
+            (micro_batch_size, config.channels, config.grid_size, config.grid_size),
+            num_texture_channels=config.texture_channels,
+            like=torch.empty(0, dtype=torch.float32, device=model.pos_embed.device),
+            num_rows=rows,
+        )
         self.conditions = Conditions(model, rows, micro_batch_size)
         self.weak_conditions = None if weak is None else Conditions(weak, rows, micro_batch_size)
-        self.tables = Tables(
-            x=zeros(*state),
-            base=zeros(*state) if plan.has_base else None,
-            history=zeros(kept, *state) if kept else None,
-            counter=zeros(1, dtype=torch.int64),
-            condition=self.conditions.table,
-            weak_condition=None if weak is None else self.weak_conditions.table,
-            weights=zeros(rows, 2),
-            coefficients=zeros(rows, 2, 1 + kept),
-            write_slot=zeros(rows, dtype=torch.int64),
-            commit=zeros(rows, dtype=torch.int64),
-        )
         networks = networks or partial(conditioned, compiled=backend == "compile")
         self.network = networks(model)
         self.weak_network = None if weak is None else networks(weak)
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
-        self.loaded: tuple[Plan, Tensor] | None = None
+        self.clocks: list[Tensor] = []
 
     def fits(self, plan: Plan) -> bool:
         """Whether the tables have room for this plan and its kind of solver."""
@@ -188,35 +120,19 @@ class StepRunner:
         return shape[:2] == self.shape[:2] and plan.num_evaluations <= self.shape.capacity
 
     @torch.no_grad()
-    def load(self, plan: Plan, weights: Tensor, delta_t: float, *, exact: bool) -> None:
-        """Puts a plan and its guidance weights (E, 2) into the tables, and embeds its times.
-
-        exact: coefficients as they are (released grid).
-        """
+    def load(self, plan: Plan) -> None:
+        """Puts a plan into the tables and embeds its times with the networks' weights as they are now."""
         assert self.fits(plan), f"a plan of {table_shape(plan)} in tables of {self.shape}"
-        if self.loaded is not None and self.loaded[0] is plan and self.loaded[1] is weights:
-            return
-        self.loaded = (plan, weights)
-        tables, rows = self.tables, plan.num_evaluations
-        tables.coefficients[:rows] = (plan.coefficients if exact else plan.float32_coefficients()).to(tables.x)
-        tables.weights[:rows] = weights.to(tables.x)
-        tables.write_slot[:rows] = plan.write_slot.to(tables.x.device)
-        tables.commit[:rows] = plan.commit.to(tables.x.device)
-        times = [t.float().to(tables.x.device) for t in clocks(plan.tau, delta_t)]
-        self.conditions.embed(*times)
-        if self.weak_conditions is not None:
-            self.weak_conditions.embed(*times)
-        self.ends = plan.commit.tolist()
+        if self.trajectory.plan is not plan:
+            self.trajectory.load(plan)
+            self.clocks = [t.float().to(self.trajectory.x.device) for t in plan.clocks]
+        for conditions in (self.conditions, self.weak_conditions):
+            if conditions is not None:
+                conditions.embed(*self.clocks)
 
     def start(self, x0: Tensor, labels: Tensor, weak_labels: Tensor | None) -> None:
         """Puts noise and labels of one micro-batch into place."""
-        tables = self.tables
-        for buffer in (tables.x, tables.base):
-            if buffer is not None:
-                buffer.copy_(x0)
-        if tables.history is not None:
-            tables.history.zero_()
-        tables.counter.zero_()
+        self.trajectory.start(x0)
         self.conditions.labels.copy_(labels)
         if self.weak_conditions is not None:
             self.weak_conditions.labels.copy_(weak_labels)
@@ -227,60 +143,48 @@ class StepRunner:
             self.conditions.fill()
             if self.weak_conditions is not None:
                 self.weak_conditions.fill()
-        else:
-            weak = self.weak_network if piece == "guided" else None
-            step(self.network, weak, self.tables, self.num_texture_channels)
+            return
+        weak = partial(self._velocity, self.weak_network, self.weak_conditions) if piece == "guided" else None
+        self.trajectory.step(partial(self._velocity, self.network, self.conditions), weak)
+
+    def _velocity(self, network: Network, conditions: Conditions) -> Tensor:
+        return network(self.trajectory.x, self.trajectory.now(conditions.table).squeeze(0))
 
     def capture(self, pieces: set[str]) -> None:
         """Records those pieces that have no graph yet; all of them are warmed up before the first is recorded."""
         missing = [piece for piece in self.PIECES if piece in pieces and piece not in self.graphs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             for piece in missing:
                 for _ in range(WARM_UP_STEPS):
-                    self.tables.counter.zero_()
+                    self.trajectory.counter.zero_()
                     self.execute(piece)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(side)
         for piece in missing:
             graph = torch.cuda.CUDAGraph()
-            self.tables.counter.zero_()
+            self.trajectory.counter.zero_()
             with torch.cuda.graph(graph, pool=self.pool):
                 self.execute(piece)
             self.graphs[piece] = graph
 
     @torch.no_grad()
-    def run(
-        self,
-        x0: Tensor,
-        labels: Tensor,
-        weak_labels: Tensor | None,
-        needs_weak: list[bool],
-        grid: list[float],
-        callback: Callback | None = None,
-    ) -> Tensor:
+    def run(self, x0: Tensor, labels: Tensor, weak_labels: Tensor | None, callback: Callback | None = None) -> Tensor:
         """A whole trajectory of the loaded plan.
 
-        x0 (B, C, H, W), labels (B,), weak_labels (B,): of the guide or null class; needs_weak: for every evaluation;
-        grid: times of the steps' ends, for callback(steps done, tau, x).
+        x0 (B, C, H, W), labels (B,), weak_labels (B,): of the guide or null class; callback(steps done, tau, x).
         Returns the state buffer itself (B, C, H, W), which the next run overwrites.
         """
-        pieces = ["guided" if guided else "main" for guided in needs_weak]
         execute = self.execute
         if self.backend == "cuda_graph":
-            if not {"conditions", *pieces} <= self.graphs.keys():
+            pieces = {"conditions", *("guided" if guided else "main" for guided in self.trajectory.needs_weak)}
+            if not pieces <= self.graphs.keys():
                 self.start(x0, labels, weak_labels)
-                self.capture({"conditions", *pieces})
+                self.capture(pieces)
             execute = self._replay
         self.start(x0, labels, weak_labels)
         execute("conditions")
-        done = 0
-        for piece, ends in zip(pieces, self.ends, strict=True):
-            execute(piece)
-            done += ends
-            if ends and callback is not None:
-                callback(done, grid[done], self.tables.x)
-        return self.tables.x
+        return self.trajectory.run(lambda guided: execute("guided" if guided else "main"), callback)
 
     def _replay(self, piece: str) -> None:
         self.graphs[piece].replay()

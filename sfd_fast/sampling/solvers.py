@@ -1,19 +1,21 @@
 """Fixed-grid solvers as plans: time grids with the stage borders on them, and tables of what to do per evaluation.
 
-A plan has one row per network evaluation, saying at which time to evaluate and how each stream's state follows from the
-result and from earlier ones. One operator, masked_velocity_update, executes a row, so Runge-Kutta and multistep methods
-and stage masks share one loop (sampler.py), also under CUDA graphs (graphs.py).
+A plan has one row per network evaluation, saying at which time to evaluate and how the state of texture and semantics
+follows from the result and from earlier ones. One operator, masked_velocity_update, executes a row, so Runge-Kutta and
+multistep methods and stage masks share one loop (trajectory.py). A stream is texture or semantics.
 Letters: E evaluations, K earlier velocities kept, T steps, S stages of a Runge-Kutta method.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sfd_fast.config import SamplerConfig, require
-from sfd_fast.diffusion.transport import evaluation_mask, stage_mask
+from sfd_fast.config import GuidanceConfig, SamplerConfig, require
+from sfd_fast.diffusion.transport import clocks, evaluation_mask, stage_mask
+from sfd_fast.sampling.guidance import stream_weights
 
 # (nodes c, matrix rows a, weights b) of explicit Runge-Kutta methods. Heun is the trapezoid rule and rk4 the 3/8
 # rule, as in torchdiffeq (heun2, rk4), which the released code calls.
@@ -103,30 +105,57 @@ Callback = Callable[[int, float, Tensor], None]
 """callback(number of steps done, tau, x) after every step."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One row per network evaluation of a fixed-grid solver.
-
-    tau: (E,) float64, when to evaluate; coefficients: (E, 2, 1 + K) float64, weight of the new velocity and of the K
-    kept ones per stream (texture, semantic); write_slot: (E,) int64, where the new velocity is kept (-1: nowhere);
-    commit: (E,) int64, 1 where the row ends a step; moves: (E, 2) bool, which streams' velocities are used at all.
-    has_base: whether rows start from the state at the step's beginning (Runge-Kutta) or from the latest (multistep).
-    """
+class Rows(NamedTuple):
+    """One row per network evaluation of a fixed-grid solver."""
 
     tau: Tensor
+    """(E,) float64, when to evaluate"""
     coefficients: Tensor
+    """(E, 2, 1 + K) float64, weight of the new velocity and of the K kept ones per stream (texture, semantic)"""
     write_slot: Tensor
+    """(E,) int64, where the new velocity is kept (-1: nowhere)"""
     commit: Tensor
+    """(E,) int64, 1 where the row ends a step"""
     moves: Tensor
+    """(E, 2) bool, which streams' velocities are used at all"""
     has_base: bool
+    """whether rows start from the state at the step's beginning (Runge-Kutta) or from the latest (multistep)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a trajectory does: the rows of its solver, the weights of guidance in each, and the grid of its steps.
+
+    weights: (E, 2) float64; grid: T + 1 times; exact: coefficients are not rounded for a float32 state.
+    """
+
+    rows: Rows
+    weights: Tensor
+    grid: list[float]
+    delta_t: float
+    exact: bool
 
     @property
     def num_evaluations(self) -> int:
-        return len(self.tau)
+        return len(self.rows.tau)
 
     @property
     def num_history(self) -> int:
-        return self.coefficients.shape[2] - 1
+        return self.rows.coefficients.shape[2] - 1
+
+    @property
+    def needs_weak(self) -> list[bool]:
+        """Per evaluation, whether the weak velocity makes a difference."""
+        return (self.weights != 1).any(dim=1).tolist()
+
+    @property
+    def clocks(self) -> tuple[Tensor, Tensor]:
+        """(t_tex, t_sem) of every evaluation, each (E,) float64."""
+        return clocks(self.rows.tau, self.delta_t)
+
+    def coefficients(self, dtype: torch.dtype) -> Tensor:
+        """The coefficients for a state of that dtype, (E, 2, 1 + K)."""
+        return self.rows.coefficients if self.exact or dtype == torch.float64 else self.float32_coefficients()
 
     def float32_coefficients(self) -> Tensor:
         """The coefficients for a float32 state, so rounded that no displacement is lost over many steps.
@@ -136,13 +165,14 @@ class Plan:
         below 8 in absolute value takes up exactly: errors stay below 2.4e-7 and do not add up.  Returns (E, 2, 1 + K).
         """
         quantum = 2.0**-21
-        rounded = (self.coefficients / quantum).round() * quantum
-        ends = self.commit.bool()  # of multistep methods: every row
-        moved = (self.coefficients * ends[:, None, None]).sum(2).cumsum(0)
+        coefficients = self.rows.coefficients
+        rounded = (coefficients / quantum).round() * quantum
+        ends = self.rows.commit.bool()  # of multistep methods: every row
+        moved = (coefficients * ends[:, None, None]).sum(2).cumsum(0)
         target = ((moved / quantum).round() * quantum).diff(dim=0, prepend=torch.zeros(1, 2, dtype=torch.float64))
-        largest = self.coefficients.abs().argmax(2, keepdim=True)
+        largest = coefficients.abs().argmax(2, keepdim=True)
         rounded.scatter_add_(2, largest, (target - rounded.sum(2))[:, :, None])
-        return torch.where(ends[:, None, None], rounded, self.coefficients).float()
+        return torch.where(ends[:, None, None], rounded, coefficients).float()
 
 
 def _masks(grid: Tensor, times: Tensor, delta_t: float, released: bool) -> Tensor:
@@ -157,7 +187,7 @@ def _masks(grid: Tensor, times: Tensor, delta_t: float, released: bool) -> Tenso
     return torch.stack([torch.as_tensor(mask).expand_as(times) for mask in masks], dim=-1)
 
 
-def _runge_kutta_plan(solver: str, grid: Tensor, delta_t: float, released: bool) -> Plan:
+def _runge_kutta_rows(solver: str, grid: Tensor, delta_t: float, released: bool) -> Rows:
     nodes, matrix, weights = TABLEAUS[solver]
     num_steps, num_stages = len(grid) - 1, len(nodes)
     steps = grid.diff()
@@ -168,7 +198,7 @@ def _runge_kutta_plan(solver: str, grid: Tensor, delta_t: float, released: bool)
         row = matrix[j + 1] if j + 1 < num_stages else weights
         for i, a in enumerate(row):  # the latest velocity stands in column 0, velocity i < j in column 1 + i
             coefficients[:, j, :, 0 if i == j else 1 + i] = a * steps[:, None].double() * moves[:, i]
-    return Plan(
+    return Rows(
         times.double().flatten(),
         coefficients.flatten(0, 1),
         torch.tensor([*range(num_stages - 1), -1]).repeat(num_steps),
@@ -197,12 +227,12 @@ def adams_weights(times: list[float], start: float, end: float) -> list[float]:
     return weights
 
 
-def _multistep_plan(method: Multistep, grid: Tensor, delta_t: float, released: bool) -> Plan:
+def _multistep_rows(solver: str, grid: Tensor, delta_t: float, released: bool) -> Rows:
     """Row n evaluates at the start of step n, corrects step n - 1 where there is a corrector, and predicts step n.
 
     In terms of the latest state: x += corrected(n - 1) - predicted(n - 1) + predicted(n), all sums of kept velocities.
     """
-    times, num_steps = grid.tolist(), len(grid) - 1
+    method, times, num_steps = MULTISTEPS[solver], grid.tolist(), len(grid) - 1
     masks = _masks(grid, grid[:-1, None], delta_t, released)[:, 0].tolist()
     rows = [[[0.0] * (1 + method.num_history) for _ in range(2)] for _ in range(num_steps)]
     used = [[False, False] for _ in range(num_steps)]
@@ -228,7 +258,7 @@ def _multistep_plan(method: Multistep, grid: Tensor, delta_t: float, released: b
             if method.corrector and n > 0 and (released or masks[n - 1][s]):
                 add(n, s, n - 1, n - 1, method.predictor, -1)
                 add(n, s, n - 1, n, method.corrector, 1)
-    return Plan(
+    return Rows(
         grid[:-1].double(),
         torch.tensor(rows, dtype=torch.float64),
         torch.arange(num_steps) % method.num_history,
@@ -238,14 +268,19 @@ def _multistep_plan(method: Multistep, grid: Tensor, delta_t: float, released: b
     )
 
 
-def make_plan(config: SamplerConfig, delta_t: float) -> Plan:
-    """The rows of a fixed-grid solver (every one but dopri5).
+def make_plan(config: SamplerConfig, delta_t: float, guidance: GuidanceConfig | None = None) -> Plan:
+    """The plan of a fixed-grid solver (every one but dopri5).
 
     Exact grid: the mask belongs to the interval, for all its Runge-Kutta stages; each stream has its own multistep
     history (see Multistep). Released grid: the mask of each evaluation belongs to its time, and borders are not known.
+    A stream that does not move needs no guidance: its weight is 1.
     """
     grid = time_grid(config, delta_t)
     released = config.grid == "released"
-    if config.solver in MULTISTEPS:
-        return _multistep_plan(MULTISTEPS[config.solver], grid, delta_t, released)
-    return _runge_kutta_plan(config.solver, grid, delta_t, released)
+    make_rows = _multistep_rows if config.solver in MULTISTEPS else _runge_kutta_rows
+    rows = make_rows(config.solver, grid, delta_t, released)
+    weights = torch.ones(len(rows.tau), 2, dtype=torch.float64)
+    if guidance is not None and guidance.active:
+        weights = torch.stack(stream_weights(*clocks(rows.tau, delta_t), guidance, delta_t), dim=1)
+        weights = torch.where(rows.moves, weights, 1.0)
+    return Plan(rows, weights, grid.tolist(), delta_t, released)

@@ -178,7 +178,7 @@ def test_dopri5_says_once_that_it_runs_without_cuda_graphs(caplog):
     pipe = build(sampler=SamplerConfig(solver="dopri5", rtol=0.1))
     pipe([1])
     assert not caplog.records
-    pipe.runners.backend = "cuda_graph"  # which no CPU pipeline takes
+    pipe.backend = "cuda_graph"  # which no CPU pipeline takes
     pipe([1])
     pipe([2])
     (record,) = caplog.records

@@ -13,8 +13,8 @@ from sfd_fast.models.dit import LightningDiT
 from sfd_fast.sampling import guidance
 from sfd_fast.sampling import runner as graphs
 from sfd_fast.sampling.runner import Conditions, StepRunner, StepRunners
-from sfd_fast.sampling.sampler import guidance_table, sample
-from sfd_fast.sampling.solvers import make_plan, time_grid
+from sfd_fast.sampling.sampler import sample
+from sfd_fast.sampling.solvers import make_plan
 
 TINY = ModelConfig(
     hidden_size=32, depth=2, num_heads=2, grid_size=4, texture_channels=4, semantic_channels=2, num_classes=10,
@@ -40,16 +40,23 @@ NOISE = torch.randn(BATCH, 6, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 def run(config, settings=None, model=MODEL, guide=GUIDE, backend="eager", device="cpu", runner=None):
-    plan = make_plan(config, DELTA)
-    weights, needs_weak = guidance_table(plan, settings, DELTA)
+    plan = make_plan(config, DELTA, settings)
     null = settings is not None and settings.mode == "cfg"
     weak = None if settings is None else (model if null else guide)
     labels = LABELS.to(device)
     weak_labels = torch.full_like(labels, 10) if null else labels
     runner = runner or StepRunner(model, weak, micro_batch_size=BATCH, plan=plan, backend=backend)
-    runner.load(plan, weights, DELTA, exact=config.grid == "released")
-    grid = time_grid(config, DELTA).tolist()
-    return runner.run(NOISE.to(device), labels, weak_labels, needs_weak, grid).clone()
+    runner.load(plan)
+    return runner.run(NOISE.to(device), labels, weak_labels).clone()
+
+
+def tables(runner):
+    """Everything that a step reads and writes, but for the networks' weights."""
+    found = [value for value in vars(runner.trajectory).values() if isinstance(value, torch.Tensor)]
+    for conditions in (runner.conditions, runner.weak_conditions):
+        found += [conditions.labels, conditions.table, *conditions.times]
+    assert len(found) >= 12
+    return found
 
 
 def plain(config, settings=None, model=MODEL):
@@ -79,11 +86,11 @@ def test_released_grid_keeps_its_coefficients():
 def test_a_runner_serves_plans_of_other_lengths_and_shifts_in_the_same_tensors():
     first, second, third = (SamplerConfig(num_steps=n, timestep_shift=s) for n, s in ((5, 1.0), (12, 0.5), (4, 2.0)))
     runner = StepRunner(MODEL, GUIDE, micro_batch_size=BATCH, plan=make_plan(first, DELTA), backend="eager")
-    pointers = [t.data_ptr() for t in runner.tables if t is not None]
+    pointers = [t.data_ptr() for t in tables(runner)]
     for config in (first, second, third, first):
         assert runner.fits(make_plan(config, DELTA))
         assert torch.equal(run(config, GUIDED, runner=runner), run(config, GUIDED))
-    assert [t.data_ptr() for t in runner.tables if t is not None] == pointers
+    assert [t.data_ptr() for t in tables(runner)] == pointers
 
 
 @pytest.mark.parametrize(
@@ -101,14 +108,11 @@ def test_a_trajectory_copies_into_and_writes_only_static_tensors():
     plan = make_plan(config, DELTA)
     runner = StepRunner(MODEL, GUIDE, micro_batch_size=BATCH, plan=plan, backend="eager")
     run(config, GUIDED, runner=runner)
-    static = [*runner.tables, runner.conditions.labels, runner.weak_conditions.labels, *runner.conditions.times]
-    pointers = [t.data_ptr() for t in static if t is not None]
-    weights, needs_weak = guidance_table(plan, GUIDED, DELTA)
+    pointers = [t.data_ptr() for t in tables(runner)]
     others = torch.tensor([2, 2, 9])
-    out = runner.run(-NOISE, others, others, needs_weak, time_grid(config, DELTA).tolist())
-    static = [*runner.tables, runner.conditions.labels, runner.weak_conditions.labels, *runner.conditions.times]
-    assert [t.data_ptr() for t in static if t is not None] == pointers
-    assert out is runner.tables.x
+    out = runner.run(-NOISE, others, others)
+    assert [t.data_ptr() for t in tables(runner)] == pointers
+    assert out is runner.trajectory.x
     velocity = guidance.autoguidance(
         guidance.bind_labels(MODEL, others), guidance.bind_labels(GUIDE, others), GUIDED, num_texture_channels=4,
         delta_t=DELTA,
@@ -131,7 +135,7 @@ def test_the_weak_network_is_left_out_where_it_makes_no_difference():
     assert len(calls) == 10  # not in the three steps of stage I
 
 
-def test_times_of_the_grid_are_embedded_once_for_a_plan_and_not_per_sample(monkeypatch):
+def test_times_of_the_grid_are_embedded_once_for_a_trajectory_and_not_per_sample(monkeypatch):
     rows = []
     original = LightningDiT.embed_times
 
@@ -140,15 +144,20 @@ def test_times_of_the_grid_are_embedded_once_for_a_plan_and_not_per_sample(monke
         return original(self, t_tex, t_sem)
 
     monkeypatch.setattr(LightningDiT, "embed_times", counted)
-    config = SamplerConfig(solver="heun", num_steps=5)
+    run(SamplerConfig(solver="heun", num_steps=5), GUIDED)
+    assert rows == [10, 10]  # the main network's and the guide's
+
+
+def test_weights_that_change_in_place_change_the_embedded_times():
+    model, config = random_model(), SamplerConfig(num_steps=5)
+    runner = StepRunner(model, None, micro_batch_size=BATCH, plan=make_plan(config, DELTA), backend="eager")
     plan = make_plan(config, DELTA)
-    weights, needs_weak = guidance_table(plan, GUIDED, DELTA)
-    runner = StepRunner(MODEL, GUIDE, micro_batch_size=BATCH, plan=plan, backend="eager")
-    runner.load(plan, weights, DELTA, exact=False)
-    for _ in range(3):
-        runner.load(plan, weights, DELTA, exact=False)
-        runner.run(NOISE, LABELS, LABELS, needs_weak, time_grid(config, DELTA).tolist())
-    assert rows == [10, 10]
+    before = run(config, model=model, runner=runner)
+    model.t_embedder_tex.mlp[0].weight.mul_(2)
+    runner.load(plan)
+    after = runner.run(NOISE, LABELS, None)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, plain(config, model=model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("two_clocks", [True, False])
@@ -195,9 +204,8 @@ def test_compiled_networks_of_many_sizes_do_not_use_up_the_compilers_limit(monke
     with torch._dynamo.config.patch(recompile_limit=1):
         for batch, plan in ((1, plans[0]), (1, plans[1]), (2, plans[1])):
             runner = runners.get(MODEL, None, batch, plan)
-            weights, needs_weak = guidance_table(plan, None, DELTA)
-            runner.load(plan, weights, DELTA, exact=False)
-            runner.run(NOISE[:batch], LABELS[:batch], None, needs_weak, time_grid(SOLVERS[0], DELTA).tolist())
+            runner.load(plan)
+            runner.run(NOISE[:batch], LABELS[:batch], None)
     assert len(compiled) == 2  # both solvers share the network
 
 
@@ -329,11 +337,11 @@ def test_a_step_under_fake_cuda_tensors_reads_nothing_back(solver, dtype, monkey
         runner = StepRunner(
             on_fake_cuda(model), on_fake_cuda(guide), micro_batch_size=BATCH, plan=plan, backend="eager"
         )
-        assert all(t.device.type == "cuda" for t in runner.tables if t is not None)
+        assert all(t.device.type == "cuda" for t in tables(runner))
         for piece in StepRunner.PIECES:
             runner.execute(piece)
         with pytest.raises(DataDependentOutputException):
-            runner.tables.x.sum().item()
+            runner.trajectory.x.sum().item()
 
 
 @pytest.mark.gpu
@@ -353,17 +361,15 @@ def test_captured_graphs_equal_eager_steps_on_cuda(solver, settings):
 def test_a_trajectory_neither_allocates_nor_synchronises():
     model, guide = random_model().cuda(), random_model(replace(TINY, depth=1), 1).cuda()
     config = SamplerConfig(num_steps=6)
-    plan = make_plan(config, DELTA)
+    plan = make_plan(config, DELTA, GUIDED)
     runner = StepRunner(model, guide, micro_batch_size=BATCH, plan=plan, backend="cuda_graph")
     run(config, GUIDED, model=model, guide=guide, device="cuda", runner=runner)
     noise, labels = NOISE.cuda(), LABELS.cuda()
-    _, needs_weak = guidance_table(plan, GUIDED, DELTA)
-    grid = time_grid(config, DELTA).tolist()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        runner.run(noise, labels, labels, needs_weak, grid)
+        runner.run(noise, labels, labels)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

@@ -55,9 +55,9 @@ def test_velocity_one_moves_each_stream_by_one_with_every_number_of_steps(solver
     start = np.array([[0.0], [1.7]], dtype=np.float32)
     for num_steps in range(3, 251) if solver not in MULTISTEPS else [*range(3, 30), 50, 99, 100, 249, 250]:
         plan = make_plan(SamplerConfig(solver=solver, num_steps=num_steps, timestep_shift=shift), delta_t)
-        exact = plan.coefficients.sum(2)[plan.commit == 1].sum(0)
+        exact = plan.rows.coefficients.sum(2)[plan.rows.commit == 1].sum(0)
         torch.testing.assert_close(exact, torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
-        rows = plan.float32_coefficients()[plan.commit == 1].permute(0, 2, 1).numpy().reshape(-1, 1, 2)
+        rows = plan.float32_coefficients()[plan.rows.commit == 1].permute(0, 2, 1).numpy().reshape(-1, 1, 2)
         rows = np.concatenate([np.broadcast_to(start, (1, 2, 2)), np.broadcast_to(rows, (len(rows), 2, 2))])
         states = np.add.accumulate(rows, axis=0)  # as a float32 state takes the terms up, one after the other
         assert states.dtype == np.float32
