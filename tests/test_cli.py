@@ -112,8 +112,8 @@ def test_without_a_command_the_commands_are_listed(capsys):
 
 
 def test_a_switch_needs_no_value():
-    assert cli.parse("sample", ["--show-stages", "--num", "3"]).show_stages is True
-    assert cli.parse("sample", ["--num", "3", "--show-stages"]).show_stages is True
+    assert cli.parse("sample", ["--show-stages", "--num_images", "3"]).show_stages is True
+    assert cli.parse("sample", ["--num_images", "3", "--show-stages"]).show_stages is True
     assert cli.parse("sample", ["--show-stages", "false"]).show_stages is False
     assert cli.parse("train", ["--train.compile"]).train.compile is True
 

@@ -60,6 +60,7 @@ class SamplerConfig(Settings, section="sampler", may_change=True):
     rtol: Positive = 1e-3
     """tolerances of dopri5 only"""
 
+
 SETTINGS = {
     "num_steps": (SamplerConfig, "num_steps"),
     "solver": (SamplerConfig, "solver"),

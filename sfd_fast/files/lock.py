@@ -4,6 +4,7 @@ FOLDER/.lock is locked with flock for as long as the process lives, so nothing i
 one JSON that says who locked it. The ranks of one launch share the lock.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -37,6 +38,32 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock file (a file system without locks: whether it is there)."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if not isinstance(error, BlockingIOError) and error.errno not in UNSUPPORTED:
+            raise
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def read_record(path: Path) -> dict:
+    """What a lock file says of its holder; empty where that is being written, or cannot be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 class FolderLock:
     """Holds a folder, which is made where it is missing, while the block runs.
 
@@ -47,7 +74,7 @@ class FolderLock:
     this process alone.
     clean: called by the first process there while no other is: it may sweep leftovers of killed ones. advice: ends the
     error's line. Works on NFS where its server has locks; on a file system without any, one line says so, nothing is
-    cleaned and all may enter.
+    cleaned and all may enter. name: of the file, where a folder has several locks.
     Raises BlockingIOError (an OSError) naming process, host and time of who holds the folder; OSError where the folder
     cannot be written.
     """
@@ -60,8 +87,9 @@ class FolderLock:
         advice: str,
         launch: str | None = None,
         clean: Callable[[], object] | None = None,
+        name: str = NAME,
     ) -> None:
-        self.path = Path(folder, NAME)
+        self.path = Path(folder, name)
         self.command, self.launch, self.advice, self.clean = command, launch, advice, clean
         self._descriptor = -1
 
@@ -103,11 +131,13 @@ class FolderLock:
                     return
             # where the lock was exclusive just now, another may get in between and write its own name
             if self.launch is not None and self._locked(fcntl.LOCK_SH):
-                if self._holder().get("launch") == self.launch:
+                if read_record(self.path).get("launch") == self.launch:
                     return
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
                 raise self._busy()
-            ours = self.launch is not None and self._holder().get("launch") == self.launch  # its first process cleans
+            ours = (
+                self.launch is not None and read_record(self.path).get("launch") == self.launch
+            )  # its first process cleans
             if not ours and time.monotonic() > until:
                 raise self._busy()
             time.sleep(POLL_S)
@@ -125,16 +155,13 @@ class FolderLock:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, (json.dumps(record | {"launch": self.launch}) + "\n").encode(), 0)
 
-    def _holder(self) -> dict:
-        """Who wrote the file; empty where that is being written, or cannot be read."""
-        try:
-            content = json.loads(os.pread(self._descriptor, 4096, 0))
-        except ValueError:
-            return {}
-        return content if isinstance(content, dict) else {}
+    def leave_reason(self, reason: str) -> None:
+        """Adds to the file why its holder ends before its time, for those who ask."""
+        with contextlib.suppress(OSError):  # a full disk may be the reason
+            self.path.write_text(json.dumps(read_record(self.path) | {"reason": reason}) + "\n")
 
     def _busy(self) -> BlockingIOError:
-        holder = self._holder()
+        holder = read_record(self.path)
         who = "another process"
         if holder:
             who = "`{command}` (process {pid} on {host}, since {since})".format_map(

@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +17,14 @@ from PIL import Image
 
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.files.atomic import sweep
-from sfd_fast.sampling.image_writer import (
-    AsyncWriter,
-    write_array,
-    write_image,
-    write_npz,
-)
+from sfd_fast.files.lock import FolderLock, is_held, read_record
+from sfd_fast.files.messages import first_line
+from sfd_fast.ranks import launch_name
+from sfd_fast.sampling.image_writer import AsyncWriter, is_whole, write_array, write_image, write_npz
 
 NPZ = "samples.npz"
 PULSE = ".alive-"
-POLL_S = 0.2
+POLL_S, PULSE_S = 0.2, 1.0
 LOOK_SHARE = 10
 """counting files may take a tenth of the time: a network's folder answers slowly"""
 HANGS = 10
@@ -48,6 +47,11 @@ class SampleFiles:
         return range(0, self.num, self.size)
 
     @property
+    def gathered(self) -> bool:
+        """Whether the npz is there, which replaces the parts."""
+        return self.format == "npz" and is_whole(self.npz)
+
+    @property
     def folder(self) -> Path:
         """Of the single pictures, or of the parts of the npz."""
         return self.out / ("parts" if self.format == "npz" else "images")
@@ -67,8 +71,8 @@ class SampleFiles:
 
     def finished(self, first: int) -> bool:
         if self.format == "npz":
-            return self.part(first).exists() or self.npz.exists()  # in this order: parts go when the npz is there
-        return all(self.image(number).exists() for number in self.numbers(first))
+            return is_whole(self.part(first)) or self.gathered  # in this order: parts go when the npz is there
+        return all(is_whole(self.image(number)) for number in self.numbers(first))
 
     def write(self, writer: AsyncWriter, first: int, images: np.ndarray) -> None:
         if self.format == "npz":
@@ -89,11 +93,10 @@ class SampleFiles:
 
         Raises OSError where the disk is full: the parts stay, and the npz needs as much room once more.
         """
-        sweep(self.folder)
         if self.format != "npz":
             write_array(self.out / "labels.npy", labels.numpy())
             return None
-        if not self.npz.exists():
+        if not self.gathered:
             order = random_numbers.permutation(self.num, seed=shuffle_seed, stream=random_numbers.OUTPUT_ORDER).numpy()
             others = {"arr_1": labels.numpy()[order], "sample_ids": order}
             parts = [self.part(first) for first in self.starts]
@@ -142,29 +145,62 @@ class Progress:
             self.bar.update(self.done - self.bar.n)
 
 
-class Pulse:
-    """While inside, a thread touches out/.alive-RANK, so that rank 0 can tell a slow process from a dead one."""
+@contextlib.contextmanager
+def occupied(out: Path, rank: int, stall_s: float) -> Iterator[None]:
+    """While inside, the folder belongs to this launch, and this rank shows there that it lives.
 
-    def __init__(self, out: Path, rank: int, stall_s: float) -> None:
-        self.path = out / f"{PULSE}{rank}"
-        self.interval_s = min(10.0, stall_s / 4)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.beat, name="pulse", daemon=True)
+    out/.alive-RANK is locked and touched by a thread, so that others can tell a slow process from a dead one: a killed
+    process's lock is gone at once, also from other machines where their file system has locks; elsewhere its file
+    stays as it was. One that ends with an error leaves its reason there.
+    Raises OSError where another command works in the folder, or it cannot be written.
+    """
+    advice = "choose another folder with --out"
+    path = out / f"{PULSE}{rank}"
+    stopped = threading.Event()
 
-    def beat(self) -> None:
-        while not self.stopped.wait(self.interval_s):
+    def beat() -> None:
+        while not stopped.wait(min(10.0, stall_s / 4)):
             with contextlib.suppress(OSError):  # a full disk is noticed by those who write images
-                os.utime(self.path)
+                os.utime(path)
 
-    def __enter__(self) -> "Pulse":
-        self.path.touch()
-        self.thread.start()
-        return self
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    with (
+        FolderLock(out, command="sfd sample", launch=launch_name(), advice=advice, clean=lambda: sweep_all(out)),
+        FolderLock(out, command=f"rank {rank} of sfd sample", advice=advice, name=path.name) as own,
+    ):
+        thread.start()
+        try:
+            yield
+            path.unlink(missing_ok=True)
+        except BaseException as error:
+            if launch_name() is None:
+                path.unlink(missing_ok=True)
+            else:
+                own.leave_reason(first_line(error))
+            raise
+        finally:
+            stopped.set()
+            thread.join()
 
-    def __exit__(self, *exception: object) -> None:
-        self.stopped.set()
-        self.thread.join()
-        self.path.unlink(missing_ok=True)
+
+def sweep_all(out: Path) -> None:
+    """Removes what killed processes left; only while none is there."""
+    for folder in (out, out / "images", out / "parts"):
+        sweep(folder)
+    for path in out.glob(f"{PULSE}*"):
+        path.unlink(missing_ok=True)
+
+
+def stopped_ranks(out: Path, *, but: int) -> list[str]:
+    """One line for every other rank that began here and has stopped before its end."""
+    lines = []
+    for path in sorted(out.glob(f"{PULSE}*")):
+        rank = path.name.removeprefix(PULSE)
+        record = read_record(path)
+        if rank != str(but) and record and not is_held(path) and path.exists():
+            reason = f": {record['reason']}" if "reason" in record else ""
+            lines.append(f"rank {rank} (process {record.get('pid')} on {record.get('host')}) has stopped{reason}")
+    return lines
 
 
 def pulses(out: Path) -> dict[str, int]:
@@ -180,9 +216,10 @@ def pulses(out: Path) -> dict[str, int]:
 def wait_for_all(files: SampleFiles, progress: Progress, stall_s: float) -> None:
     """Returns when every process's images are on disk.
 
-    Raises OSError where nothing new appears: for stall_s seconds without any process's pulse, or HANGS times as long.
+    Raises OSError where a process has stopped, or nothing new appears: for stall_s seconds without any process's pulse,
+    or HANGS times as long.
     """
-    seen, last_file, last_pulse = pulses(files.out), time.monotonic(), time.monotonic()
+    seen, last_file, last_pulse, next_look = pulses(files.out), time.monotonic(), time.monotonic(), 0.0
     while progress.left:
         time.sleep(POLL_S)
         before = len(progress.left)
@@ -193,13 +230,15 @@ def wait_for_all(files: SampleFiles, progress: Progress, stall_s: float) -> None
         if current != seen:
             seen, last_pulse = current, now
         silent, hangs = now - last_pulse > stall_s, now - last_file > HANGS * stall_s
-        if progress.left and (silent or hangs):
+        reason = ""
+        if silent or hangs:
             waited, state = (now - last_pulse, "has stopped") if silent else (now - last_file, "lives but hangs")
+            reason = f"nothing was written for {waited:.0f} s (--stall_s {stall_s:g}): another process {state}"
+        elif now > next_look:
+            next_look = now + PULSE_S
+            reason = "; ".join(stopped_ranks(files.out, but=0))
+        if reason and progress.left:
             raise OSError(
-                f"{len(progress.left)} of {len(files.starts)} micro-batches are missing in {files.out} and nothing was "
-                f"written for {waited:.0f} s (--stall_s {stall_s:g}): another process {state}; run the same command "
-                "again to go on"
+                f"{len(progress.left)} of {len(files.starts)} micro-batches are missing in {files.out} and {reason}; "
+                "run the same command again to go on"
             )
-    for path in files.out.glob(f"{PULSE}*"):  # of killed processes; the living ones remove their own
-        if path.name != f"{PULSE}0":
-            path.unlink(missing_ok=True)

@@ -80,7 +80,7 @@ def test_images_come_out_decoded_with_the_statistics_of_the_cache(made, tmp_path
 
     monkeypatch.setattr(LatentStatistics, "denormalize_texture", watched_denormalize)
     monkeypatch.setattr(DiffusersCodec, "decode", watched_decode)
-    sfd("sample", model=made / "run" / "model", out=tmp_path / "images", num=6, device="cpu", progress="false")
+    sfd("sample", model=made / "run" / "model", out=tmp_path / "images", num_images=6, device="cpu", progress="false")
 
     shards = [load_file(path)["latents"] for path in sorted((made / "latents").glob("shard-*.safetensors"))]
     latents = torch.cat(shards).double().numpy()
@@ -102,5 +102,5 @@ def test_statistics_of_another_cache_are_refused_when_sampling(made, tmp_path):
     SFDPipeline.from_pretrained(made / "run" / "model", device="cpu").save_pretrained(tmp_path / "pipeline")
     LatentStatistics.identity(4, 3).save(tmp_path / "pipeline" / "statistics")
     with pytest.raises(SystemExit, match="1"):
-        sfd("sample", model=tmp_path / "pipeline", out=tmp_path / "images", num=2, device="cpu")
+        sfd("sample", model=tmp_path / "pipeline", out=tmp_path / "images", num_images=2, device="cpu")
     assert not list((tmp_path / "images").rglob("*.png"))

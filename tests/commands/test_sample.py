@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,15 +18,17 @@ import torch
 from PIL import Image
 
 from sfd_fast import pictures
-from sfd_fast.commands import sample as generate
-from sfd_fast.commands.sample import SampleConfig, balanced_labels, chosen_settings, run_sample
+from sfd_fast.commands.sample import SampleConfig, run_sample
 from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.files.lock import FolderLock
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.texture import IdentityCodec
-from sfd_fast.sampling import image_writer
+from sfd_fast.ranks import launch_name
+from sfd_fast.sampling import image_writer, large_scale
 from sfd_fast.sampling import output as sample_files
+from sfd_fast.sampling.large_scale import balanced_labels
 from sfd_fast.sampling.pipeline import SFDPipeline
 
 TINY = ModelConfig(
@@ -34,6 +36,13 @@ TINY = ModelConfig(
     repa_channels=0,
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
+DEEPSPEED_FLAGS = (
+    "hostfile", "include", "exclude", "num_nodes", "min_elastic_nodes", "max_elastic_nodes", "num_gpus",
+    "num_accelerators", "master_port", "master_addr", "node_rank", "launcher", "launcher_args", "module", "no_python",
+    "no_local_rank", "no_ssh_check", "no_ssh", "save_pid", "enable_each_rank_log", "autotuning", "elastic_training",
+    "force_multi", "bind_cores_to_rank", "bind_core_list", "ssh_port", "venv_script",
+)  # fmt: skip
+"""of deepspeed 0.19's launcher"""
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +68,8 @@ def model(tmp_path_factory):
 
 
 def settings(model, out, **changes):
-    base = SampleConfig(model=str(model), out=str(out), num=18, format="npz", progress=False, device="cpu", grid=9)
-    return replace(base, **changes)
+    base = {"num_images": 18, "format": "npz", "progress": False, "device": "cpu", "grid": 9}
+    return SampleConfig(model=str(model), out=str(out), **base | changes)
 
 
 def environment(**extra):
@@ -93,17 +102,17 @@ def test_npz_has_the_evaluators_layout_shuffled_by_the_recorded_seed(model, tmp_
     pipeline = SFDPipeline.from_pretrained(model, device="cpu")
     direct = pipeline(torch.arange(18) % 5, output_type="np").images
     assert np.array_equal(images, direct[ids])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "run.json", "samples.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "grid.png", "run.json", "samples.npz"]
     assert Image.open(tmp_path / "grid.png").size == (3 * 48 + 2 * 2,) * 2
 
 
 def test_labels_are_class_balanced_or_given(model, tmp_path):
-    counts = torch.bincount(balanced_labels(17, 5))
+    counts = torch.bincount(balanced_labels(17, range(5)))
     assert counts.max() - counts.min() <= 1
-    result = run_sample(settings(model, tmp_path, num=0, labels=(4, 2, 2)))
+    result = run_sample(settings(model, tmp_path, num_images=0, labels=(4, 2, 2)))
     with np.load(result.npz) as stored:
         assert stored["arr_1"][np.argsort(stored["sample_ids"])].tolist() == [4, 2, 2]
-    result = run_sample(settings(model, tmp_path / "more", num=7, labels=(4, 2, 2)))
+    result = run_sample(settings(model, tmp_path / "more", num_images=7, labels=(4, 2, 2)))
     with np.load(result.npz) as stored:
         assert stored["arr_1"][np.argsort(stored["sample_ids"])].tolist() == [4, 2, 2, 4, 2, 2, 4]
 
@@ -123,13 +132,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(model, expected, tmp_
 import sys, time
 from sfd_fast.commands import sample as generate
 from sfd_fast.sampling import output as sample_files
-write = sample_files.write_part
+write = sample_files.write_array
 def slowly(path, images):
     write(path, images)
     time.sleep(0.5)  # so that the kill comes while parts are missing
-sample_files.write_part = slowly
+sample_files.write_array = slowly
 generate.run_sample(generate.SampleConfig(
-    model=sys.argv[1], out=sys.argv[2], num=18, format="npz", progress=False, device="cpu", grid=9, num_writers=1))
+    model=sys.argv[1], out=sys.argv[2], num_images=18, format="npz", progress=False, device="cpu", grid=9,
+    num_writers=1))
 """
     process = subprocess.Popen([sys.executable, "-c", script, str(model), str(tmp_path)], env=environment())
     deadline = time.monotonic() + 120
@@ -180,9 +190,8 @@ def test_options_of_a_run_replace_the_pipelines(model, tmp_path):
 def test_one_option_leaves_the_pipelines_others_alone(model):
     pipeline = SFDPipeline.from_pretrained(model, device="cpu")
     own = pipeline.sampler
-    sampler, guidance = chosen_settings(
-        SampleConfig(solver="heun", texture_scale=1.3, guidance_mode="cfg", interval_start=0.2), pipeline
-    )
+    given = SampleConfig(solver="heun", texture_scale=1.3, guidance_mode="cfg", interval_start=0.2)
+    sampler, guidance = pipeline.resolve(**given.settings)
     assert sampler == replace(own, solver="heun")
     assert (guidance.scales, guidance.interval_start) == ((1.3, pipeline.guidance.scale), 0.2)
 
@@ -268,12 +277,113 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_complete(model, expected, t
     assert result.npz.read_bytes() == expected
 
 
-def test_a_rank_that_has_stopped_is_an_error(model, tmp_path, monkeypatch):
+def test_a_rank_that_never_comes_is_given_up(model, tmp_path, monkeypatch):
     as_rank(monkeypatch, 0, 2)
-    (tmp_path / ".alive-1").touch()  # of a killed process: it never changes
     with pytest.raises(OSError, match=r"2 of 5 micro-batches are missing.*--stall_s 0.3.*another process has stopped"):
         run_sample(settings(model, tmp_path, stall_s=0.3))
-    assert not (tmp_path / ".alive-0").exists()
+
+
+RANK_ONE = """
+import os, sys, time
+from pathlib import Path
+from sfd_fast.sampling.output import occupied
+with occupied(Path(sys.argv[1]), 1, 900):
+    print("inside", flush=True)
+    if sys.argv[2] == "error":
+        raise OSError("no space left on its disk")
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("end", ["kill", "error"])
+def test_a_lost_rank_is_told_at_once_and_with_its_reason(end, model, tmp_path, monkeypatch):
+    as_rank(monkeypatch, 0, 2)
+    with FolderLock(tmp_path, command="sfd sample", advice="", launch=launch_name()):  # a third that lives
+        lost = subprocess.Popen(
+            [sys.executable, "-c", RANK_ONE, str(tmp_path), end], env=environment(RANK="1", WORLD_SIZE="2"),
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert lost.stdout.readline() == "inside\n"
+        if end == "kill":
+            lost.kill()
+        lost.wait()
+        lost.stdout.close()
+        reason = ": no space left on its disk" if end == "error" else ""
+        message = rf"2 of 5 micro-batches .* and rank 1 \(process {lost.pid} on .*\) has stopped{reason}; run the same"
+        with pytest.raises(OSError, match=message):
+            run_sample(settings(model, tmp_path))
+    as_rank(monkeypatch, 1, 2)
+    run_sample(settings(model, tmp_path))
+    as_rank(monkeypatch, 0, 2)
+    assert run_sample(settings(model, tmp_path)).npz.exists()
+    assert not list(tmp_path.glob(".alive-*"))
+
+
+def test_a_rank_whose_first_is_lost_says_so(model, tmp_path, monkeypatch, capsys):
+    as_rank(monkeypatch, 1, 2)
+    with FolderLock(tmp_path, command="sfd sample", advice="", launch=launch_name()):
+        (tmp_path / ".alive-0").write_text(json.dumps({"pid": 7, "host": "h", "reason": "out of memory"}))
+        run_sample(settings(model, tmp_path))
+    assert "rank 0 (process 7 on h) has stopped: out of memory: run the same command again" in capsys.readouterr().out
+
+
+def test_the_second_command_in_a_folder_is_told_who_is_there(model, tmp_path):
+    holder = "with occupied(Path(sys.argv[1]), 0, 900):\n    print('inside', flush=True)\n    time.sleep(100)"
+    script = "import sys, time\nfrom pathlib import Path\nfrom sfd_fast.sampling.output import occupied\n" + holder
+    first = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout.readline() == "inside\n"
+        with pytest.raises(OSError, match=rf"in use by `sfd sample` \(process {first.pid} on .*\): wait for it, "):
+            run_sample(settings(model, tmp_path))
+    finally:
+        first.kill()
+        first.wait()
+        first.stdout.close()
+    assert run_sample(settings(model, tmp_path)).num_made == 18
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "npz"])
+@pytest.mark.parametrize("left", [0, 20, -1])
+def test_emptied_and_cut_files_are_drawn_again(left, kind, model, expected, tmp_path):
+    done = settings(model, tmp_path, format=kind)
+    if kind == "npz":
+        with pytest.raises(ValueError, match="stop"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample_files.SampleFiles, "gather", lambda *rest: (_ for _ in ()).throw(ValueError("stop")))
+            run_sample(done)
+        damaged = tmp_path / "parts" / "00000004.npy"
+    else:
+        run_sample(done)
+        damaged = tmp_path / "images" / f"000005.{kind}"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:left])
+    (damaged.parent / ".writing-1-2-x").write_bytes(b"torn")
+    result = run_sample(done)
+    assert result.num_made == 4
+    assert not (damaged.parent / ".writing-1-2-x").exists()
+    if kind == "npz":
+        assert result.npz.read_bytes() == expected
+    else:
+        assert damaged.read_bytes() == whole
+
+
+@pytest.mark.parametrize("left", [0, -30])
+def test_a_damaged_npz_is_made_again(left, model, expected, tmp_path):
+    npz = run_sample(settings(model, tmp_path)).npz
+    npz.write_bytes(npz.read_bytes()[:left])
+    assert run_sample(settings(model, tmp_path)).num_made == 18
+    assert npz.read_bytes() == expected
+
+
+def test_no_flag_is_the_beginning_of_a_launchers_flag():
+    """torchrun and deepspeed look at all words, and take an abbreviation of several of their own for a mistake."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = {word for action in get_args_parser()._actions for word in action.option_strings}
+    theirs |= {f"--{name}" for name in DEEPSPEED_FLAGS} | {flag.replace("-", "_") for flag in theirs}
+    for field in fields(SampleConfig):
+        assert not [flag for flag in theirs if flag.startswith(f"--{field.name}")], field.name
 
 
 def files_of_two_processes(model, tmp_path):
@@ -292,7 +402,7 @@ def test_a_slow_process_that_lives_is_waited_for(model, tmp_path):
     files, source = files_of_two_processes(model, tmp_path)
 
     def slow():
-        with sample_files.Pulse(files.out, 1, 0.4):
+        with sample_files.occupied(files.out, 1, 0.4):
             for first in (4, 12):
                 time.sleep(1.2)
                 for number in files.numbers(first):
@@ -312,7 +422,7 @@ def test_a_process_that_lives_but_writes_nothing_is_given_up_in_the_end(model, t
     files, _ = files_of_two_processes(model, tmp_path)
     start = time.monotonic()
     with (
-        sample_files.Pulse(files.out, 1, 0.2),
+        sample_files.occupied(files.out, 1, 0.2),
         pytest.raises(OSError, match="2 of 5 micro-batches are missing.*another process lives but hangs"),
     ):
         sample_files.wait_for_all(files, sample_files.Progress(files, shown=False), 0.2)
@@ -326,9 +436,9 @@ from pathlib import Path
 from sfd_fast import cli
 from sfd_fast.commands import sample as generate
 load, place = generate.load_pipeline, Path(sys.argv[1])
-def meet(config, local_rank):
-    pipeline = load(config, local_rank)
-    (place / f"ready-{local_rank}").touch()
+def meet(config, ranks):
+    pipeline = load(config, ranks)
+    (place / f"ready-{ranks.rank}").touch()
     while len(list(place.glob("ready-*"))) < 2:
         time.sleep(0.002)
     return pipeline
@@ -336,7 +446,7 @@ generate.load_pipeline = meet
 cli.main(sys.argv[2:])
 """
     out = tmp_path / "out"
-    options = ["--num", "18", "--format", "npz", "--grid", "9", "--device", "cpu", "--progress", "false"]
+    options = ["--num_images", "18", "--format", "npz", "--grid", "9", "--device", "cpu", "--progress", "false"]
     command = [sys.executable, "-c", script, str(tmp_path)]
     command += ["sample", "--model", str(model), "--out", str(out), *options]
     processes = [
@@ -354,7 +464,7 @@ cli.main(sys.argv[2:])
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert (out / "samples.npz").read_bytes() == expected
     assert "images/s on all processes" in outputs[0][0]
-    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "run.json", "samples.npz"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "grid.png", "run.json", "samples.npz"]
 
 
 def test_what_is_there_already_is_counted_over_all_processes(model, tmp_path, monkeypatch, capsys):
@@ -383,7 +493,7 @@ def test_a_guide_that_is_not_used_is_said_with_the_flag_that_uses_it(model, tmp_
             ({"guidance_mode": "cfg", "guidance_scale": 1.5}, said.replace("guidance is off", "guidance mode is cfg")),
         ]
     ):
-        run_sample(settings(tmp_path / "guided", tmp_path / str(number), num=4, **changes))
+        run_sample(settings(tmp_path / "guided", tmp_path / str(number), num_images=4, **changes))
         printed = capsys.readouterr().out
         assert (line in printed) if line else ("the guide is not used" not in printed)
 
@@ -419,12 +529,12 @@ def test_a_claim_that_is_being_written_is_read_when_it_is_whole(model, tmp_path,
     whole.write_text(content[:20])
     thread = threading.Timer(0.5, whole.write_text, [content])
     thread.start()
-    assert generate.read_claim(whole) == json.loads(content)
+    assert large_scale.read_claim(whole) == json.loads(content)
     thread.join()
     whole.write_text(content[:20])
-    monkeypatch.setattr(generate, "CLAIM_S", 0.3)
+    monkeypatch.setattr(large_scale, "CLAIM_S", 0.3)
     with pytest.raises(ValueError, match="run.json is damaged .*delete it to go on"):
-        generate.read_claim(whole)
+        large_scale.read_claim(whole)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +573,7 @@ def test_contradictory_rank_is_an_error(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num": -1}, "num -1 must not be negative"),
+        ({"num_images": -1}, "num_images -1 must not be negative"),
         ({"format": "jpeg"}, "format 'jpeg' is unknown"),
         ({"num_writers": 0}, "num_writers 0 must be at least 1"),
         ({"stall_s": 0}, "stall_s 0 must be greater than 0"),
