@@ -222,9 +222,10 @@ def test_label_out_of_range_is_an_error(pipeline, label):
         ({"labels": [1, 2], "sample_ids": [0]}, "2 labels but sample_ids of shape"),
         ({"labels": [1], "seed": -1}, r"seed -1 must be in \[0, 2\^63\)"),
         ({"labels": [1], "seed": 2**63}, r"must be in \[0, 2\^63\)"),
-        ({"labels": [1], "solver": "heunn"}, "solver 'heunn' is unknown; choose one of euler, midpoint, heun, rk4"),
+        ({"labels": [1], "solver": "heunn"}, r"solver 'heunn' is unknown; .*did you mean 'heun'\?"),
+        ({"labels": [1], "num_step": 9}, "unknown key 'num_step'; did you mean 'num_steps'"),
         ({"labels": [1], "num_steps": 2}, "num_steps 2 is too small"),
-        ({"labels": [1], "num_steps": 0}, "num_steps = 0 must be greater than 0"),
+        ({"labels": [1], "num_steps": 0}, r"num_steps 0 must be in \[1, 100000\]"),
         ({"labels": [1], "output_type": "jpeg"}, "output_type 'jpeg' is unknown"),
     ],
 )
