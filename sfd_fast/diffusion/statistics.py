@@ -167,7 +167,8 @@ class LatentStatistics:
     def identity(cls, texture_channels: int, semantic_channels: int) -> "LatentStatistics":
         """Statistics that change nothing."""
         t, s = texture_channels, semantic_channels
-        return cls(torch.zeros(t), torch.ones(t), torch.zeros(s), torch.ones(s))
+        like = {"dtype": torch.float32}
+        return cls(torch.zeros(t, **like), torch.ones(t, **like), torch.zeros(s, **like), torch.ones(s, **like))
 
     @classmethod
     def from_moments(
@@ -181,7 +182,8 @@ class LatentStatistics:
 
     @classmethod
     def from_json(cls, content: dict) -> "LatentStatistics":
-        return cls(**{name: torch.tensor(content[name]) for name in VALUES}, multiplier=content["multiplier"])
+        values = {name: torch.tensor(content[name], dtype=torch.float32) for name in VALUES}
+        return cls(**values, multiplier=content["multiplier"])
 
     def digest(self) -> str:
         """16 hexadecimal digits that differ where any value does."""

@@ -64,6 +64,16 @@ def evaluation_mask(tau: float | Tensor, delta_t: float | Tensor) -> tuple[bool 
     return tau >= delta_t, tau <= 1
 
 
+def released_clocks(tau: Tensor, delta_t: float) -> tuple[Tensor, Tensor]:
+    """Texture and semantic time at which the released sampler evaluates the network: clocks(), but without an end for
+    texture.
+
+    Only dopri5 evaluates past tau = 1 + delta_t, where its texture clock goes on to 1.06 and more.
+    tau: (B,).  Returns (t_tex, t_sem), each (B,).  Source: docs/METHOD.md 5, released grid.
+    """
+    return (tau - delta_t).clamp(min=0), tau.clamp(0, 1)
+
+
 def sample_tau(sample_ids: Tensor, config: TransportConfig, seed: int) -> Tensor:
     """Training times tau = (1 + delta_t) u, a function of (seed, sample id) alone.
 

@@ -81,7 +81,7 @@ def _integrate(drift: Velocity, y: Tensor, start: float, end: float, atol: float
         tau = torch.where(accept, torch.where(last, end, tau + h), tau)
         y = torch.where(_column(accept, y).bool(), y_next, y)
         f = torch.where(_column(accept, y).bool(), slopes[-1], f)
-        smallest = torch.where(ratio < 1, 1.0, SMALLEST_FACTOR)
+        smallest = torch.full_like(ratio, SMALLEST_FACTOR).masked_fill(ratio < 1, 1.0)
         factor = torch.maximum(SAFETY / ratio.clamp(min=1e-300) ** (1 / ORDER), smallest).clamp(max=LARGEST_FACTOR)
         step = torch.where(active, h * factor, step)
         if not (tau + step > tau).all():

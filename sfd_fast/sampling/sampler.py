@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.config import SamplerConfig
-from sfd_fast.diffusion.transport import clocks, evaluation_mask, join_latents, split_latents
+from sfd_fast.diffusion.transport import evaluation_mask, join_latents, released_clocks, split_latents
 from sfd_fast.sampling.dopri5 import sample_dopri5
 from sfd_fast.sampling.guidance import Guided, Velocity
 from sfd_fast.sampling.solvers import Callback, check_solver, make_plan, time_grid
@@ -49,7 +49,7 @@ def _sample_released_dopri5(
     def drift(tau: Tensor, x: Tensor) -> Tensor:
         mask = evaluation_mask(tau, delta_t)
         field = velocity.needed(tau.cpu(), mask) if isinstance(velocity, Guided) else velocity
-        velocities = field(x, *(t.to(x.dtype) for t in clocks(tau.expand(len(x)), delta_t)))
+        velocities = field(x, *(t.to(x.dtype) for t in released_clocks(tau.expand(len(x)), delta_t)))
         return join_latents(
             *(part * moves for part, moves in zip(split_latents(velocities, num_texture_channels), mask))
         )

@@ -75,7 +75,8 @@ def time_grid(config: SamplerConfig, delta_t: float) -> Tensor:
     """
     if config.grid == "released":
         end = 1 + delta_t
-        return _shift(torch.linspace(0, end, config.num_steps + 1) / end, config.timestep_shift) * end
+        even = torch.linspace(0, end, config.num_steps + 1, dtype=torch.float32) / end
+        return _shift(even, config.timestep_shift) * end
     borders = stage_borders(delta_t)
     num_stages = len(borders) - 1
     if config.num_steps < num_stages:

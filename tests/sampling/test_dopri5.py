@@ -142,3 +142,25 @@ def test_dopri5_keeps_the_weak_velocity_in_the_whole_stage_inside_which_the_inte
     main, weak = guided_evaluations("exact", scale=1.5, interval_start=0.5)
     assert min(t_sem for _, t_sem in main) == 0
     assert min(t_sem for _, t_sem in weak) == pytest.approx(0.3)
+
+
+def test_dopri5_on_the_released_grid_evaluates_past_the_end_with_an_unclamped_texture_clock():
+    """Written from docs/METHOD.md 5 on torchdiffeq; clamping the clock would move the result by over 1e-4."""
+    from torchdiffeq import odeint
+
+    x0, latest = start_state(), []
+    end = torch.linspace(0, 1.25, 5)
+
+    def drift(tau, x, most=None):
+        t_tex, t_sem = (tau - 0.25).clamp(0, most).expand(len(x)), tau.clamp(max=1).expand(len(x))
+        latest.append(t_tex[0].item())
+        return curved(x, t_tex, t_sem) * torch.stack([tau >= 0.25, tau <= 1]).view(1, 2, 1, 1)
+
+    options = {"method": "dopri5", "atol": 1e-6, "rtol": 1e-3}
+    expected = odeint(drift, x0, end, **options)[-1]
+    assert max(latest) > 1.05
+    config = SamplerConfig(solver="dopri5", num_steps=4, grid="released")
+    ours = sample(curved, x0, delta_t=0.25, config=config, num_texture_channels=1)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    clamped = odeint(lambda tau, x: drift(tau, x, 1.0), x0, end, **options)[-1]
+    assert (clamped - expected).abs().max() > 1e-4

@@ -12,6 +12,8 @@ from sfd_fast.sampling.sampler import sample
 from sfd_fast.sampling.solvers import stage_borders, time_grid
 
 FIXED = ["euler", "midpoint", "heun", "ab2", "abm3", "rk4"]
+DOPRI5_TOLERANCE = {"sync": 1e-5, "sfd": 3e-4, "noshift": 3e-4, "patch2": 1e-3}
+"""its steps cross the borders, where masks jump: noise changed by 1e-7 moves the result by up to 1.3e-4, 8e-5, 8e-4"""
 ONES = lambda x, t_tex, t_sem: torch.ones_like(x)  # noqa: E731
 
 
@@ -49,7 +51,7 @@ def test_released_grid_equals_the_released_samplers(name):
             )
         settings = SamplerConfig(solver=solver, num_steps=points - 1, grid="released", timestep_shift=shift or 1.0)
         out = sample(velocity, tensors["sample.z"], config=settings, **common)
-        tolerance = 1e-3 if solver == "dopri5" else 1e-5
+        tolerance = DOPRI5_TOLERANCE[name] if solver == "dopri5" else 1e-5
         torch.testing.assert_close(out, expected, rtol=max(1e-4, tolerance), atol=tolerance)
         compared += 1
     assert compared == 8
