@@ -13,7 +13,7 @@ from sfd_fast.config import require, to_dict
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.formats.model_folder import read_config as read_model_config
-from sfd_fast.formats.released_config import read_config, read_yaml
+from sfd_fast.formats.released_config import read_config, read_settings
 from sfd_fast.formats.released_model import convert_released, export_released
 from sfd_fast.sampling.pipeline import SFDPipeline
 from sfd_fast.training.export import export_checkpoint, export_released_checkpoint, is_checkpoint
@@ -108,7 +108,7 @@ def run_convert(config: ConvertConfig) -> None:
 def convert_yaml(source: Path, target: Path) -> None:
     """A released configuration as one for `sfd train --config`."""
     require(target.suffix in YAML, f"a configuration becomes a configuration: name a .yaml as target, not {target}")
-    settings, ignored = read_config(read_yaml(source))
+    settings, ignored = read_config(read_settings(source))
     text = yaml.safe_dump(to_dict(settings), sort_keys=False)
     write_atomically(target, text)
     print(f"wrote {target}: sfd train --config {target}")

@@ -15,6 +15,7 @@ from sfd_fast.diffusion.transport import join_latents
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.files.digest import tensors_digest
 from sfd_fast.files.messages import first_line
+from sfd_fast.files.torch_file import read_torch_file
 
 TEXTURE_FILE = "latents_stats.pt"
 SEMANTIC_FILE = "latents_sv_stats.pt"
@@ -297,7 +298,7 @@ def read_statistics(path: Path) -> dict[str, Tensor]:
             "cache was made"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch_file(path)
         return {name: content[name].flatten().float() for name in ("mean", "std")}
     except Exception as error:  # torch, pickle and zipfile raise many kinds
         raise ValueError(

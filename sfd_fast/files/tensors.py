@@ -49,13 +49,16 @@ def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, An
         with safe_open(path, "pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
             return found, description_of(file)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or damaged: {first_line(error)}") from None
 
 
 def description_of(file: Any) -> dict[str, Any]:
     """The description in an open safetensors file."""
-    return json.loads((file.metadata() or {}).get(KEY, "{}"))
+    description = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    if not isinstance(description, dict):
+        raise ValueError(f"its description is a {type(description).__name__}, not an object")
+    return description
 
 
 @contextlib.contextmanager

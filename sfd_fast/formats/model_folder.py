@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, from_dict, to_dict
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.files import tensors as files
-from sfd_fast.files.tensors import check_fit, read_safetensors, require_finite, store_safetensors
+from sfd_fast.files.messages import naming
+from sfd_fast.files.pretrained import MOST_LAYERS
+from sfd_fast.files.tensors import (
+    check_fit,
+    float32_by_default,
+    read_safetensors,
+    require_finite,
+    store_safetensors,
+)
 from sfd_fast.formats.marked_folder import WEIGHTS, check_files, replace_marked
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
@@ -73,7 +81,7 @@ def read_description(folder: str | Path, kind: str | None = None) -> tuple[str, 
             f"{path} carries no config of this system (format {description.get('format')}, expected {FORMAT}); for "
             "released weights use `sfd convert`"
         )
-    found = description["kind"]
+    found = description.get("kind")
     if kind is not None and found != kind:
         raise ValueError(f"{folder} holds a model of kind '{found}', not '{kind}'")
     return found, {key: value for key, value in description.items() if key not in ("kind", "format")}
@@ -126,32 +134,40 @@ def save_model(
 
 def read_config(path: str | Path) -> SFDConfig:
     """Config of the run that trained the LightningDiT of a directory. ValueError where it was saved without one."""
-    settings = read_description(path, "dit")[1]["config"]
-    if set(settings) == {"model"}:
-        raise ValueError(f"{path} was saved with its network's config only; save_model(..., config=...) keeps it all")
-    return from_dict(SFDConfig, settings)
+    with naming(path):
+        settings = read_description(path, "dit")[1]["config"]
+        if set(settings) == {"model"}:
+            raise ValueError(
+                f"{path} was saved with its network's config only; save_model(..., config=...) keeps it all"
+            )
+        return from_dict(SFDConfig, settings)
 
 
 def read_statistics(path: str | Path) -> LatentStatistics | None:
     """Statistics of the latents that the LightningDiT of a directory was trained on, if they were saved."""
-    values = read_description(path, "dit")[1].get("statistics")
-    return None if values is None else LatentStatistics.from_json(values)
+    with naming(path):
+        values = read_description(path, "dit")[1].get("statistics")
+        return None if values is None else LatentStatistics.from_json(values)
 
 
 def build_dit(config: ModelConfig, tensors: Mapping[str, Tensor], source: object, **runtime: Any) -> LightningDiT:
     """The network with these weights, in eval mode. ValueError where they do not fit."""
-    return fill(lambda: LightningDiT(config, **runtime), tensors, source).eval()
+    return fill(lambda: LightningDiT(config, **runtime), config.depth, tensors, source)
 
 
 def build_semvae(config: SemVAEConfig, tensors: Mapping[str, Tensor], source: object) -> SemVAE:
     """The SemVAE with these weights, in eval mode. ValueError where they do not fit."""
-    return fill(lambda: SemVAE(config), tensors, source).eval()
+    depth = 0 if config.architecture in ("linear", "pca") else config.encoder_depth + config.decoder_depth
+    return fill(lambda: SemVAE(config), max(depth, config.num_layers), tensors, source)
 
 
-def fill(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], source: object) -> nn.Module:
-    """What `build` makes, with these tensors as its weights; nothing is initialised first."""
-    with torch.device("meta"):
-        model = build()
-    check_fit(model.state_dict(), tensors, f"the weights of {source}")
-    model.load_state_dict(dict(tensors), assign=True)
-    return model
+def fill(build: Callable[[], nn.Module], depth: int, tensors: Mapping[str, Tensor], source: object) -> nn.Module:
+    """What `build` makes, with these tensors as its weights; nothing is initialised first. depth: its blocks."""
+    with naming(source):
+        if depth > max(len(tensors), MOST_LAYERS):  # building them would take for ever
+            raise ValueError(f"its config says {depth} blocks, but it holds {len(tensors)} tensors")
+        with torch.device("meta"), float32_by_default():
+            model = build()
+        check_fit(model.state_dict(), tensors, f"the weights of {source}")
+        model.load_state_dict(dict(tensors), assign=True)
+    return model.eval()

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from torch import Tensor
 
 from sfd_fast.config import (
@@ -21,6 +20,7 @@ from sfd_fast.config import (
     TransportConfig,
 )
 from sfd_fast.config.presets import RELEASED_NAMES
+from sfd_fast.files.yaml_text import read_yaml
 
 # Width of each vision model's patch tokens, under the released names (docs/METHOD.md 2).
 VISION_CHANNELS = {
@@ -60,15 +60,12 @@ NETWORK_KEYS = {
 }  # fmt: skip
 
 
-def read_yaml(path: str | Path) -> dict:
+def read_settings(path: str | Path) -> dict:
     """A released YAML file. Raises FileNotFoundError, or ValueError where it is no mapping."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"configuration {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration {path} is no YAML: {error}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"configuration {path} holds a {type(values).__name__}, not keys with values")
     return values
@@ -150,6 +147,9 @@ def _said_by_weights(weights: Mapping[str, Tensor], said: Mapping[str, Any]) -> 
             raise ValueError(f"these are not the weights of a LightningDiT: '{key}' is missing")
     if "blocks.0.mlp.w12.weight" not in weights or "blocks.0.norm1.weight" not in weights:
         raise ValueError("these weights have no SwiGLU or no RMSNorm weights; this network has both")
+    blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
+    if blocks != {str(i) for i in range(len(blocks))}:
+        raise ValueError(f"the weights have {len(blocks)} blocks, but they are not numbered from 0 on")
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1])
     shape: dict[str, Any] = {
@@ -157,7 +157,7 @@ def _said_by_weights(weights: Mapping[str, Tensor], said: Mapping[str, Any]) -> 
         "channels": channels,
         "patch_size": patch,
         "grid_size": side * patch,
-        "depth": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
+        "depth": len(blocks),
         "num_classes": weights["y_embedder.embedding_table.weight"].shape[0] - 1,
         "two_clocks": "t_embedder_sem.mlp.0.weight" in weights,
         "use_shift": weights["blocks.0.adaLN_modulation.1.weight"].shape[0] == 6 * width,

@@ -1,148 +1,17 @@
-"""Files of the released system: torch files read without running anything pickled in them, and written back.
-
-A file is read as a tree of plain data (dict, OrderedDict, list, tuple, numbers, strings, None) with tensors as leaves;
-pickled OmegaConf objects become `PickledConfig` dictionaries. The tree can be kept in a safetensors file (`pack_tree`).
-"""
+"""Trees of released checkpoints: the weights in them, and all of a tree in a safetensors file and back."""
 
 import json
-import pickle
 import re
-import zipfile
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from sfd_fast.files.atomic import write_atomically
-from sfd_fast.files.messages import first_line
+from sfd_fast.files.torch_file import PickledConfig
 
-
-class PickledConfig(dict):
-    """Plain content of an OmegaConf dictionary that a released checkpoint carries; written back as OmegaConf."""
-
-
-class StandIn:
-    """Takes the place of a pickled class: keeps the state as plain attributes and runs none of the class's code."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-class DictStandIn(StandIn):
-    pass
-
-
-class ListStandIn(StandIn):
-    pass
-
-
-class NodeStandIn(StandIn):
-    pass
-
-
-# Full name of a pickled global -> what is put there instead. Everything else that torch's own weights-only reader does
-# not know is refused. OmegaConf: config of the released trainer; Lightning: callback states in LDM's .ckpt files.
-STAND_INS: dict[str, Callable] = {
-    "omegaconf.dictconfig.DictConfig": DictStandIn,
-    "omegaconf.listconfig.ListConfig": ListStandIn,
-    "omegaconf.base.ContainerMetadata": StandIn,
-    "omegaconf.base.Metadata": StandIn,
-    **{f"omegaconf.nodes.{kind}Node": NodeStandIn for kind in ("Any", "String", "Integer", "Float", "Boolean")},
-    "typing.Any": StandIn,
-    "typing.Union": StandIn,
-    "collections.defaultdict": defaultdict,
-    **{f"builtins.{kind.__name__}": kind for kind in (dict, list, tuple, int, float, str, bool)},
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": StandIn,
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint": StandIn,
-}
-
-
-def read_torch_file(path: str | Path) -> object:
-    """The content of a .pt or .ckpt file as plain data and tensors (memory-mapped where the format allows).
-
-    Nothing pickled is executed: torch's weights-only reader, with inert stand-ins for the classes of STAND_INS.
-    Raises FileNotFoundError; ValueError for a truncated file and for one that holds foreign objects or code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    allowed = [(stand_in, name) for name, stand_in in STAND_INS.items()]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return _plain(content)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|function|class|global) ([\w.<> ]+?)(?: was| whose|$|\n)", str(error))
-        what = f"'{refused[1]}'" if refused and "nsupported" in str(error) else "an object that is no plain data"
-        raise ValueError(
-            f"checkpoint {path} is refused: it asks to load {what}, which could run foreign code. Expected are "
-            "tensors, plain data and OmegaConf settings; nothing in the file was executed"
-        ) from None
-    except RecursionError:
-        raise ValueError(f"checkpoint {path} is refused: its content refers to itself without end") from None
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"checkpoint {path} is truncated or damaged: {first_line(error)}") from None
-
-
-def _plain(value: object) -> object:
-    """Replaces OmegaConf stand-ins by their content; an interpolation stays the string that it is."""
-    if isinstance(value, DictStandIn):
-        content = value._content
-        return PickledConfig(_bare(value)) if isinstance(content, dict) else content
-    if isinstance(value, ListStandIn):
-        return _bare(value)
-    if isinstance(value, OrderedDict):
-        ordered = OrderedDict((key, _plain(item)) for key, item in value.items())
-        ordered.__dict__.update(value.__dict__)
-        return ordered
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
-    return value
-
-
-def _bare(node: object) -> object:
-    if isinstance(node, NodeStandIn):
-        return node._val
-    if isinstance(node, DictStandIn) and isinstance(node._content, dict):
-        return {key: _bare(item) for key, item in node._content.items()}
-    if isinstance(node, ListStandIn) and isinstance(node._content, list):
-        return [_bare(item) for item in node._content]
-    return node._content if isinstance(node, DictStandIn | ListStandIn) else node
-
-
-def write_torch_file(path: str | Path, tree: object) -> None:
-    """Writes such a tree as a torch file that the released code loads, OmegaConf settings as OmegaConf; atomic."""
-    path = Path(path)
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # a file object: torch would store the temporary name otherwise
-            torch.save(_with_omegaconf(tree), file)
-
-    write_atomically(path, write)
-
-
-def _with_omegaconf(value: object) -> object:
-    if isinstance(value, PickledConfig):
-        from omegaconf import OmegaConf
-
-        return OmegaConf.create(dict(value))
-    if isinstance(value, OrderedDict):
-        ordered = OrderedDict((key, _with_omegaconf(item)) for key, item in value.items())
-        ordered.__dict__.update(value.__dict__)
-        return ordered
-    if isinstance(value, dict):
-        return {key: _with_omegaconf(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_omegaconf(item) for item in value)
-    return value
+MAX_VALUES = 500_000
+"""in a tree; one with the optimizer's state of XXL has some ten thousand"""
+LEAVE_OUT = "convert with keep_training_state=False to leave out all but the weights and the config"
 
 
 def pack_tree(tree: object, known: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
@@ -152,8 +21,13 @@ def pack_tree(tree: object, known: dict[str, Tensor]) -> tuple[str, dict[str, Te
     """
     names = {id(tensor): name for name, tensor in known.items()}
     tensors: dict[str, Tensor] = {}
+    count = 0
 
     def pack(value: object, path: str) -> object:
+        nonlocal count
+        count += 1
+        if count > MAX_VALUES:
+            raise ValueError(f"the file holds more than {MAX_VALUES} values beside its weights; {LEAVE_OUT}")
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, Tensor):
@@ -173,8 +47,7 @@ def pack_tree(tree: object, known: dict[str, Tensor]) -> tuple[str, dict[str, Te
                 packed["attributes"] = pack(value.__dict__, f"{path}@")
             return packed
         raise ValueError(
-            f"'{path.lstrip('/')}' is a {type(value).__name__}: only plain data and tensors can be kept; "
-            "convert with keep_training_state=False to leave out all but the weights and the config"
+            f"'{path.lstrip('/')}' is a {type(value).__name__}: only plain data and tensors can be kept; {LEAVE_OUT}"
         )
 
     return json.dumps(pack(tree, "")), tensors
@@ -222,9 +95,23 @@ def state_dict_of(tree: object, weights: str = "ema") -> dict[str, Tensor]:
             break
     else:
         if not tree or not all(isinstance(value, Tensor) for value in tree.values()):
-            raise ValueError(f"the file has no '{weights}' weights; its entries are: {', '.join(map(str, tree))}")
+            entries = ", ".join(str(key)[:40] for key in list(tree)[:20])
+            raise ValueError(f"the file has no '{weights}' weights; its entries are: {entries}")
         found = tree
-    for key, value in found.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"weights entry '{key}' is a {type(value).__name__}, not a tensor")
-    return {key.removeprefix("module.").replace("_orig_mod.", ""): value for key, value in found.items()}
+    return without_wrappers(found)
+
+
+def without_wrappers(tensors: Mapping[object, object]) -> dict[str, Tensor]:
+    """Weights under the network's own names: wrappers put `module.` and `_orig_mod.` before them, in any order.
+
+    Raises ValueError for entries that are no named tensors, and for two that have the same name.
+    """
+    named: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"weights entry {str(key)[:80]!r} is a {type(value).__name__}, not a tensor with a name")
+        name = re.sub(r"^(?:module\.|_orig_mod\.)+", "", key).replace("_orig_mod.", "")
+        if name in named:
+            raise ValueError(f"two weights are called '{name}' once `module.` and `_orig_mod.` are taken off")
+        named[name] = value
+    return named

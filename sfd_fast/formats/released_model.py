@@ -14,7 +14,10 @@ import yaml
 from torch import Tensor
 
 from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, from_dict
+from sfd_fast.files.messages import naming
 from sfd_fast.files.tensors import read_safetensors, require_finite
+from sfd_fast.files.torch_file import PickledConfig, read_torch_file, write_torch_file
+from sfd_fast.files.yaml_text import parse_yaml
 from sfd_fast.formats.model_folder import (
     REST,
     build_dit,
@@ -23,20 +26,14 @@ from sfd_fast.formats.model_folder import (
     read_directory,
     save_model,
 )
-from sfd_fast.formats.released_config import constructor_arguments, model_config, read_yaml, to_released
+from sfd_fast.formats.released_config import constructor_arguments, model_config, read_settings, to_released
 from sfd_fast.formats.released_config import read_config as read_released_config
-from sfd_fast.formats.released_file import (
-    PickledConfig,
-    pack_tree,
-    read_torch_file,
-    state_dict_of,
-    unpack_tree,
-    write_torch_file,
-)
+from sfd_fast.formats.released_file import pack_tree, state_dict_of, unpack_tree, without_wrappers
 from sfd_fast.formats.released_semvae import semvae_config, semvae_to_released
 from sfd_fast.formats.texture import save_codec, texture_codec_from_ldm, without_losses
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
+from sfd_fast.models.texture import TextureCodec
 
 ReleasedSettings = Mapping[str, Any] | str | Path
 """a released YAML (path or tree), or the released constructor's arguments"""
@@ -50,8 +47,9 @@ def load_model(path: str | Path, **runtime: Any) -> LightningDiT:
     """
     if Path(path).is_file():
         return load_released(path)
-    stored = read_directory(path, "dit")
-    return build_dit(from_dict(ModelConfig, stored.content["config"]["model"]), stored.tensors, path, **runtime)
+    with naming(path):
+        stored = read_directory(path, "dit")
+        return build_dit(from_dict(ModelConfig, stored.content["config"]["model"]), stored.tensors, path, **runtime)
 
 
 def load_semvae(path: str | Path, config: ReleasedSettings | None = None) -> SemVAE:
@@ -60,11 +58,12 @@ def load_semvae(path: str | Path, config: ReleasedSettings | None = None) -> Sem
     config: settings for a file that does not carry them, for example {"num_heads": 6}.
     Raises as `load_model`.
     """
-    if Path(path).is_dir():
-        stored = read_directory(path, "semvae")
-        return build_semvae(from_dict(SemVAEConfig, stored.content["config"]), stored.tensors, path)
-    released = _read_released(path, config)
-    return build_semvae(semvae_config(released.weights, released.settings), released.weights, path)
+    with naming(path):
+        if Path(path).is_dir():
+            stored = read_directory(path, "semvae")
+            return build_semvae(from_dict(SemVAEConfig, stored.content["config"]), stored.tensors, path)
+        released = _read_released(path, config)
+        return build_semvae(semvae_config(released.weights, released.settings), released.weights, path)
 
 
 def load_released(
@@ -76,8 +75,10 @@ def load_released(
     over those it carries). weights: "ema" or "model". No pickled code runs.
     Raises FileNotFoundError; ValueError for truncated, refused, diverged or foreign files and contradictory settings.
     """
-    released = _read_released(path, config, weights)
-    return build_dit(model_config(constructor_arguments(released.settings), released.weights), released.weights, path)
+    with naming(path):
+        released = _read_released(path, config, weights)
+        arguments = constructor_arguments(released.settings)
+        return build_dit(model_config(arguments, released.weights), released.weights, path)
 
 
 class Converted(NamedTuple):
@@ -103,24 +104,26 @@ def convert_released(
     keys, order, dtypes, tensors and config; without it only weights and settings are kept.
     Raises as `load_released`.
     """
-    released = _read_released(source, config, weights)
-    rest = None
-    if released.tree is not None:
-        tree = released.tree if keep_training_state else _without_training_state(released.tree, weights)
-        text, tensors = pack_tree(tree, without_losses(released.weights))
-        rest = tensors, {"tree": text}
-    card = {"source": Path(source).name}
-    if "x_embedder.proj.weight" in released.weights:
-        settings, ignored = read_released_config(released.settings, released.weights)
-        model = build_dit(settings.model, released.weights, source)
-        save_model(target, model, config=settings, card=card | {"weights": weights}, rest=rest)
-        return Converted("dit", ignored)
-    if "quant_conv.weight" in released.weights:
-        save_codec(target, texture_codec_from_ldm(released.weights, source), rest)
+    with naming(source):
+        released = _read_released(source, config, weights)
+        settings, ignored, rest = None, [], None
+        if released.tree is not None:
+            tree = released.tree if keep_training_state else _without_training_state(released.tree, weights)
+            text, tensors = pack_tree(tree, without_losses(released.weights))
+            rest = tensors, {"tree": text}
+        if "x_embedder.proj.weight" in released.weights:
+            settings, ignored = read_released_config(released.settings, released.weights)
+            model = build_dit(settings.model, released.weights, source)
+        elif "quant_conv.weight" in released.weights:
+            model = texture_codec_from_ldm(released.weights, source)
+        else:
+            model = build_semvae(semvae_config(released.weights, released.settings), released.weights, source)
+    if isinstance(model, TextureCodec):
+        save_codec(target, model, rest)
         return Converted("texture", [])
-    model = build_semvae(semvae_config(released.weights, released.settings), released.weights, source)
-    save_model(target, model, card=card, rest=rest)
-    return Converted("semvae", [])
+    card = {"source": Path(source).name} | ({} if settings is None else {"weights": weights})
+    save_model(target, model, config=settings, card=card, rest=rest)
+    return Converted("semvae" if settings is None else "dit", ignored)
 
 
 def export_released(source: str | Path, target: str | Path) -> None:
@@ -172,16 +175,16 @@ class _Released(NamedTuple):
 def _read_released(path: str | Path, config: ReleasedSettings | None, weights: str = "ema") -> _Released:
     path = Path(path)
     if path.suffix == ".safetensors":
-        tree, tensors = None, read_safetensors(path)[0]
+        tree, tensors = None, without_wrappers(read_safetensors(path)[0])
     else:
         tree = read_torch_file(path)
         tensors = state_dict_of(tree, weights)
     require_finite(tensors, path)
     settings = config if config is not None else tree.get("config", {}) if tree is not None else {}
     if isinstance(config, str | Path):
-        settings = read_yaml(config)
+        settings = read_settings(config)
     elif isinstance(settings, str):  # SemVAE checkpoints carry YAML text
-        settings = yaml.safe_load(settings)
+        settings = parse_yaml(settings, f"the config inside {path}") or {}
     if not isinstance(settings, Mapping):
         raise ValueError(f"the settings of {path} are a {type(settings).__name__}, not keys with values; pass config=")
     return _Released(tensors, settings, tree)

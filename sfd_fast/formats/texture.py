@@ -13,11 +13,13 @@ from torch import Tensor
 
 from sfd_fast.config import TextureConfig, to_dict
 from sfd_fast.files.documents import read_json
+from sfd_fast.files.messages import naming
 from sfd_fast.files.pretrained import load_pretrained
-from sfd_fast.files.tensors import check_fit, read_safetensors, require_finite
+from sfd_fast.files.tensors import check_fit, float32_by_default, read_safetensors, require_finite
+from sfd_fast.files.torch_file import read_torch_file
 from sfd_fast.formats.marked_folder import MARK, check_files, replace_marked
 from sfd_fast.formats.model_folder import read_directory, write_directory
-from sfd_fast.formats.released_file import read_torch_file, state_dict_of
+from sfd_fast.formats.released_file import state_dict_of, without_wrappers
 from sfd_fast.models.texture import Codec, DiffusersCodec, IdentityCodec, TextureCodec
 
 # (LDM, diffusers) names of the layers inside a residual block and inside an attention.
@@ -97,10 +99,13 @@ def config_of_ldm(tensors: Mapping[str, Tensor]) -> TextureConfig:
     blocks = [re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv2\.weight", key) for key in tensors]
     levels = sorted({int(match[1]) for match in blocks if match})
     widths = [tensors[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in levels]
+    num_res_blocks = 1 + max(int(match[2]) for match in blocks if match)
+    if num_res_blocks > len(tensors):
+        raise ValueError(f"these weights name a block {num_res_blocks - 1}, but there are only {len(tensors)} of them")
     return TextureConfig(
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),
-        num_res_blocks=1 + max(int(match[2]) for match in blocks if match),
+        num_res_blocks=num_res_blocks,
         latent_channels=tensors["post_quant_conv.weight"].shape[1],
     )
 
@@ -110,11 +115,12 @@ def texture_codec_from_ldm(tensors: Mapping[str, Tensor], source: object = "the 
 
     Raises ValueError where something is missing, unexpected or of another shape.
     """
-    config, renamed = config_of_ldm(tensors), from_ldm(tensors)
-    with torch.device("meta"):
-        codec = TextureCodec(config)
-    check_fit(codec.autoencoder.state_dict(), renamed, f"the weights of {source}")
-    codec.autoencoder.load_state_dict(renamed, assign=True)
+    with naming(source):
+        config, renamed = config_of_ldm(tensors), from_ldm(tensors)
+        with torch.device("meta"), float32_by_default():
+            codec = TextureCodec(config)
+        check_fit(codec.autoencoder.state_dict(), renamed, f"the weights of {source}")
+        codec.autoencoder.load_state_dict(renamed, assign=True)
     return codec.eval()
 
 
@@ -141,16 +147,16 @@ def load_codec(path: str | Path) -> Codec:
     No network attempt. Raises FileNotFoundError, or ValueError for damaged, diverged or foreign weights.
     """
     path = Path(path)
-    if folder := diffusers_directory(path):
-        codec = load_autoencoder(folder)
-    elif path.is_dir():
-        codec = codec_of_directory(path)
-    else:
-        tensors = (
-            read_safetensors(path)[0] if path.suffix == ".safetensors" else state_dict_of(read_torch_file(path))
-        )
-        require_finite(tensors, path)
-        codec = texture_codec_from_ldm(tensors, path)
+    with naming(path):
+        if folder := diffusers_directory(path):
+            codec = load_autoencoder(folder)
+        elif path.is_dir():
+            codec = codec_of_directory(path)
+        else:
+            safe = path.suffix == ".safetensors"
+            tensors = without_wrappers(read_safetensors(path)[0]) if safe else state_dict_of(read_torch_file(path))
+            require_finite(tensors, path)
+            codec = texture_codec_from_ldm(tensors, path)
     return codec.eval().requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ from harness.support import GOLDEN, load_golden_config
 
 from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SFDConfig, TransportConfig
 from sfd_fast.config.presets import PRESETS, RELEASED_NAMES, XL
-from sfd_fast.formats.released_config import model_config, read_config, read_yaml, to_released
+from sfd_fast.formats.released_config import model_config, read_config, read_settings, to_released
 from sfd_fast.formats.released_model import load_released
 from sfd_fast.models.dit import LightningDiT
 
@@ -250,10 +250,10 @@ def test_our_configuration_survives_the_way_to_a_released_file_and_back(config):
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.yaml does not exist"):
-        read_yaml(tmp_path / "gone.yaml")
+        read_settings(tmp_path / "gone.yaml")
     (tmp_path / "a.yaml").write_text("model: [")
-    with pytest.raises(ValueError, match="a.yaml is no YAML"):
-        read_yaml(tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match="a.yaml is no valid YAML"):
+        read_settings(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="b.yaml holds a list, not keys with values"):
-        read_yaml(tmp_path / "b.yaml")
+        read_settings(tmp_path / "b.yaml")
