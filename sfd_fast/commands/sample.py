@@ -103,6 +103,7 @@ def run_sample(config: SampleConfig) -> SampleResult:
     with occupied(out, ranks.rank, config.stall_s):
         generation = prepared(config, load_pipeline(config, ranks))
         if ranks.first:
+            say_untrained(generation.pipeline, config.labels)
             say_unused_guide(generation.pipeline, generation.guidance)
         generation.claim()
         start = time.monotonic()
@@ -118,10 +119,9 @@ def prepared(config: SampleConfig, pipeline: "SFDPipeline") -> "Generation":
     from sfd_fast.sampling.large_scale import Generation, balanced_labels
     from sfd_fast.sampling.output import SampleFiles
 
-    count = config.num_images or len(config.labels) or 64
-    labels, _, seed = pipeline.checked_inputs(
-        balanced_labels(count, config.labels or range(pipeline.config.num_classes)), None, config.seed
-    )
+    count, num_classes = config.num_images or len(config.labels) or 64, pipeline.config.num_classes
+    drawn = config.labels or pipeline.classes or range(num_classes)
+    labels, _, seed = pipeline.checked_inputs(balanced_labels(count, drawn), None, config.seed)
     files = SampleFiles(Path(config.out), config.format, count, pipeline.micro_batch_size)
     settings = pipeline.resolve(**config.settings)
     return Generation(pipeline, labels, seed, *settings, files, config.shuffle_seed, config.model)
@@ -182,6 +182,20 @@ def load_pipeline(config: SampleConfig, ranks: Ranks) -> "SFDPipeline":
     if config.micro_batch_size:
         options["micro_batch_size"] = config.micro_batch_size
     return SFDPipeline.from_pretrained(config.model, guide=config.guide or None, codec=config.codec or None, **options)
+
+
+def say_untrained(pipeline: "SFDPipeline", given: tuple[int, ...]) -> None:
+    """One line where the model has classes that its training never showed it."""
+    if pipeline.classes is None:
+        return
+    untrained = sorted(set(given) - set(pipeline.classes))
+    seen = f"the model was trained on {len(pipeline.classes)} of its {pipeline.config.num_classes} classes"
+    if untrained:
+        print(
+            f"{seen}: labels {', '.join(map(str, untrained[:5]))}{' ...' if untrained[5:] else ''} are not among them"
+        )
+    elif not given:
+        print(f"{seen}: images are drawn of these")
 
 
 def say_unused_guide(pipeline: "SFDPipeline", guidance: GuidanceConfig) -> None:

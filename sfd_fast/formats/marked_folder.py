@@ -1,6 +1,7 @@
 """Folders of models and pipelines: replaced in one step, never in place of a stranger's, every file with its digest.
 
-    FOLDER/sfd_fast.json   our mark: what the folder is, what we put there, and the size and SHA-256 of every file
+    FOLDER/sfd_fast.json   our mark: what the folder is, what we put there, and the size and SHA-256 of every file (but
+                           for pipeline.json, which has a digest inside)
 
 A folder inside that has a mark of its own (a pipeline's parts) is checked by that one.
 """
@@ -110,7 +111,9 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def mark_of(folder: Path, kind: str) -> str:
-    files = {str(p.relative_to(folder)): [p.stat().st_size, file_digest(p)] for p in files_of(folder)}
+    # pipeline.json has a digest of its own, of what we wrote into it: people add names of classes
+    paths = [path for path in files_of(folder) if path.name != PIPELINE]
+    files = {str(p.relative_to(folder)): [p.stat().st_size, file_digest(p)] for p in paths}
     content = {"format": 1, "kind": kind, "entries": sorted(os.listdir(folder)), "files": files}
     return json.dumps(content | {"digest": settings_digest(content)}, indent=1) + "\n"
 

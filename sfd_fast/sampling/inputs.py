@@ -46,6 +46,16 @@ def checked_inputs(
     return labels, ids, checked_seed(seed)
 
 
+def checked_classes(classes: Integers, num_classes: int) -> tuple[int, ...]:
+    """The classes that a model has seen, in order. Raises ValueError for what are no classes of it, and for none."""
+    found = sorted(set(whole_numbers(classes, "classes").tolist()))
+    require(
+        bool(found) and found[0] >= 0 and found[-1] < num_classes,
+        f"trained classes {str(found)[:60]} must be some of 0 to {num_classes - 1}",
+    )
+    return tuple(found)
+
+
 def checked_seed(seed: int) -> int:
     """The seed as a Python int, of any integer type. Raises ValueError for what is none, and out of range."""
     try:

@@ -5,7 +5,7 @@ depend on a sample's place or company in the batch, results of two sizes differ 
 Letters: B micro-batch, C channels, H height, W width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,6 @@ from sfd_fast.config import (
     SamplerConfig,
     SFDConfig,
     require,
-    to_dict,
     with_settings,
 )
 from sfd_fast.diffusion.statistics import LatentStatistics
@@ -30,9 +29,9 @@ from sfd_fast.files.tensors import require_finite
 from sfd_fast.models.texture import to_uint8
 from sfd_fast.sampling.frames import Frame, spread
 from sfd_fast.sampling.guidance import check_scales
-from sfd_fast.sampling.inputs import Integers, checked_inputs
+from sfd_fast.sampling.inputs import Integers, checked_classes, checked_inputs
 from sfd_fast.sampling.latents import LatentSampler, own_copy
-from sfd_fast.sampling.pipeline_folder import check_parts, load_parts, local_folder, save_parts
+from sfd_fast.sampling.pipeline_folder import PipelineSettings, check_parts, load_parts, local_folder, save_parts
 from sfd_fast.sampling.solvers import check_solver
 
 DEFAULT_MICRO_BATCH = 32
@@ -91,12 +90,14 @@ class SFDPipeline(LatentSampler):
         backend: Literal["eager", "compile", "cuda_graph"] = "eager",
         device: torch.device | str | None = None,
         training: SFDConfig | None = None,
+        classes: Sequence[int] | None = None,
         keep_memory: bool = True,
     ) -> None:
         """model, guide: LightningDiT; codec: TextureCodec or IdentityCodec; delta_t: of the model's training.
 
         sampler, guidance: defaults of every call. precision bf16 holds the networks' weights in bf16; the state stays
         fp32. device: default cuda where there is one. training: config of the model's training, saved along with it.
+        classes: those that the model has seen in training, where they are not all.
         keep_memory: on a CPU, freed memory stays in the process from now on (allocator.py), which spares page faults.
         The given networks and codec stay as they are; the pipeline's copies share their weights where they can.
         Raises ValueError where the parts do not fit together or weights are not finite.
@@ -110,6 +111,7 @@ class SFDPipeline(LatentSampler):
         self.codec = own_copy(codec, self.device)
         self.statistics = statistics.to(self.device)
         self.micro_batch_size, self.training = micro_batch_size, training
+        self.classes = None if classes is None else checked_classes(classes, self.config.num_classes)
         self.sampler = sampler or SamplerConfig()
         self.guidance = guidance or GuidanceConfig()
 
@@ -188,6 +190,11 @@ class SFDPipeline(LatentSampler):
             guidance.mode != "autoguidance" or not guidance.active or self.guide is not None,
             "guidance mode 'autoguidance' needs a guide model, which this pipeline has not: load one with guide=... "
             "(`sfd sample --guide`), or use mode 'cfg' or 'none' (--guidance_mode)",
+        )
+        require(
+            guidance.mode != "cfg" or not guidance.active or self.config.class_dropout > 0,
+            "guidance mode 'cfg' needs a null class, and this model was trained without one (class_dropout 0): use "
+            "mode 'autoguidance' with a guide, or 'none' (--guidance_mode)",
         )
         check_scales(guidance, self.delta_t)
         return sampler, guidance
@@ -299,18 +306,16 @@ class SFDPipeline(LatentSampler):
         Raises ValueError where the weights have been cast to bf16, OSError where the place cannot be written.
         """
         require(self.precision == "fp32", "a pipeline in bf16 has lost bits of its weights: save the fp32 one")
-        save_parts(
-            Path(folder),
-            self.model,
-            self.guide,
-            self.codec,
-            self.statistics.to("cpu"),
-            self.training,
-            delta_t=self.delta_t,
-            sampler=to_dict(self.sampler),
-            guidance=to_dict(self.guidance),
-            micro_batch_size=self.micro_batch_size,
+        settings = PipelineSettings(
+            self.delta_t,
+            self.micro_batch_size,
+            self.sampler,
+            self.guidance,
+            self.statistics.multiplier,
+            self.classes,
         )
+        statistics = self.statistics.to("cpu")
+        save_parts(Path(folder), self.model, self.guide, self.codec, statistics, self.training, settings)
 
 
 def _padded(values: Tensor, size: int) -> Tensor:

@@ -2,21 +2,39 @@
 
 import contextlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from torch import nn
 
-from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SFDConfig, from_dict, require
+from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SFDConfig, from_dict, require, to_dict
+from sfd_fast.config.checks import Count, NotNegative, Positive, Settings
 from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.files.digest import settings_digest
+from sfd_fast.files.documents import read_json
 from sfd_fast.files.messages import first_line
-from sfd_fast.formats.marked_folder import check_files, replace_marked
-from sfd_fast.formats.model_folder import read_config, read_statistics, save_model
+from sfd_fast.formats.marked_folder import PIPELINE as INDEX
+from sfd_fast.formats.marked_folder import WEIGHTS, check_files, replace_marked
+from sfd_fast.formats.model_folder import read_config, read_description, read_statistics, save_model
 from sfd_fast.formats.released_model import load_model
 from sfd_fast.formats.texture import load_codec, save_codec
 
-INDEX = "pipeline.json"
-"""marks a folder as a pipeline and holds its settings"""
+RUN_MODEL, CHECKPOINTS, CHECKPOINT_STATE = "model", "checkpoints", "state.json"
+"""parts of a run directory, which stands for its model"""
+DIGEST = "digest"
+
+
+@dataclass(frozen=True)
+class PipelineSettings(Settings):
+    """What pipeline.json holds; it marks a folder as a pipeline. People may add other keys."""
+
+    delta_t: NotNegative
+    micro_batch_size: Count
+    sampler: SamplerConfig
+    guidance: GuidanceConfig
+    latent_multiplier: Positive
+    classes: tuple[int, ...] | None = None
+    """those that the model has seen in training; None: all"""
 
 
 def save_parts(
@@ -26,9 +44,9 @@ def save_parts(
     codec: nn.Module,
     statistics: LatentStatistics,
     training: SFDConfig | None,
-    **settings,
+    settings: PipelineSettings,
 ) -> None:
-    """Writes a pipeline's folder, in one step; settings (plain data) go into pipeline.json.
+    """Writes a pipeline's folder, in one step.
 
     Raises ValueError where something that is not ours lies there, OSError where the place cannot be written.
     """
@@ -40,17 +58,37 @@ def save_parts(
         save_codec(temporary / "texture_codec", codec)
         (temporary / "statistics").mkdir()
         statistics.save(temporary / "statistics")
-        text = json.dumps(settings | {"latent_multiplier": statistics.multiplier}, indent=1) + "\n"
+        content = to_dict(settings)
+        text = json.dumps(content | {DIGEST: settings_digest(content)}, indent=1) + "\n"
         (temporary / INDEX).write_text(text)
 
     replace_marked(folder, "pipeline", write)
 
 
+def read_settings(path: Path) -> PipelineSettings:
+    """The settings in a pipeline.json. Raises ValueError of one line with the file's name where it is damaged."""
+    content = read_json(path)
+    ours = {field.name: content[field.name] for field in fields(PipelineSettings) if field.name in content}
+    try:
+        settings = from_dict(PipelineSettings, ours)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    require(
+        content.get(DIGEST, settings_digest(ours)) == settings_digest(ours),
+        f"{path} is damaged or was edited: its settings are not those that were written; copy it again, or remove its "
+        f"'{DIGEST}' to use them as they are",
+    )
+    return settings
+
+
 def local_folder(source: str | Path) -> Path:
-    """The folder itself, or a download of that name from the Hugging Face hub; FileNotFoundError where neither is."""
+    """The folder of a pipeline or a network that `source` names, be it a run directory, or on the Hugging Face hub.
+
+    Raises FileNotFoundError where nothing is found, ValueError for what is no model.
+    """
     path = Path(source)
     if path.exists():
-        return path
+        return folder_of_model(path)
     if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
         raise FileNotFoundError(f"model folder {source} does not exist")
     from huggingface_hub import snapshot_download
@@ -64,6 +102,20 @@ def local_folder(source: str | Path) -> Path:
         ) from error
 
 
+def folder_of_model(path: Path) -> Path:
+    """A pipeline's or network's folder, or the one in a run directory. Raises ValueError for anything else."""
+    for folder in (path, path / RUN_MODEL):
+        if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():
+            return folder
+    if path.is_file():
+        what, mend = "a file", f"make a folder of a released one: sfd convert --source {path} --target FOLDER"
+    elif (path / CHECKPOINT_STATE).is_file() or (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS:
+        what, mend = "a training checkpoint", f"make a model of it: sfd convert --source {path} --target FOLDER"
+    else:
+        what, mend = "no model", f"a pipeline has {INDEX}, a network {WEIGHTS}, a run directory {RUN_MODEL}/{WEIGHTS}"
+    raise ValueError(f"{path} is {what}, not the folder of a pipeline or a network: {mend}")
+
+
 def load_parts(
     folder: Path, guide: str | Path | None, codec: str | Path | nn.Module | None, statistics: LatentStatistics | None
 ) -> dict:
@@ -71,11 +123,10 @@ def load_parts(
     parts: dict = {}
     if (folder / INDEX).is_file():
         check_files(folder)
-        index = json.loads((folder / INDEX).read_text())
-        parts["delta_t"], parts["micro_batch_size"] = index["delta_t"], index["micro_batch_size"]
-        parts["sampler"] = from_dict(SamplerConfig, index["sampler"])
-        parts["guidance"] = from_dict(GuidanceConfig, index["guidance"])
-        statistics = statistics or LatentStatistics.load(folder / "statistics", index["latent_multiplier"])
+        settings = read_settings(folder / INDEX)
+        for name in ("delta_t", "micro_batch_size", "sampler", "guidance", "classes"):
+            parts[name] = getattr(settings, name)
+        statistics = statistics or LatentStatistics.load(folder / "statistics", settings.latent_multiplier)
         model_folder = folder / "transformer"
         guide = guide or ((folder / "guide") if (folder / "guide").is_dir() else None)
         codec = codec or folder / "texture_codec"
@@ -84,11 +135,14 @@ def load_parts(
     else:
         model_folder = folder
         parts["training"] = training = read_config(model_folder)
-        parts["delta_t"] = training.transport.delta_t
+        card = read_description(model_folder)[1].get("card", {})
+        parts["delta_t"], parts["classes"] = training.transport.delta_t, card.get("classes")
         # The released grid stays on request: its dopri5 lets an image depend on its batch (docs/METHOD.md 5).
         parts["sampler"], parts["guidance"] = replace(training.sampler, grid="exact"), training.guidance
         statistics = statistics or read_statistics(model_folder)
         codec = codec or training.data.texture_codec or None
+    if guide is not None and Path(guide).is_dir():
+        guide = folder_of_model(Path(guide))
     require(
         statistics is not None,
         f"{folder} holds no statistics of its latents: give those of the training cache as statistics="

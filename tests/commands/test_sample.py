@@ -584,3 +584,15 @@ def test_contradictory_rank_is_an_error(model, tmp_path, monkeypatch):
 def test_bad_options_are_errors_at_once(changes, message):
     with pytest.raises(ValueError, match=message):
         SampleConfig(**changes)
+
+
+def test_balanced_labels_are_of_the_classes_that_training_saw(model, tmp_path, capsys):
+    pipeline = SFDPipeline.from_pretrained(model, device="cpu")
+    pipeline.classes = (1, 3)
+    pipeline.save_pretrained(tmp_path / "some")
+    run_sample(settings(tmp_path / "some", tmp_path / "out", num_images=4, format="png"))
+    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [1, 3, 1, 3]
+    assert "the model was trained on 2 of its 5 classes: images are drawn of these" in capsys.readouterr().out
+    run_sample(settings(tmp_path / "some", tmp_path / "given", num_images=0, labels=(0, 3), format="png"))
+    assert np.load(tmp_path / "given" / "labels.npy").tolist() == [0, 3]
+    assert "trained on 2 of its 5 classes: labels 0 are not among them" in capsys.readouterr().out

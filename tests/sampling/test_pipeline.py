@@ -104,7 +104,7 @@ def test_repa_head_never_runs():
 def test_saved_pipeline_gives_the_same_bits(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "saved")
     assert {p.name for p in (tmp_path / "saved").iterdir()} == {
-        "pipeline.json", "transformer", "guide", "texture_codec", "statistics",
+        "pipeline.json", "transformer", "guide", "texture_codec", "statistics", "sfd_fast.json",
     }  # fmt: skip
     loaded = SFDPipeline.from_pretrained(tmp_path / "saved", device="cpu")
     assert loaded.sampler == pipeline.sampler
@@ -278,8 +278,10 @@ def test_parts_that_do_not_fit_together_are_an_error(options, message):
 def test_statistics_of_another_data_set_are_an_error(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "saved")
     other = LatentStatistics(STATISTICS.texture_mean + 1e-4, STATISTICS.texture_std, torch.zeros(2), torch.ones(2))
-    other.save(tmp_path / "saved" / "statistics")
     with pytest.raises(ValueError, match="statistics of another data set: .* the model in .* was trained on latents"):
+        SFDPipeline.from_pretrained(tmp_path / "saved", statistics=other)
+    other.save(tmp_path / "saved" / "statistics")
+    with pytest.raises(ValueError, match="latents_stats.pt is damaged: its SHA-256 is another"):
         SFDPipeline.from_pretrained(tmp_path / "saved")
 
 
