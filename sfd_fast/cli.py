@@ -5,18 +5,17 @@ import difflib
 import importlib
 import logging
 import os
-import re
 import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
 
 from sfd_fast import __version__
-from sfd_fast.config import require
-from sfd_fast.config.checks import annotations, unmarked
+from sfd_fast.config import from_dict, require, to_dict
+from sfd_fast.config.checks import grouped, merged
+from sfd_fast.config.command_line import flags, from_text, help_text, read_file, read_words
 from sfd_fast.config.presets import ENCODE_DEFAULTS, FEATURES_DEFAULTS, MODEL_DEFAULTS
 from sfd_fast.config.recipes import RECIPES, recipe
 
@@ -94,49 +93,6 @@ COMMANDS: dict[str, Command] = {
 }  # fmt: skip
 
 
-class Parser(ArgumentParser):
-    """Errors are one line that names the nearest valid option."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        keys = [a.dest for a in self._actions if a.dest not in ("help", "config", "print_config")]
-        mistyped = unknown_key(message)
-        near = None if mistyped is None else nearest_key(mistyped, keys)
-        if near:
-            message += f"\n  did you mean '{near}'?"
-        sys.stderr.write(f"{self.prog}: error: {message}\n  all options: {self.prog} --help\n")
-        raise SystemExit(2)
-
-
-def unknown_key(message: str) -> str | None:
-    """The key that jsonargparse does not know, read from its message; None where it complains about something else."""
-    for pattern in (
-        r"unrecognized arguments: --([\w.-]+)",
-        r"Group '(?P<group>[\w.]+)' does not accept option '([\w.-]+)'",
-        r"Option '([\w.-]+)' is not accepted",
-    ):
-        found = re.search(pattern, message)
-        if found:
-            group = found.groupdict().get("group")
-            key = found[found.re.groups].replace("-", "_")
-            return f"{group}.{key}" if group else key
-    return None
-
-
-def nearest_key(name: str, keys: list[str]) -> str | None:
-    """The valid key closest to a mistyped one: by its full path, then by its last word, then whatever is least far."""
-    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
-    if close:
-        return close[0]
-    last = {key.rsplit(".", 1)[-1]: key for key in keys}
-    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)
-    if close:
-        return last[close[0]]
-    group = name.rpartition(".")[0]
-    within = [key for key in keys if group and key.startswith(f"{group}.")]
-    close = difflib.get_close_matches(name, within or keys, n=1, cutoff=0.0)
-    return close[0] if close else None
-
-
 def load(path: str) -> Any:
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
@@ -152,111 +108,60 @@ def usage() -> str:
     )
 
 
-def chosen(option: str, argv: list[str]) -> str | None:
-    """What the command line names as --preset or --recipe, or else the last configuration file that names one."""
-    name = None
-    for i, word in enumerate(argv):
-        key, _, value = word.partition("=")
-        value = value or (argv[i + 1] if i + 1 < len(argv) else "")
-        if key == f"--{option}":
-            return value
-        if key == "--config" and os.path.isfile(value):
-            with open(value) as file:
-                try:
-                    content = yaml.safe_load(file)
-                except yaml.YAMLError as error:
-                    raise ValueError(f"{value} is no valid YAML: {' '.join(str(error).split())}") from None
-            if isinstance(content, dict):
-                name = content.get(option, name)
-    return name
+def parse(name: str, argv: list[str]) -> Any:
+    """The configuration object of command `name` from its command line: flags above files, files above a preset.
 
-
-def build_parser(name: str, argv: list[str]) -> Parser:
-    """The parser of one command; a preset and its recipe become the defaults, below files and flags."""
+    Raises ValueError or OSError for what is wrong with it; SystemExit(0) after --help and --print-config.
+    """
     command = COMMANDS[name]
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     kind = load(command.config)
-    short = ", ".join(f"--{word.replace('_', '-')} (--{full})" for word, full in command.short.items())
-    parser = Parser(prog=f"sfd {name}", description=command.summary + (f". Short flags: {short}" if short else ""))
-    parser.add_argument("--config", action="config", help="YAML file; repeatable, later files and flags win")
-    parser.add_class_arguments(kind)
+    settings = flags(kind)
+    own = {"help": bool, "print_config": bool, "config": str}
+    own |= ({"preset": str} if command.presets else {}) | ({"recipe": str} if command.recipes else {})
+    argv = ["--help" if word == "-h" else word for word in argv]
+    pairs = read_words(argv, own | settings, short=command.short, positional=command.positional)
+    words = dict(pairs)
+    if words.get("help") == "true":
+        print(command_help(name, kind), end="")
+        raise SystemExit(0)
+    files = [read_file(path, own | settings) for key, path in pairs if key == "config"]
+    named = {key: value for file in files for key, value in file.items() if key in ("preset", "recipe")} | words
+    tree: dict[str, Any] = {}
+    given = {key: from_text(text, settings[key]) for key, text in pairs if key in settings}
+    for layer in (defaults(command, named.get("preset"), named.get("recipe")), *files, given):
+        tree = merged(tree, grouped({key: value for key, value in layer.items() if key not in own}))
+    config = from_dict(kind, tree)
+    if words.get("print_config") == "true":
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        raise SystemExit(0)
+    return config
+
+
+def defaults(command: Command, preset: str | None, row: str | None) -> dict[str, Any]:
+    """What a preset and its recipe fill in, below files and flags."""
+    require(row is None or preset is not None, f"--recipe {row} needs --preset: a recipe is a row of a preset")
+    if preset is None:
+        return {}
+    names = ", ".join(command.presets)
+    require(preset in command.presets, f"unknown preset '{preset}'; presets: {names}")
+    return command.presets[preset] | (recipe(preset, row).settings() if command.recipes else {})
+
+
+def command_help(name: str, kind: type) -> str:
+    """The page of one command: what stands above its settings, and its settings."""
+    command = COMMANDS[name]
+    lines = [f"usage: sfd {name} [--config FILE.yaml ...] [--key value ...]\n", f"{command.summary}\n"]
+    if command.short:
+        short = ", ".join(f"--{word.replace('_', '-')} (--{full})" for word, full in command.short.items())
+        lines.append(f"short flags: {short}\n")
+    lines.append("  --config FILE\n        YAML file; repeatable, later files win, and flags win over files")
+    lines.append("  --print-config\n        show the configuration that would run, as YAML for --config")
     if command.presets:
-        names = ", ".join(command.presets)
-        parser.add_argument("--preset", type=str, default=None, help=f"defaults below files and flags: {names}")
-        preset = chosen("preset", argv)
-        if preset is not None:
-            require(preset in command.presets, f"unknown preset '{preset}'; presets: {names}")
-            parser.set_defaults(command.presets[preset])
+        lines.append(f"  --preset NAME\n        defaults below files and flags: {', '.join(command.presets)}")
     if command.recipes:
         rows = ", ".join(f"{owner} {row}" for owner, row in RECIPES)
-        parser.add_argument("--recipe", type=str, default=None, help=f"hyper-parameters of the preset: {rows}")
-        row = chosen("recipe", argv)
-        require(row is None or preset is not None, f"--recipe {row} needs --preset: a recipe is a row of a preset")
-        if preset is not None:
-            parser.set_defaults(recipe(preset, row).settings())
-    return parser
-
-
-def parse(name: str, argv: list[str]) -> Any:
-    """The configuration object of command `name` from its command line."""
-    command = COMMANDS[name]
-    switches = bool_keys(load(command.config))
-    argv = [in_full(normalized(word), command.short) for word in argv]
-    if command.positional:
-        argv = with_positional(argv, command.positional, switches)
-    argv = with_values(argv, switches)
-    parser = build_parser(name, argv)
-    values = parser.parse_args(argv)
-    for key in ("config", "preset", "recipe"):
-        values.pop(key, None)
-    return load(command.config)(**vars(parser.instantiate(values)))
-
-
-def normalized(word: str) -> str:
-    """--max-steps is --max_steps; values are left alone."""
-    if not word.startswith("--"):
-        return word
-    key, equals, value = word[2:].partition("=")
-    return "--" + key.replace("-", "_") + equals + value
-
-
-def in_full(word: str, short: dict[str, str]) -> str:
-    """--init_from is --train.init_from, where the command has such a short name."""
-    key, equals, value = word.removeprefix("--").partition("=")
-    return f"--{short[key]}{equals}{value}" if word.startswith("--") and key in short else word
-
-
-def bool_keys(kind: type, prefix: str = "") -> set[str]:
-    """Paths of the true-or-false fields of a dataclass tree."""
-    keys = set()
-    for name, annotation in annotations(kind).items():
-        held = unmarked(annotation)[0]
-        if dataclasses.is_dataclass(held):
-            keys |= bool_keys(held, f"{prefix}{name}.")
-        elif held is bool:
-            keys.add(prefix + name)
-    return keys
-
-
-def with_positional(argv: list[str], option: str, switches: set[str]) -> list[str]:
-    """The first word that is neither a flag nor the value of one becomes the value of `option`."""
-    for i, word in enumerate(argv):
-        before = argv[i - 1] if i else ""
-        is_value = before.startswith("--") and "=" not in before
-        if is_value and before[2:] in switches:
-            is_value = word.lower() in ("true", "false", "yes", "no")
-        if not word.startswith("-") and not is_value:
-            return [*argv[:i], f"--{option}={word}", *argv[i + 1 :]]
-    return argv
-
-
-def with_values(argv: list[str], switches: set[str]) -> list[str]:
-    """A switch without a value (--show_stages) means true."""
-    following = [*argv[1:], "--"]
-    return [
-        f"{word}=true" if word[2:] in switches and word[:2] == after[:2] == "--" else word
-        for word, after in zip(argv, following)
-    ]
+        lines.append(f"  --recipe NAME\n        hyper-parameters of the preset: {rows}")
+    return "\n".join([*lines, help_text(kind)]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -265,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     # launchers put --local_rank before the command's own flags
-    argv = [word for word in argv if not word.startswith("--local_rank=")]
+    argv = [word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return
@@ -287,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("SFD_TRACEBACK") == "1":
             raise
-        sys.stderr.write(f"sfd {name}: error: {error}\n")
+        sys.stderr.write(f"sfd {name}: error: {' '.join(str(error).splitlines())}\n")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         sys.stderr.write(f"sfd {name}: interrupted\n")

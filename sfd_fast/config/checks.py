@@ -214,7 +214,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
     ValueError for an unknown key, which names the nearest valid one, and for a value that does not fit.
     """
-    return built(kind, None, values, kind.section)
+    return built(kind, None, values, getattr(kind, "section", ""))
 
 
 def overlaid(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -222,7 +222,7 @@ def overlaid(config: Config, changes: Mapping[str, Any]) -> Config:
 
     Raises ValueError as from_dict.
     """
-    return built(type(config), config, grouped(changes), config.section)
+    return built(type(config), config, grouped(changes), getattr(config, "section", ""))
 
 
 def grouped(changes: Mapping[str, Any]) -> dict[str, Any]:

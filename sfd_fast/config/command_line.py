@@ -1,0 +1,176 @@
+"""A command line as settings: every field of a dataclass tree is a flag (--train.seed 5) and a key of YAML files."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from sfd_fast.config.checks import annotations, checked, default, flatten, unmarked
+from sfd_fast.files.yaml_text import parse_yaml, read_yaml
+
+TRUTH = {"true": True, "yes": True, "false": False, "no": False}
+
+
+def flags(kind: type, prefix: str = "") -> dict[str, Any]:
+    """{full key: annotation} of every field of a dataclass tree; groups too, before their fields."""
+    found = {}
+    for name, annotation in annotations(kind).items():
+        found[prefix + name] = annotation
+        nested = unmarked(annotation)[0]
+        if dataclasses.is_dataclass(nested):
+            found |= flags(nested, f"{prefix}{name}.")
+    return found
+
+
+def read_words(
+    words: Sequence[str], known: Mapping[str, Any], *, short: Mapping[str, str], positional: str = ""
+) -> list[tuple[str, str]]:
+    """(key, text) of every flag: --key text, --key=text, a switch alone; - in a key is _.
+
+    short: {short name: full key}. positional: the key that a word without a flag gives.
+    Raises ValueError for an unknown flag, which names the nearest, for a missing value and for a word too many.
+    """
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") and positional:
+            pairs.append((positional, word))
+            positional = ""
+            continue
+        if not word.startswith("--") or word == "--":
+            raise ValueError(f"unrecognized arguments: {word}; a setting is given as --name value")
+        name, equals, text = word[2:].partition("=")
+        key = name.replace("-", "_")
+        key = short.get(key, key)
+        if key not in known:
+            raise ValueError(unknown(key, known))
+        if not equals:
+            switch = unmarked(known[key])[0] is bool
+            if rest and (rest[0].lower() in TRUTH if switch else not rest[0].startswith("--")):
+                text = rest.pop(0)
+            elif switch:
+                text = "true"
+            else:
+                raise ValueError(f"--{name} needs a value")
+        pairs.append((key, text))
+    return pairs
+
+
+def unknown(key: str, known: Mapping[str, Any]) -> str:
+    """What to say of a key that is not there."""
+    near = nearest_key(key, [name for name in known if not dataclasses.is_dataclass(unmarked(known[name])[0])])
+    return f"unknown setting '{key}'" + (f"; did you mean '{near}'?" if near else "")
+
+
+def nearest_key(name: str, keys: Sequence[str]) -> str | None:
+    """The valid key closest to a mistyped one: by its full path, then by its last word, then whatever is least far."""
+    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    last = {key.rsplit(".", 1)[-1]: key for key in keys}
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)
+    if close:
+        return last[close[0]]
+    group = name.rpartition(".")[0]
+    within = [key for key in keys if group and key.startswith(f"{group}.")]
+    close = difflib.get_close_matches(name, within or keys, n=1, cutoff=0.0)
+    return close[0] if close else None
+
+
+def from_text(text: str, annotation: Any) -> Any:
+    """The value that a word of the command line stands for; what fits nothing is left for the check to refuse."""
+    kind = unmarked(annotation)[0]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if types.NoneType in arguments and text.lower() in ("null", "none"):
+            literal = [choice for part in arguments for choice in literals(part)]
+            return text if text in literal else None
+        kinds = [part for part in arguments if part is not types.NoneType]
+        return text if str in kinds else from_text(text, kinds[0])
+    if origin is Literal:
+        return next((choice for choice in arguments if str(choice) == text), text)
+    if origin is tuple:
+        entries = text.strip("[]() ").replace(",", " ").split()
+        kinds = [arguments[0]] * len(entries) if arguments[-1] is ... else arguments
+        return tuple(from_text(entry.strip("'\""), part) for entry, part in zip(entries, kinds, strict=False))
+    if dataclasses.is_dataclass(kind):
+        return parse_yaml(text, "the group")
+    if kind is bool:
+        return TRUTH.get(text.lower(), text)
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+    return text
+
+
+def literals(kind: Any) -> tuple:
+    kind = unmarked(kind)[0]
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def read_file(path: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a YAML file. Raises ValueError that names the file for an unknown key or a value that does not
+    fit, OSError where it cannot be read.
+    """
+    content = read_yaml(path)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold settings as `name: value`")
+    for key, value in flatten(content).items():
+        if key not in known:
+            raise ValueError(f"{path}: {unknown(key, known)}")
+        if not dataclasses.is_dataclass(unmarked(known[key])[0]):
+            checked(value, known[key], f"{path}: {key}")
+    return content
+
+
+def help_text(kind: type, *, prefix: str = "") -> str:
+    """Every flag with what it may hold, its default and its docstring, group by group."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    docs, lines, groups = field_docs(kind), [], []
+    for name, annotation in annotations(kind).items():
+        nested = unmarked(annotation)[0]
+        if dataclasses.is_dataclass(nested):
+            title = inspect.cleandoc(nested.__doc__ or "").splitlines()[0]
+            groups += ["", f"{title} --{prefix}{name}.*", help_text(nested, prefix=f"{prefix}{name}.")]
+            continue
+        value = default(kind, name)
+        shown = "" if value is None or value in ("", ()) else f" (default: {value})"
+        lines.append(f"  --{prefix}{name} {placeholder(nested)}{shown}")
+        lines += textwrap.wrap(docs.get(name, ""), width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join([*lines, *groups])
+
+
+def placeholder(kind: Any) -> str:
+    """What stands for a value in the help."""
+    kind = unmarked(kind)[0]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "{" + ",".join(map(str, arguments)) + "}"
+    if origin in (typing.Union, types.UnionType):
+        return placeholder(next(part for part in arguments if part is not types.NoneType))
+    if origin is tuple:
+        return f"{placeholder(arguments[0])},..."
+    return {bool: "{true,false}", int: "INTEGER", float: "NUMBER", str: "TEXT"}.get(kind, "VALUE")
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, those that it inherits too."""
+    docs = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+            for field, after in zip(body, body[1:]):
+                text = after.value if isinstance(after, ast.Expr) else None
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    docs[field.target.id] = " ".join(text.value.split())
+    return docs
