@@ -14,7 +14,7 @@ import torch
 import sfd_fast
 
 PACKAGES = (
-    "torch", "triton", "numpy", "safetensors", "diffusers", "transformers", "torchdiffeq", "jsonargparse",
+    "torch", "triton", "numpy", "safetensors", "diffusers", "transformers", "torchdiffeq", "pyyaml",
     "scikit-learn", "tensorboard", "deepspeed", "nvidia-dali-cuda120", "flash-attn", "flash-attn-4", "xformers",
 )  # fmt: skip
 

@@ -5,10 +5,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from sfd_fast.evaluation.evaluator import Evaluator, EvaluatorConfig
-from sfd_fast.evaluation.images import open_images
+from sfd_fast.config import require
+from sfd_fast.config.checks import Count, FilePath
+from sfd_fast.config.evaluation import EvaluatorConfig
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.ranks import Ranks
 
@@ -30,10 +29,10 @@ MEANINGS = {
 class EvaluateConfig(EvaluatorConfig):
     """Options of `sfd evaluate`."""
 
-    samples: str
-    """npz with arr_0 (N, H, W, 3) uint8, or a folder of images"""
-    output: str = "metrics.json"
-    num_images: int | None = None
+    samples: FilePath
+    """npz with arr_0 (N, H, W, 3) uint8, a folder of images, or the folder that `sfd sample` wrote"""
+    output: FilePath = "metrics.json"
+    num_images: Count | None = None
     """only the first of them (a folder is in a fixed random order)"""
 
 
@@ -45,17 +44,22 @@ def run_evaluate(config: EvaluateConfig) -> dict:
     ValueError for anything wrong with the images, the reference or the weights, OSError for an output that cannot be
     written, before anything is computed.
     """
+    import torch
+
+    from sfd_fast.evaluation.evaluator import Evaluator
+    from sfd_fast.evaluation.images import open_images
+
     ranks = Ranks.join()
     ranks.on_first(lambda: check_writable(Path(config.output)))
     if ranks.world_size > 1:
         ranks.device(config.device)
     samples = open_images(config.samples, num_workers=config.num_workers)
     num_images = samples.num_images if config.num_images is None else config.num_images
-    if not 2 <= num_images <= samples.num_images:
-        raise ValueError(
-            f"{config.samples} has {samples.num_images} images, of which {num_images} are to be used: at least 2 are "
-            "needed"
-        )
+    require(
+        2 <= num_images <= samples.num_images,
+        f"{config.samples} has {samples.num_images} images, of which {num_images} are to be used: at least 2 are "
+        "needed",
+    )
     evaluator = Evaluator(config)
     evaluator.feed(samples, evaluator.update, label="samples", stop=num_images)
     metrics = evaluator.compute()

@@ -77,7 +77,6 @@ def require_positive(config: object, *names: str) -> None:
         require(value > 0, f"{name} {value} must be greater than 0")
 
 
-@dataclasses.dataclass(frozen=True)
 class Settings:
     """Base of every dataclass of settings: construction checks each field by its annotation.
 

@@ -1,9 +1,10 @@
 """How a run is watched and kept: nothing here changes what is computed, so all of it may change when a run goes on."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from sfd_fast.config.checks import Count, FilePath, Natural, NotNegative, Positive, Range, Settings, require
+from sfd_fast.config.evaluation import FeatureKind
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class RunConfig(Settings, section="run", may_change=True):
     """images drawn for it, with the averaged weights, the classes in turn; FID falls as they grow: 50,000 are usual"""
     eval_reference: FilePath = ""
     """npz with images or statistics, or a folder of images"""
-    eval_features: Literal["inception", "dinov2", "digits"] = "inception"
+    eval_features: FeatureKind = "inception"
     eval_weights: FilePath = ""
     """of the features; empty: their default place (see `sfd evaluate --weights`)"""
     checkpoint_every: Count = 5_000

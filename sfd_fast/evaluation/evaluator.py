@@ -4,86 +4,24 @@ Shapes: B batch, N reference images, M samples, F features, H height, W width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sfd_fast.config.evaluation import EvaluatorConfig, Metric
 from sfd_fast.evaluation.collect import Collected
-from sfd_fast.evaluation.features import FEATURE_KINDS, build_extractor, check_images, full_precision
+from sfd_fast.evaluation.features import build_extractor, check_images, full_precision
 from sfd_fast.evaluation.images import ImageSet, open_images, read_ahead
 from sfd_fast.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from sfd_fast.evaluation.statistics import Statistics, StoredStatistics, load_statistics, save_statistics
 from sfd_fast.ranks import Ranks
 
-METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
+METRICS = get_args(Metric)
 NEED_REFERENCE_IMAGES = ("precision", "recall", "kid")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluatorConfig:
-    """What to compare with and how.
-
-    Defaults from OpenAI's guided-diffusion evaluator (evaluator.py); KID's from torch-fidelity.
-    """
-
-    reference: str
-    """npz with images (arr_0) and/or statistics (mu, sigma, mu_s, sigma_s), or a folder of images"""
-    features: Literal["inception", "dinov2", "digits"] = "inception"
-    """inception; dinov2: FD-DINOv2; digits: 8 x 8 pixels of small images, no weights needed"""
-    weights: str | None = None
-    """inception: file, or "download" (default: torch.hub's cache); dinov2: folder or hub name"""
-    metrics: tuple[str, ...] = ()
-    """of fid, sfid, inception_score, precision, recall, kid; empty: all that features and reference allow"""
-    batch_size: int = 64
-    num_workers: int = 4
-    """threads that decode the images of a folder"""
-    device: str = "auto"
-    """auto: this process's GPU where there is one, else the CPU"""
-    split_size: int = 5000
-    """images per split of the Inception Score"""
-    num_neighbors: int = 3
-    """k of precision and recall"""
-    num_reference: int = 10_000
-    """reference images for precision, recall and KID; OpenAI's batches hold 10,000. Samples are used all"""
-    distance_precision: Literal["auto", "float16", "float32"] = "auto"
-    """of precision and recall; float16: as the evaluator's TensorFlow graph rounds, whose figures are the published
-    ones; auto: that for inception, float32 for the others"""
-    kid_num_subsets: int = 100
-    kid_subset_size: int = 1000
-    seed: int = 0
-    """of KID's subsets"""
-    save_statistics: str | None = None
-    """where to write the reference's statistics, to be given as reference later"""
-    allow_size_mismatch: bool = False
-    """compare although samples and reference differ in height or width"""
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", tuple(self.metrics))  # a JSON or YAML file gives a list
-        if self.features not in FEATURE_KINDS:
-            raise ValueError(f"features {self.features!r} are unknown: {', '.join(FEATURE_KINDS)}")
-        unknown = [name for name in self.metrics if name not in METRICS]
-        if unknown:
-            raise ValueError(f"metrics {', '.join(unknown)} are unknown: {', '.join(METRICS)}")
-        if self.distance_precision not in ("auto", "float16", "float32"):
-            raise ValueError(f"distance_precision {self.distance_precision!r} is unknown: auto, float16 or float32")
-        counts = (
-            "batch_size",
-            "num_workers",
-            "split_size",
-            "num_neighbors",
-            "num_reference",
-            "kid_num_subsets",
-            "kid_subset_size",
-        )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
 
 
 class Evaluator:

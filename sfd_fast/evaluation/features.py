@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfd_fast.config.checks import one_of
+from sfd_fast.config.evaluation import FeatureKind
 from sfd_fast.evaluation.inception import NUM_POOL_FEATURES, NUM_SPATIAL_FEATURES
 from sfd_fast.evaluation.weights import load_inception
 from sfd_fast.files.pretrained import load_pretrained
-
-FEATURE_KINDS = ("inception", "dinov2", "digits")
 
 
 class Features(NamedTuple):
@@ -169,8 +169,7 @@ class DigitsFeatures(FeatureExtractor):
 def build_extractor(kind: str, weights: str | None = None, *, device: torch.device | str = "cpu") -> FeatureExtractor:
     """The extractor named by `--features`. Raises ValueError for an unknown kind and where its weights cannot be
     had."""
-    if kind not in FEATURE_KINDS:
-        raise ValueError(f"features {kind!r} are unknown: {', '.join(FEATURE_KINDS)}")
+    one_of("features", kind, FeatureKind)
     if kind == "digits":
         if weights is not None:
             raise ValueError(f"digits features are pixels and take no weights; got --weights {weights}")

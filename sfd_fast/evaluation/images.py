@@ -17,6 +17,8 @@ from sfd_fast.files.ahead import ahead
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOLDER_ORDER_SEED = 0
+SAMPLE_RECORD = "run.json"
+"""what `sfd sample` leaves beside its images"""
 HOW_TO_WRITE = "write uint8 images of shape (N, H, W, 3) in [0, 255] with numpy.savez(path, arr_0=images)"
 
 
@@ -94,7 +96,11 @@ class FolderImages(ImageSet):
 
     def __init__(self, path: Path, num_workers: int):
         self.path, self.num_workers = path, num_workers
-        paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        paths = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not is_hidden(file.relative_to(path))
+        )
         if not paths:
             raise ValueError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}), not in its subfolders either")
         order = np.random.default_rng(FOLDER_ORDER_SEED).permutation(len(paths))
@@ -133,9 +139,19 @@ class FolderImages(ImageSet):
                 yield np.stack(list(pool.map(self._load, self.paths[first : min(first + batch_size, stop)])))
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a name on the path begins with a dot: macOS's ._*, .ipynb_checkpoints, unfinished writes."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def open_images(path: str | Path, *, num_workers: int = 4) -> ImageSet:
-    """The images of an npz file or a folder. Raises ValueError for anything else, saying what is wrong with it."""
+    """The images of an npz file, of a folder, or of a folder that `sfd sample` wrote (its grid is no sample).
+
+    Raises ValueError for anything else, saying what is wrong with it.
+    """
     path = Path(path)
+    if (path / SAMPLE_RECORD).is_file():
+        path = next((part for part in (path / "samples.npz", path / "images") if part.exists()), path)
     if path.is_dir():
         return FolderImages(path, num_workers)
     if not path.exists():

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-5
+"""of the largest entry: more than fp32 loses where a covariance was computed or stored in it"""
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -103,6 +106,14 @@ def save_statistics(path: str | Path, kind: str, pool: Statistics, spatial: Stat
         np.savez(file, kind=np.array(kind), num_images=np.array(pool.num_images or 0), **arrays)
 
 
+def is_covariance(matrix: Tensor) -> bool:
+    """Whether a matrix (F, F) fp64 is symmetric and positive semidefinite, up to the rounding of fp32."""
+    scale = matrix.abs().max()
+    if (matrix - matrix.T).abs().max() > ROUNDING * scale:
+        return False
+    return bool(torch.linalg.eigvalsh(matrix)[0] >= -ROUNDING * len(matrix) * scale) if len(matrix) else True
+
+
 def load_statistics(path: str | Path) -> StoredStatistics | None:
     """Statistics stored in an npz, or None where it holds none (images only).
 
@@ -133,7 +144,10 @@ def load_statistics(path: str | Path) -> StoredStatistics | None:
                 f"{path}: {mean} and {covariance} must be finite floating-point numbers ({mu.dtype}, {sigma.dtype} "
                 "given)"
             )
-        return Statistics(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), num_images or None)
+        made = Statistics(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), num_images or None)
+        if not is_covariance(made.covariance):
+            raise ValueError(f"{path}: {covariance} is no covariance: symmetric, no negative eigenvalues")
+        return made
 
     spatial = gaussian("mu_s", "sigma_s") if "mu_s" in arrays else None
     return StoredStatistics(str(arrays.get("kind", "")), gaussian("mu", "sigma"), spatial)

@@ -3,20 +3,10 @@
 Nothing runs on the devices in question.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from sfd_fast.config import (
-    DeepSpeedConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Precision,
-    Settings,
-    TrainConfig,
-    TrainingPrecision,
-    TransportConfig,
-    require,
-)
-from sfd_fast.config.checks import Count, Decay, NotNegative, one_of
+from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
+from sfd_fast.config.planning import PlanConfig
 from sfd_fast.planning.memory import GIB, MemoryParts, count_parameters, memory
 from sfd_fast.planning.time_bound import DEVICES, Bound, bound
 from sfd_fast.training.engines.deepspeed_json import generate
@@ -24,34 +14,6 @@ from sfd_fast.training.engines.deepspeed_json import generate
 RESERVE_GIB = 2.0
 RESERVE_SHARE = 0.05
 """what the driver, NCCL and fragmentation take: an allowance, not a measurement"""
-
-
-@dataclass(frozen=True)
-class PlanConfig(Settings):
-    """What to plan for."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    transport: TransportConfig = field(default_factory=TransportConfig)
-    gpus: Count = 8
-    """ranks"""
-    gpu: str = "h100-80g"
-    """one of the table in sfd_fast/planning/time_bound.py"""
-    global_batch_size: Count = 256
-    precision: TrainingPrecision = "parity"
-    residual: Precision = "fp32"
-    moments: Precision = "fp32"
-    extra_ema_decays: tuple[Decay, ...] = ()
-    """further averages, as optimizer.extra_ema_decays"""
-    memory_gib: NotNegative = 0.0
-    """memory of a rank; 0: the device's"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("gpu", self.gpu, DEVICES)
-        require(
-            self.global_batch_size % self.gpus == 0,
-            f"global_batch_size {self.global_batch_size} must be a multiple of the {self.gpus} gpus",
-        )
 
 
 @dataclass(frozen=True)

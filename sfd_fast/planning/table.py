@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from sfd_fast.config import ModelConfig, SFDConfig
+from sfd_fast.config.planning import PlanConfig
 from sfd_fast.config.presets import PRESETS
 from sfd_fast.planning.memory import GIB
-from sfd_fast.planning.plan import RESERVE_GIB, RESERVE_SHARE, CapacityPlan, Option, PlanConfig
+from sfd_fast.planning.plan import RESERVE_GIB, RESERVE_SHARE, CapacityPlan, Option
 from sfd_fast.planning.time_bound import BLOCK_BYTES_PER_CHANNEL, DEVICES
 
 

@@ -290,7 +290,7 @@ def test_whatever_fails_on_rank_0_fails_on_all(two):
 def test_an_output_that_cannot_be_written_is_an_error_at_once(config, tmp_path, output, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    monkeypatch.setattr(evaluate, "open_images", None)
+    monkeypatch.setattr("sfd_fast.evaluation.images.open_images", None)
     with pytest.raises(OSError, match=f"--output .*{output} cannot be written .*choose another file"):
         run_evaluate(replace(config, output=str(tmp_path / output)))
 
@@ -469,10 +469,10 @@ def test_updates_take_only_uint8_channels_last(config, images):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": "clip"}, "features 'clip' are unknown: inception, dinov2, digits"),
-        ({"metrics": ("fid", "lpips")}, "metrics lpips are unknown: fid, sfid"),
-        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
-        ({"distance_precision": "bfloat16"}, "distance_precision 'bfloat16' is unknown: auto, float16 or float32"),
+        ({"features": "clip"}, "features 'clip' is unknown; choose inception, dinov2 or digits"),
+        ({"metrics": ("fid", "lpips")}, r"metrics\[1\] 'lpips' is unknown; choose fid, sfid"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"distance_precision": "bfloat16"}, "'bfloat16' is unknown; choose auto, float16 or float32"),
     ],
 )
 def test_options_are_checked_at_once(config, change, message):
@@ -500,3 +500,21 @@ def test_reading_ahead_keeps_order_and_raises_the_readers_error_in_its_place():
     ahead = read_ahead(iter(range(1000)), depth=2)
     assert next(ahead) == 0
     ahead.close()  # the reader's thread ends although nobody takes the rest
+
+
+def test_a_folder_of_sfd_sample_is_its_npz_or_its_images(tmp_path):
+    """The grid beside them is no sample; what is hidden is no image, at any depth."""
+    images = digits(6, 1)
+    out = tmp_path / "samples"
+    (out / "images" / ".ipynb_checkpoints").mkdir(parents=True)
+    (out / "run.json").write_text("{}")
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(out / "images" / f"{i:06d}.png")
+    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(out / "grid.png")
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(out / "images" / "._000000.png")
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(out / "images" / ".ipynb_checkpoints" / "a.png")
+    found = open_images(out)
+    assert (found.num_images, found.path) == (6, out / "images")
+    assert sorted(path.name for path in found.paths) == [f"{i:06d}.png" for i in range(6)]
+    np.savez(out / "samples.npz", arr_0=images)
+    assert open_images(out).path == out / "samples.npz"

@@ -274,6 +274,8 @@ def test_statistics_of_pytorch_fid_are_read_without_a_spatial_part(tmp_path):
     [
         ({"mu": np.zeros(3)}, "holds mu but not sigma; it has mu"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu \(3,\) and sigma \(4, 4\) must be \(F,\) and \(F, F\)"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.2, 1.0]])}, "sigma is no covariance: symmetric"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2.0], [2.0, 1.0]])}, "no negative eigenvalues"),
         ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "must be finite floating-point numbers"),
         ({"mu": np.zeros(2, dtype=np.int64), "sigma": np.eye(2)}, r"floating-point numbers \(int64, float64 given\)"),
     ],

@@ -3,6 +3,7 @@
 import shlex
 import time
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from harness.deepspeed_ranks import FOOTPRINT_MODEL, peak_bytes, random_batch
 
 from sfd_fast import cli
 from sfd_fast.config import OptimizerConfig, TrainConfig, TransportConfig
+from sfd_fast.config.checks import annotations
+from sfd_fast.config.planning import PlanConfig
 from sfd_fast.config.presets import XL, XXL, S
 from sfd_fast.diffusion.transport import loss
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.planning import footprint
 from sfd_fast.planning.memory import GIB, count_parameters, memory
-from sfd_fast.planning.plan import RESERVE_GIB, RESERVE_SHARE, PlanConfig, micro_batches, plan
+from sfd_fast.planning.plan import RESERVE_GIB, RESERVE_SHARE, micro_batches, plan
 from sfd_fast.planning.table import format_plan, shown, train_flags
 from sfd_fast.planning.time_bound import DEVICES, bound
 from sfd_fast.training.engines.deepspeed_json import generate
@@ -242,6 +245,7 @@ def test_the_command_of_the_documentation_says_what_it_assumes_within_seconds(ca
     ("settings", "message"),
     [
         ({"gpu": "h100"}, "gpu 'h100' is unknown; choose a100-40g"),
+        ({"gpu": "h100-80"}, "did you mean 'h100-80g'"),
         ({"gpus": 0}, "gpus 0 must be at least 1"),
         ({"gpus": 7}, "global_batch_size 256 must be a multiple of the 7 gpus"),
     ],
@@ -249,3 +253,7 @@ def test_the_command_of_the_documentation_says_what_it_assumes_within_seconds(ca
 def test_impossible_plans_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PlanConfig(model=S, **settings)
+
+
+def test_the_gpus_to_choose_from_are_those_of_the_table():
+    assert get_args(annotations(PlanConfig)["gpu"]) == tuple(DEVICES)
