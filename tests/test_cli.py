@@ -1,12 +1,14 @@
 """The command line: every field a flag, files below flags, presets below files, mistakes in one line."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import yaml
 
 from sfd_fast import cli
-from sfd_fast.commands.demo import DemoConfig, diffusion_config, guide_config
+from sfd_fast.commands.demo import DemoConfig, diffusion_config
 from sfd_fast.config import SFDConfig
 from sfd_fast.config.presets import PRESETS, XL, B
 from sfd_fast.config.recipes import RECIPES, recipe_names
@@ -190,13 +192,119 @@ def test_the_released_rows_hold_the_published_numbers():
     assert (again.transport.repa_weight, again.transport.repa_mode) == (0.5, "cos_mse")
 
 
-def test_the_demo_rows_are_the_demo(tmp_path):
-    main = diffusion_config(DemoConfig(), tmp_path)
-    for name, theirs in (("DIGITS", main), ("DIGITS_GUIDE", guide_config(DemoConfig(), main))):
+def test_the_demo_trains_by_its_own_rows():
+    for name in ("DIGITS", "DIGITS_GUIDE"):
         ours = cli.parse("train", ["--preset", name])
-        assert (ours.model, ours.optimizer, ours.transport) == (theirs.model, theirs.optimizer, theirs.transport)
-        same = ("max_steps", "global_batch_size", "precision")
-        assert all(getattr(ours.train, key) == getattr(theirs.train, key) for key in same)
+        theirs = diffusion_config(DemoConfig(), name, "x", ours.train.max_steps)
+        for part in ("model", "optimizer", "transport", "train", "guidance"):
+            assert getattr(ours, part) == getattr(theirs, part)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--train.engine", "fsdp"], "sfd train: error: train.engine 'fsdp' is unknown; choose torch or deep"),
+        (["train", "--guidance.mode=cgf"], "did you mean 'cfg'?"),
+        (["train", "--sampler.num_steps", "4.5"], "sampler.num_steps '4.5' must be a whole number"),
+        (["train", "--sampler.num_steps", "1000000000"], "must be in [1, 100000]"),
+        (["train", "--optimizer.lr", "nan"], "optimizer.lr nan must be a finite number"),
+        (["train", "--optimizer.lr", "fast"], "optimizer.lr 'fast' must be a finite number"),
+        (["train", "--train.compile=maybe"], "train.compile 'maybe' must be true or false"),
+        (["train", "--optimizer.lr"], "--optimizer.lr needs a value"),
+        (["train", "--optimizer.extra_ema_decays", "0.5,x"], "optimizer.extra_ema_decays[1] 'x' must be"),
+        (["train", "--train", "{max_steps: 5, sed: 3}"], "unknown key 'train.sed'; did you mean 'train.seed'?"),
+        (["convert", "--target", "x"], "source is missing and has no default"),
+        (["plan", "--gpu", "h100"], "gpu 'h100' is unknown; choose a100-40g"),
+        (["evaluate", "--samples", "a", "--reference", "b", "--metrics", "fid,lpips"], "metrics[1] 'lpips' is unknown"),
+        (["sample", "--config", "absent.yaml"], "absent.yaml"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_one_line(capsys, words, message):
+    error = refused(capsys, *words)
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  engine: fsdp\n", "a.yaml: train.engine 'fsdp' is unknown"),
+        ("sampler:\n  num_steps: 4.5\n", "a.yaml: sampler.num_steps 4.5 must be a whole number"),
+        ("optimizer:\n  lr: '1e-4'\n", "a.yaml: optimizer.lr '1e-4' must be a finite number"),
+        ("train: 5\n", "train 5 must be a group of settings"),
+        ("- train\n", "a.yaml must hold settings as `name: value`"),
+        ("a: &a [*a]\n", "a.yaml is no valid YAML: an alias contains itself"),
+        ("run:\n  outt: x\n", "a.yaml: unknown setting 'run.outt'; did you mean 'run.out'?"),
+        ("1: x\n", "a.yaml: unknown setting '1'"),
+    ],
+)
+def test_a_wrong_value_of_a_file_names_the_file(tmp_path, capsys, text, message):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    error = refused(capsys, "train", "--config", str(file))
+    assert message in error and error.count("\n") == 1
+
+
+def test_files_have_the_numbers_of_yaml_1_2_and_may_have_dotted_keys(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("optimizer:\n  lr: 1e-4\n  extra_ema_decays: [0, 9e-1]\ntrain.seed: 5\n")
+    config = cli.parse("train", ["--config", str(file)])
+    assert (config.optimizer.lr, config.optimizer.extra_ema_decays, config.train.seed) == (1e-4, (0.0, 0.9), 5)
+
+
+def test_words_become_values_of_every_type():
+    words = ["--optimizer.extra_ema_decays", "[0.5, 0.9]", "--guidance.texture_scale", "null", "--train.compile", "yes"]
+    config = cli.parse("train", [*words, "--run.tensorboard=no", "--transport.repa_weight", "0", "--data.path", "7"])
+    assert config.optimizer.extra_ema_decays == (0.5, 0.9)
+    assert (config.guidance.texture_scale, config.train.compile, config.run.tensorboard) == (None, True, False)
+    assert config.data.path == "7"
+    assert cli.parse("plan", ["--extra_ema_decays", "0.5,0.9", "--gpus", "1"]).extra_ema_decays == (0.5, 0.9)
+    assert cli.parse("sample", ["--guidance_mode", "none", "--labels", "1,2"]).guidance_mode == "none"
+
+
+@pytest.mark.parametrize("words", [["--out=~/x"], ["--run.out", "~/x"]])
+def test_the_home_folder_may_be_a_tilde(monkeypatch, tmp_path, words):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cli.parse("train", words).run.out == "/home/someone/x"
+    file = tmp_path / "a.yaml"
+    file.write_text("out: ~/x\n")
+    assert cli.parse("sample", ["--config", str(file)]).out == "/home/someone/x"
+
+
+def test_the_launchers_rank_flag_is_passed_over(capsys):
+    for flag in ("--local_rank=1", "--local-rank=1"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([flag, "doctor", "--help"])
+        assert stop.value.code == 0
+
+
+def test_help_and_shown_configurations_load_no_torch():
+    """They answer in a moment: nothing heavy is imported for them."""
+    code = (
+        "import sys, contextlib, io\n"
+        "from sfd_fast import cli\n"
+        "names = [name for name in cli.COMMANDS if name != 'inspect']\n"
+        "for words in [*([name, '--help'] for name in names), ['--help'], ['train', '--print-config']]:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        cli.main(words)\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_offers_its_parts_and_loads_them_when_asked():
+    code = (
+        "import sys, sfd_fast\n"
+        "assert 'numpy' not in sys.modules and set(sfd_fast.__all__) <= set(dir(sfd_fast))\n"
+        "from sfd_fast import PRESETS\n"
+        "assert 'torch' not in sys.modules and PRESETS['XL'].depth == 28\n"
+        "from sfd_fast import LightningDiT, SFDPipeline, SemVAE, load_released, sample, training_loss\n"
+        "assert callable(sample) and callable(training_loss) and callable(load_released)\n"
+        "try:\n    sfd_fast.nothing\nexcept AttributeError as error:\n    assert 'nothing' in str(error)\n"
+        "else:\n    raise AssertionError\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_files_and_flags_win_over_a_recipe(tmp_path):

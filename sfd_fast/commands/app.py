@@ -2,21 +2,22 @@
 
 from dataclasses import dataclass
 
-from sfd_fast.config import Precision, require
+from sfd_fast.config import Precision, Settings, require
+from sfd_fast.config.checks import FilePath
 
 
 @dataclass(frozen=True)
-class AppConfig:
+class AppConfig(Settings):
     """Options of the page."""
 
-    model: str = ""
+    model: FilePath = ""
     """pipeline folder or hub name; or a network's folder (RUN/model, or of `sfd convert`) with `codec`"""
-    twin: str = ""
+    twin: FilePath = ""
     """pipeline folder of another model of the same latents, drawn beside it from the same noise; for example a
     synchronous one (delta_t 0)"""
-    guide: str = ""
+    guide: FilePath = ""
     """guide network's folder, where the pipeline has none or another is wanted"""
-    codec: str = ""
+    codec: FilePath = ""
     """texture codec's folder or file, for a network's folder"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 serves every machine that reaches this one"""
@@ -29,6 +30,7 @@ class AppConfig:
     """cpu, cuda or cuda:N; empty: cuda where there is one, else the CPU"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(1 <= self.batch <= 256, f"batch {self.batch} must be 1 to 256, the images of one click")
         require(0 <= self.port < 65536, f"port {self.port} must be 0 (the first free one from 7860 on) to 65535")
 

@@ -6,24 +6,18 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 
-from sfd_fast.config import require, to_dict
-from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.config import Settings, require, to_dict
+from sfd_fast.config.checks import FilePath, Positive
 from sfd_fast.files.atomic import write_atomically
-from sfd_fast.formats.model_folder import read_config as read_model_config
-from sfd_fast.formats.released_config import read_config, read_settings
-from sfd_fast.formats.released_model import convert_released, export_released
-from sfd_fast.sampling.pipeline import SFDPipeline
-from sfd_fast.training.export import export_checkpoint, export_released_checkpoint, is_checkpoint
 
 YAML = (".yaml", ".yml")
 TORCH_FILES = (".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(Settings):
     """Options of `sfd convert`.
 
     A released file becomes a folder, a folder becomes a released file, a training checkpoint of any engine, number of
@@ -32,26 +26,27 @@ class ConvertConfig:
     request, docs/METHOD.md 5).
     """
 
-    source: str
+    source: FilePath
     """released .pt, .ckpt, .safetensors or .yaml, one of our folders, a run directory or one checkpoint of it"""
-    target: str
+    target: FilePath
     """folder to write, or with a folder as source the .pt to write, or with a YAML as source the YAML to write"""
-    settings: str = ""
+    settings: FilePath = ""
     """released YAML for a file that carries no configuration"""
     weights: str = "ema"
     """which weights are sampled with: ema or model; of a training checkpoint also ema_1, ema_2, ... (extra averages)"""
     keep_training_state: bool = True
     """also keep optimizer and raw weights, so that converting back gives the identical file"""
-    codec: str = ""
+    codec: FilePath = ""
     """texture autoencoder (released .ckpt or our folder) of the pipeline to assemble"""
-    statistics: str = ""
+    statistics: FilePath = ""
     """folder with latents_stats.pt and latents_sv_stats.pt of the TRAINING latents"""
-    guide: str = ""
+    guide: FilePath = ""
     """AutoGuidance's weaker model, released .pt or our folder; it must come from the same cache"""
-    latent_multiplier: float | None = None
+    latent_multiplier: Positive | None = None
     """what latents were multiplied by in training; default: as the model's own settings say"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             not self.guide or bool(self.codec and self.statistics),
             "a guide belongs to a whole pipeline: give --codec and --statistics too",
@@ -68,6 +63,9 @@ class ConvertConfig:
 
 def run_convert(config: ConvertConfig) -> None:
     """Does what the kinds of source and target ask for. ValueError or OSError where they do not fit."""
+    from sfd_fast.formats.released_model import convert_released, export_released
+    from sfd_fast.training.export import export_checkpoint, export_released_checkpoint, is_checkpoint
+
     source, target = Path(config.source), Path(config.target)
     if not source.exists():
         raise FileNotFoundError(f"source {source} does not exist")
@@ -107,6 +105,8 @@ def run_convert(config: ConvertConfig) -> None:
 
 def convert_yaml(source: Path, target: Path) -> None:
     """A released configuration as one for `sfd train --config`."""
+    from sfd_fast.formats.released_config import read_config, read_settings
+
     require(target.suffix in YAML, f"a configuration becomes a configuration: name a .yaml as target, not {target}")
     settings, ignored = read_config(read_settings(source))
     text = yaml.safe_dump(to_dict(settings), sort_keys=False)
@@ -118,6 +118,12 @@ def convert_yaml(source: Path, target: Path) -> None:
 
 def assemble(config: ConvertConfig) -> None:
     """Networks, codec and statistics as one pipeline folder."""
+    from sfd_fast.diffusion.statistics import LatentStatistics
+    from sfd_fast.formats.model_folder import read_config
+    from sfd_fast.formats.released_model import convert_released
+    from sfd_fast.sampling.pipeline import SFDPipeline
+    from sfd_fast.training.export import export_checkpoint, is_checkpoint
+
     with tempfile.TemporaryDirectory() as scratch:
         folders = {}
         for name, path in (("model", config.source), ("guide", config.guide), ("codec", config.codec)):
@@ -132,12 +138,12 @@ def assemble(config: ConvertConfig) -> None:
                 folders[name] = Path(path)
         multiplier = config.latent_multiplier
         if multiplier is None:
-            multiplier = read_model_config(folders["model"]).data.latent_multiplier
+            multiplier = read_config(folders["model"]).data.latent_multiplier
         statistics = LatentStatistics.load(config.statistics, multiplier)
         SFDPipeline.from_pretrained(
             folders["model"],
             guide=folders.get("guide"),
             codec=folders["codec"],
             statistics=statistics,
-            device=torch.device("cpu"),
+            device="cpu",
         ).save_pretrained(config.target)

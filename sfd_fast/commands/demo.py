@@ -7,77 +7,77 @@ Every part is the real one: the same shards, training loop, checkpoints and pipe
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import torch
-
-from sfd_fast import pictures
 from sfd_fast.config import (
-    DataConfig,
     FeatureDataConfig,
     GuidanceConfig,
-    OptimizerConfig,
-    RunConfig,
     SamplerConfig,
     SemVAEConfig,
     SemVAETrainingConfig,
+    Settings,
     SFDConfig,
-    TrainConfig,
-    TransportConfig,
+    overlaid,
     require,
 )
-from sfd_fast.config.presets import DIGITS, DIGITS_GUIDE
-from sfd_fast.data import digits
-from sfd_fast.data.cache import layout
-from sfd_fast.data.cache.shards import write_shard
-from sfd_fast.diffusion import random_numbers
-from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.diffusion.transport import feature_map, feature_tokens
-from sfd_fast.evaluation.metrics import frechet_distance
-from sfd_fast.evaluation.statistics import RunningStatistics
-from sfd_fast.formats.released_model import load_semvae
-from sfd_fast.models.texture import IdentityCodec, to_uint8
-from sfd_fast.sampling.pipeline import SFDPipeline
-from sfd_fast.training.diffusion import run_train
-from sfd_fast.training.loop import TrainResult
-from sfd_fast.training.semvae import run_train_semvae
+from sfd_fast.config.checks import Count, FilePath, Range
+from sfd_fast.config.presets import DIGITS, PRESETS
+from sfd_fast.config.recipes import recipe
+from sfd_fast.config.sampling import NumSteps
 
-SEMANTIC_CHANNELS = DIGITS.semantic_channels
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sfd_fast.data import digits
+    from sfd_fast.sampling.pipeline import SFDPipeline
+    from sfd_fast.training.loop import TrainResult
+
+MARK = "demo.json"
+"""the settings of the demo that wrote a folder: without it a folder is someone else's"""
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """Options of the embedded demo."""
 
-    out: str = "runs/demo"
-    """where pictures, metrics and checkpoints go"""
+    out: FilePath = "runs/demo"
+    """where pictures, metrics and checkpoints go: a folder that is new, empty, or of an earlier demo"""
     seed: int = 0
-    num_images: int = 1000
-    """generated digits, class-balanced; at least 10"""
-    encoder_steps: int = 600
-    semvae_steps: int = 500
-    train_steps: int = 1500
-    guide_steps: int = 300
-    guidance_scale: float = 1.5
+    num_images: Annotated[int, Range(10)] = 1000
+    """generated digits, class-balanced; at least 10, one of each"""
+    encoder_steps: Count = 600
+    semvae_steps: Count = 500
+    train_steps: Count = recipe("DIGITS").max_steps
+    guide_steps: Count = recipe("DIGITS_GUIDE").max_steps
+    guidance_scale: float = recipe("DIGITS").guidance_scale
     """AutoGuidance weight; the released models use 1.5 and 1.6 (docs/METHOD.md 5)"""
-    num_steps: int = SamplerConfig().num_steps
+    num_steps: NumSteps = SamplerConfig().num_steps
     """steps of the default solver, one network evaluation each"""
     progress: bool = True
 
-    def __post_init__(self) -> None:
-        require(self.num_images >= 10, f"num_images {self.num_images} must be at least 10, one of each digit")
-        for name in ("encoder_steps", "semvae_steps", "train_steps", "guide_steps"):
-            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
-
 
 def run_demo(config: DemoConfig) -> None:
-    """Runs everything, writes the files that README.md names into config.out, and says where to look."""
+    """Runs everything, writes the files that README.md names into config.out, and says where to look.
+
+    Raises ValueError where config.out holds files of another origin.
+    """
+    import numpy as np
+    import torch
+
+    from sfd_fast import pictures
+    from sfd_fast.data import digits
+    from sfd_fast.data.cache import layout
+    from sfd_fast.data.cache.shards import write_shard
+    from sfd_fast.sampling.pipeline import SFDPipeline
+    from sfd_fast.training.diffusion import run_train
+    from sfd_fast.training.semvae import run_train_semvae
+
     start = time.monotonic()
     torch.set_num_threads(1)  # networks so small gain nothing from a second core, and lose much where it is busy
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = claimed(config)
     train, held_out = digits.load(config.seed)
     say(f"{len(train)} training and {len(held_out)} held-out handwritten digits")
 
@@ -90,15 +90,13 @@ def run_demo(config: DemoConfig) -> None:
         write_shard(cache / name / "00000.safetensors", {
             layout.FEATURES: encoder.features(part.images), layout.LABELS: part.labels,
         })  # fmt: skip
-    semvae_run = fresh_run(out / "semvae", semvae_config(config, cache), run_train_semvae, config)
+    main = diffusion_config(config, "DIGITS", "main", config.train_steps)
+    semvae_run = fresh_run(semvae_config(config, main), run_train_semvae, config)
     write_latents(cache, encoder, semvae_run.model, train, held_out)
-
-    main_config = diffusion_config(config, cache)
-    main_run = fresh_run(out / "main", main_config, run_train, config)
-    guide_run = fresh_run(out / "guide", guide_config(config, main_config), run_train, config)
-    model = out / "model"
-    assemble(config, model, main_run, guide_run)
-    pipeline = SFDPipeline.from_pretrained(model)
+    main_run = fresh_run(main, run_train, config)
+    guide_run = fresh_run(diffusion_config(config, "DIGITS_GUIDE", "guide", config.guide_steps), run_train, config)
+    assemble(config, out / "model", main_run, guide_run)
+    pipeline = SFDPipeline.from_pretrained(out / "model")
 
     labels = torch.arange(config.num_images) % 10
     say(f"sampling {config.num_images} digits in three stages")
@@ -115,72 +113,67 @@ def run_demo(config: DemoConfig) -> None:
     report(out, metrics)
 
 
+def claimed(config: DemoConfig) -> Path:
+    """The demo's folder with our mark in it. ValueError where it holds something else, OSError where it cannot be."""
+    out = Path(config.out)
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    require(
+        not names or MARK in names,
+        f"{out} holds {', '.join(names[:3])}{' and more' if names[3:] else ''} and no {MARK}, so `sfd demo` did not "
+        "write it: choose another folder with --out",
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).write_text(json.dumps(vars(config), indent=1) + "\n")
+    return out
+
+
 def say(message: str) -> None:
     print(f"[demo] {message}", flush=True)
 
 
-def fresh_run(folder: Path, run_config: object, run, config: DemoConfig) -> TrainResult:
+def fresh_run(made: SFDConfig | SemVAETrainingConfig, run: Callable, config: DemoConfig) -> "TrainResult":
     """A training run from its start: the demo never continues an older one in the same folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    say(f"training into {folder}")
-    return run(run_config, device="cpu", progress=config.progress)
+    shutil.rmtree(made.run.out, ignore_errors=True)
+    say(f"training into {made.run.out}")
+    return run(made, device="cpu", progress=config.progress)
 
 
-def optimizer_config(lr: float) -> OptimizerConfig:
-    """AdamW for a run of a thousand steps: cosine decay to zero, an average over the last hundreds of steps."""
-    return OptimizerConfig(
-        lr=lr, beta2=0.99, warmup_steps=100, schedule="cosine", final_lr_ratio=0.0, ema_decay=0.998, ema_warmup=True
-    )
+def diffusion_config(config: DemoConfig, preset: str, name: str, num_steps: int) -> SFDConfig:
+    """The run of a preset by its recipe, in the demo's folders."""
+    out = Path(config.out)
+    return overlaid(SFDConfig(model=PRESETS[preset]), recipe(preset).settings() | {
+        "run.out": str(out / name), "train.max_steps": num_steps, "train.seed": config.seed,
+        "data.path": str(out / "cache" / "latents"), "data.validation_path": str(out / "cache" / "latents_held_out"),
+    })  # fmt: skip
 
 
-def train_config(config: DemoConfig, num_steps: int) -> TrainConfig:
-    return TrainConfig(max_steps=num_steps, global_batch_size=64, seed=config.seed, precision="fp32")
-
-
-def watched(config: DemoConfig, name: str, num_steps: int) -> RunConfig:
-    return RunConfig(
-        out=str(Path(config.out) / name), log_every=25, validate_every=max(num_steps // 4, 1), sample_every=0,
-        checkpoint_every=max(num_steps // 2, 1), keep_checkpoints=1,
-    )  # fmt: skip
-
-
-def semvae_config(config: DemoConfig, cache: Path) -> SemVAETrainingConfig:
+def semvae_config(config: DemoConfig, main: SFDConfig) -> SemVAETrainingConfig:
+    """SemVAE is trained as the diffusion transformer is."""
     return SemVAETrainingConfig(
         semvae=SemVAEConfig(
-            feature_channels=digits.FEATURE_CHANNELS, hidden_size=48, num_heads=6, encoder_depth=2, decoder_depth=2,
-            latent_channels=SEMANTIC_CHANNELS,
+            feature_channels=DIGITS.repa_channels, hidden_size=48, num_heads=6, encoder_depth=2, decoder_depth=2,
+            latent_channels=DIGITS.semantic_channels,
         ),
-        optimizer=optimizer_config(2e-3),
-        data=FeatureDataConfig(path=str(cache / "features"), validation_samples=100, flip=False),
-        train=train_config(config, config.semvae_steps),
-        run=watched(config, "semvae", config.semvae_steps),
-    )  # fmt: skip
-
-
-def diffusion_config(config: DemoConfig, cache: Path) -> SFDConfig:
-    return SFDConfig(
-        model=DIGITS,
-        transport=TransportConfig(delta_t=0.3, repa_weight=0.5),
-        optimizer=optimizer_config(2e-3),
-        data=DataConfig(path=str(cache / "latents"), validation_path=str(cache / "latents_held_out"), flip=False),
-        train=train_config(config, config.train_steps),
-        run=watched(config, "main", config.train_steps),
-    )
-
-
-def guide_config(config: DemoConfig, main: SFDConfig) -> SFDConfig:
-    """AutoGuidance's weaker model: smaller, trained for less, on the same cache."""
-    return SFDConfig(
-        model=DIGITS_GUIDE, transport=main.transport, optimizer=main.optimizer, data=main.data,
-        train=train_config(config, config.guide_steps),
-        run=watched(config, "guide", config.guide_steps),
+        optimizer=main.optimizer,
+        data=FeatureDataConfig(path=str(Path(config.out, "cache", "features")), validation_samples=100, flip=False),
+        train=replace(main.train, max_steps=config.semvae_steps),
+        run=replace(main.run, out=str(Path(config.out, "semvae"))),
     )  # fmt: skip
 
 
 def write_latents(
-    cache: Path, encoder: digits.PatchEncoder, semvae_folder: Path, train: digits.Digits, held_out: digits.Digits
+    cache: Path, encoder: "digits.PatchEncoder", semvae_folder: Path, train: "digits.Digits", held_out: "digits.Digits"
 ) -> None:
     """Composite latents of both parts as shards, with the statistics of the training part beside each."""
+    import torch
+
+    from sfd_fast.data.cache import layout
+    from sfd_fast.data.cache.shards import write_shard
+    from sfd_fast.diffusion.statistics import LatentStatistics
+    from sfd_fast.diffusion.transport import feature_map, feature_tokens
+    from sfd_fast.formats.released_model import load_semvae
+    from sfd_fast.models.texture import IdentityCodec
+
     semvae = load_semvae(semvae_folder)
     codec = IdentityCodec(DIGITS.texture_channels, downsampling=2)
     for name, part in (("latents", train), ("latents_held_out", held_out)):
@@ -199,8 +192,11 @@ def write_latents(
         statistics.save(cache / name)
 
 
-def assemble(config: DemoConfig, folder: Path, main: TrainResult, guide: TrainResult) -> None:
+def assemble(config: DemoConfig, folder: Path, main: "TrainResult", guide: "TrainResult") -> None:
     """The folder that `sfd sample` and SFDPipeline load: network, guide, codec, statistics and sampling defaults."""
+    from sfd_fast.models.texture import IdentityCodec
+    from sfd_fast.sampling.pipeline import SFDPipeline
+
     SFDPipeline.from_pretrained(
         main.model,
         guide=guide.model,
@@ -212,8 +208,10 @@ def assemble(config: DemoConfig, folder: Path, main: TrainResult, guide: TrainRe
     ).save_pretrained(folder)
 
 
-def draw_stages(pipeline: SFDPipeline, config: DemoConfig, path: Path) -> None:
+def draw_stages(pipeline: "SFDPipeline", config: DemoConfig, path: Path) -> None:
     """Semantics and texture of four digits along the three stages."""
+    from sfd_fast import pictures
+
     labels = [2, 3, 5, 8]
     frames = pipeline.trajectory(labels, num_frames=10, seed=config.seed)
     pictures.stage_strip(
@@ -222,12 +220,20 @@ def draw_stages(pipeline: SFDPipeline, config: DemoConfig, path: Path) -> None:
     )  # fmt: skip
 
 
-def uint8(part: digits.Digits) -> np.ndarray:
+def uint8(part: "digits.Digits") -> "np.ndarray":
+    from sfd_fast.models.texture import to_uint8
+
     return to_uint8(part.images).numpy()
 
 
-def frechet(first: np.ndarray, second: np.ndarray) -> float:
+def frechet(first: "np.ndarray", second: "np.ndarray") -> float:
     """Frechet distance of the 64 grey values in [0, 1]."""
+    import torch
+
+    from sfd_fast.data import digits
+    from sfd_fast.evaluation.metrics import frechet_distance
+    from sfd_fast.evaluation.statistics import RunningStatistics
+
     collected = []
     for images in (first, second):
         statistics = RunningStatistics(64)
@@ -237,9 +243,12 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def judge(
-    config: DemoConfig, images: np.ndarray, labels: np.ndarray, train: digits.Digits, held_out: digits.Digits
+    config: DemoConfig, images: "np.ndarray", labels: "np.ndarray", train: "digits.Digits", held_out: "digits.Digits"
 ) -> dict:
     """Are they the digits they should be, and no copies? Every figure beside that of real digits."""
+    from sfd_fast.data import digits
+    from sfd_fast.diffusion import random_numbers
+
     real, unseen = uint8(train), uint8(held_out)
     svc = digits.Judge(real, train.labels.numpy())
     copies = svc.nearest_distance(images), svc.nearest_distance(unseen)

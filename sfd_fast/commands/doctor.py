@@ -9,9 +9,9 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 import sfd_fast
+from sfd_fast.config import Settings
+from sfd_fast.config.checks import Count
 
 PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "diffusers", "transformers", "torchdiffeq", "pyyaml",
@@ -20,10 +20,10 @@ PACKAGES = (
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Settings):
     """Options of `sfd doctor`."""
 
-    head_dim: int = 72
+    head_dim: Count = 72
     """attention heads to ask about: 72 for XL, 64 for the other sizes"""
 
 
@@ -97,7 +97,7 @@ def launcher_rows() -> list[Row]:
     found = version("deepspeed") is not None
     return [
         Row("launcher", "sfd", True, "one process"),
-        Row("launcher", "torchrun", torch.distributed.is_available(), "comes with torch"),
+        Row("launcher", "torchrun", has_module("torch.distributed.run"), "comes with torch"),
         Row("launcher", "deepspeed", found, f"deepspeed {version('deepspeed')}" if found else "not installed",
             "" if found else "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"),
         Row("launcher", "srun", shutil.which("srun") is not None,
@@ -106,6 +106,8 @@ def launcher_rows() -> list[Row]:
 
 
 def cuda() -> bool:
+    import torch
+
     return torch.cuda.is_available()
 
 
@@ -123,6 +125,8 @@ def rows(config: DoctorConfig) -> list[Row]:
 
 def run_doctor(config: DoctorConfig) -> None:
     """Prints the page."""
+    import torch
+
     device = torch.cuda.get_device_name() if cuda() else "no CUDA device"
     print(f"sfd_fast {sfd_fast.__version__}  Python {platform.python_version()} ({sys.executable})")
     print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {device}\n")

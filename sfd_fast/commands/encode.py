@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sfd_fast.config import require
+from sfd_fast.config.checks import FilePath
 from sfd_fast.data.encode.options import CacheOptions
 
 
@@ -14,10 +15,10 @@ class EncodeConfig(CacheOptions):
     Defaults: the released settings, stored in bf16; --preset imagenet256: in fp32, as released.
     """
 
-    out: str = "runs/latents"
-    texture_codec: str = ""
+    out: FilePath = "runs/latents"
+    texture_codec: FilePath = ""
     """KL autoencoder: LDM checkpoint, directory saved by diffusers or by us"""
-    semvae: str = ""
+    semvae: FilePath = ""
     """SemVAE: our directory, or a released checkpoint; vfm is then the encoder that it was trained with"""
     storage: Literal["bf16", "fp16", "fp32"] = "bf16"
     """fp32 is the released caches'"""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sfd_fast.config import require_positive
+from sfd_fast.config.checks import Count, FilePath
 from sfd_fast.data.encode.options import CacheOptions
 
 
@@ -14,14 +14,10 @@ class FeaturesConfig(CacheOptions):
     The released SemVAE's own: --preset imagenet256 (shorter side 256, centre 224, fp16, no flips; docs/METHOD.md 2).
     """
 
-    out: str = "runs/features"
+    out: FilePath = "runs/features"
     storage: Literal["bf16", "fp16", "fp32"] = "fp16"
-    grid_size: int = 16
+    grid_size: Count = 16
     """tokens along each axis"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "grid_size")
 
 
 def run_features(config: FeaturesConfig) -> None:

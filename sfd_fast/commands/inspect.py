@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sfd_fast.config import require, require_positive
+from sfd_fast.config import Settings, require
+from sfd_fast.config.checks import Count, FilePath
 from sfd_fast.data.cache import layout
 from sfd_fast.data.cache.manifest import read_manifest
 from sfd_fast.data.cache.remote import local_shards
@@ -35,27 +36,24 @@ AUTO, NONE = "auto", "none"
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Settings):
     """What to show of a cache."""
 
-    path: str = ""
+    path: FilePath = ""
     """folder of shards: latents or features, the released layout or ours; the word alone will do: sfd inspect FOLDER"""
-    cache_folder: str = ""
+    cache_folder: FilePath = ""
     """local folder for the copy of a remote path (s3://, gs://, hf://)"""
     verify: bool = False
     """read everything: checksums against the manifest, NaN and infinity"""
     statistics: bool = False
     """compute the statistics exactly, over all unflipped latents, and write latents_stats.pt and latents_sv_stats.pt"""
-    picture: str = "auto"
+    picture: FilePath = "auto"
     """PNG file for the first images; auto: inspect-FOLDER.png where the command runs (a cache is never written to);
     none: no picture"""
-    texture_codec: str = "auto"
+    texture_codec: FilePath = "auto"
     """decodes the picture; auto: the one that the cache was encoded with, where it lies where the manifest says; none:
     three principal components of the latents are shown as colours"""
-    num_images: int = 8
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_images")
+    num_images: Count = 8
 
 
 def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) -> None:

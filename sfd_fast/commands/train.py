@@ -1,12 +1,12 @@
 """`sfd train`: trains the diffusion transformer, or shows what the run would do."""
 
 from dataclasses import dataclass, fields
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfd_fast.config import SFDConfig
-from sfd_fast.planning.description import show
-from sfd_fast.training.diffusion import diffusion_job, run_train
-from sfd_fast.training.loop import TrainResult
+
+if TYPE_CHECKING:
+    from sfd_fast.training.loop import TrainResult
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class TrainOptions(SFDConfig):
     """show the whole plan of the run and train nothing"""
 
 
-def run(options: TrainOptions) -> TrainResult:
+def run(options: TrainOptions) -> "TrainResult | None":
     """Trains; with dry_run prints the plan of the run instead. Raises as run_train."""
+    from sfd_fast.planning.description import show
+    from sfd_fast.training.diffusion import diffusion_job, run_train
+
     config = SFDConfig(**{field.name: getattr(options, field.name) for field in fields(SFDConfig)})
-    if options.dry_run:
-        show(diffusion_job(config))
-        return TrainResult(Path(config.run.out), 0, None)
-    return run_train(config)
+    return show(diffusion_job(config)) if options.dry_run else run_train(config)

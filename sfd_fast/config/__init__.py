@@ -3,7 +3,7 @@
 Times are on the clock t = 0 noise, t = 1 data; the global time tau runs over [0, 1 + delta_t].
 """
 
-from sfd_fast.config.checks import Precision, Settings, from_dict, overlaid, require, require_positive, to_dict
+from sfd_fast.config.checks import Precision, Settings, from_dict, overlaid, require, to_dict
 from sfd_fast.config.data import DataConfig, FeatureDataConfig
 from sfd_fast.config.model import ModelConfig, SemVAEConfig, TextureConfig
 from sfd_fast.config.optimizer import OptimizerConfig
@@ -40,7 +40,6 @@ __all__ = [
     "from_dict",
     "overlaid",
     "require",
-    "require_positive",
     "to_dict",
     "with_settings",
 ]

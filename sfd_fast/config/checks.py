@@ -71,12 +71,6 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{name} {value} must be greater than 0")
-
-
 class Settings:
     """Base of every dataclass of settings: construction checks each field by its annotation.
 
@@ -213,7 +207,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
     ValueError for an unknown key, which names the nearest valid one, and for a value that does not fit.
     """
-    return built(kind, None, values, getattr(kind, "section", ""))
+    return built(kind, None, values, kind.section)
 
 
 def overlaid(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -221,14 +215,14 @@ def overlaid(config: Config, changes: Mapping[str, Any]) -> Config:
 
     Raises ValueError as from_dict.
     """
-    return built(type(config), config, grouped(changes), getattr(config, "section", ""))
+    return built(type(config), config, grouped(changes), config.section)
 
 
 def grouped(changes: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as dictionaries in dictionaries: {"a.b": 1} is {"a": {"b": 1}}; later ones win."""
     tree: dict[str, Any] = {}
     for key, value in changes.items():
-        *groups, name = key.split(".")
+        *groups, name = str(key).split(".")
         place = tree
         for group in groups:
             if not isinstance(place.get(group), dict):
@@ -269,7 +263,7 @@ def built(kind: type, base: object, values: Any, where: str) -> Any:
         return dataclasses.replace(base, **given)
     for field in dataclasses.fields(kind):
         there = field.name in given or not (field.default is field.default_factory is dataclasses.MISSING)
-        require(there, f"'{where + '.' if where else ''}{field.name}' is missing: it has no default")
+        require(there, f"{where}.{field.name}".lstrip(".") + " is missing and has no default")
     return kind(**given)
 
 
@@ -285,7 +279,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
     flat = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

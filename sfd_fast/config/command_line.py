@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 import shutil
 import textwrap
 import types
@@ -164,13 +165,18 @@ def placeholder(kind: Any) -> str:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, those that it inherits too."""
+    """The text of each field of a dataclass, inherited ones too: the docstring below it, or its line of the class's."""
     docs = {}
     for base in reversed(kind.__mro__):
-        if dataclasses.is_dataclass(base):
+        if not dataclasses.is_dataclass(base):
+            continue
+        docs |= dict(re.findall(r"^\s+(\w+): (.+)$", base.__doc__ or "", re.MULTILINE))
+        try:
             body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-            for field, after in zip(body, body[1:]):
-                text = after.value if isinstance(after, ast.Expr) else None
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Constant) and isinstance(text.value, str):
-                    docs[field.target.id] = " ".join(text.value.split())
+        except OSError:  # made by make_dataclass
+            continue
+        for field, after in zip(body, body[1:]):
+            text = after.value if isinstance(after, ast.Expr) else None
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Constant) and isinstance(text.value, str):
+                docs[field.target.id] = " ".join(text.value.split())
     return docs

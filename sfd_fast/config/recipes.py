@@ -50,7 +50,8 @@ SHARDED = {"train.engine": "deepspeed", "deepspeed.zero_stage": 1}
 GPU holds, and it sends no more than ZeRO 0"""
 DEMO = {
     "train.global_batch_size": 64, "train.precision": "fp32", "run.validate_every": 300, "run.sample_every": 0,
-    "run.checkpoint_every": 600, "data.flip": False, "optimizer.warmup_steps": 100, "optimizer.schedule": "cosine",
+    "run.checkpoint_every": 600, "run.log_every": 25, "run.keep_checkpoints": 1, "data.flip": False,
+    "optimizer.warmup_steps": 100, "optimizer.schedule": "cosine",
     "optimizer.final_lr_ratio": 0.0, "optimizer.ema_decay": 0.998, "optimizer.ema_warmup": True,
 }  # fmt: skip
 
@@ -84,6 +85,6 @@ def recipe(preset: str, name: str | None = None) -> Recipe:
     names = recipe_names(preset)
     require(
         name is None or name in names,
-        f"preset {preset} has no recipe '{name}'; its recipes: {', '.join(names)} (the table is sfd_fast/recipes.py)",
+        f"preset {preset} has no recipe '{name}'; its recipes: {', '.join(names)} (sfd_fast/config/recipes.py)",
     )
     return RECIPES[preset, name or names[0]]

@@ -8,6 +8,7 @@ from sfd_fast.config.checks import Fraction, Positive, Range, Settings, annotati
 
 MAX_STEPS = 100_000
 """more steps than any solver has a use for: a slip of the hand, which would run for ever"""
+NumSteps = Annotated[int, Range(1, MAX_STEPS)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class SamplerConfig(Settings, section="sampler", may_change=True):
 
     solver: Literal["euler", "midpoint", "heun", "ab2", "abm3", "rk4", "dopri5"] = "abm3"
     """abm3 needs the fewest evaluations for a given error (benchmarks/sampling.py)"""
-    num_steps: Annotated[int, Range(1, MAX_STEPS)] = 32
+    num_steps: NumSteps = 32
     """steps over the whole interval; network evaluations are as many (heun and midpoint: twice, rk4: four times)"""
     grid: Literal["exact", "released"] = "exact"
     """exact: stage borders are grid points; released: num_steps + 1 even points, masks at each evaluation"""

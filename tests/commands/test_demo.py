@@ -85,3 +85,12 @@ def test_the_closing_lines_call_copies_copies(tmp_path, capsys):
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="num_images 3 must be at least 10"):
         DemoConfig(num_images=3)
+
+
+def test_a_folder_of_another_origin_is_left_alone(tmp_path):
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds main and no demo.json, so `sfd demo` did not write it: choose another"):
+        run_demo(DemoConfig(out=str(tmp_path)))
+    assert (tmp_path / "main" / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["main"]

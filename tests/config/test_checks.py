@@ -127,7 +127,7 @@ class Options(Settings, section="options"):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "'options.where' is missing: it has no default"),
+        ({}, "options.where is missing and has no default"),
         ({"where": "x", "size": 64}, r"options.size 64 must be in \[8, 64\)"),
         ({"where": "x", "pair": [1]}, r"options.pair \[1\] must be a list of 2 entries"),
         ({"where": "x", "pair": [1.5, 1]}, r"options.pair\[0\] 1.5 must be a whole number"),
