@@ -11,12 +11,36 @@ NO_GOLDEN = f"no golden tensors: {GOLDEN} is absent (they are kept beside the pr
 REQUIRED = os.environ.pop("SFD_REQUIRE_GOLDEN", "") == "1"
 """set by .ci/run; taken out of the environment, as some tests run pytest on a part of the tests themselves"""
 ran = {"golden": 0, "golden skipped": 0}
+OURS = ("sfd_fast", "sfd_kernels", "harness")
 EXTRAS = ("triton", "deepspeed", "nvidia.dali", "datasets")
 MISSING_EXTRAS: list[str] = []
 """packages that .ci/run asked for (SFD_REQUIRE_EXTRAS=1) and that are not installed: their tests would be skipped"""
 
 
+class ModuleOfGpuTests(pytest.Module):
+    """A test file that is skipped, with the reason, where a package that it imports is not installed."""
+
+    def _getobj(self):
+        try:
+            return super()._getobj()
+        except self.CollectError as error:
+            absent = getattr(error.__cause__, "name", None) or ""
+            if not isinstance(error.__cause__, ModuleNotFoundError) or absent.split(".")[0] in OURS:
+                raise
+            reason = f"needs {absent}, which is not installed"
+            raise pytest.skip.Exception(reason, allow_module_level=True) from error
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """`-m gpu` runs on machines that hold little more than torch; anywhere else a missing package is an error."""
+    if parent.config.option.markexpr == "gpu":
+        return ModuleOfGpuTests.from_parent(parent, path=module_path)
+    return None
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "timeout: of pytest-timeout, which may be absent")
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is compared with fp32: convolutions too
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if os.environ.pop("SFD_REQUIRE_EXTRAS", "") == "1":
         MISSING_EXTRAS.extend(name for name in EXTRAS if not is_installed(name))

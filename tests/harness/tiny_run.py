@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from sfd_fast.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SamplerConfig, SFDConfig, TrainConfig
+from sfd_fast.config import (
+    DataConfig,
+    DeepSpeedConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplerConfig,
+    SFDConfig,
+    TrainConfig,
+)
 from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.diffusion.statistics import LatentStatistics
 
@@ -92,12 +101,16 @@ def with_data(config: SFDConfig, **changes: object) -> SFDConfig:
 
 
 def main() -> None:
+    import yaml
+
     from sfd_fast.training.diffusion import run_train
 
     data, out, *settings = sys.argv[1:]
-    train = {key: int(value) for key, value in (setting.split("=") for setting in settings)}
+    train = {key: yaml.safe_load(value) for key, value in (setting.split("=") for setting in settings)}
+    device, stage = train.pop("device", "cpu"), train.pop("zero_stage", 1)
     torch.set_num_threads(1)
-    result = run_train(tiny_config(data, out, **train), device="cpu", progress=False)
+    config = replace(tiny_config(data, out, **train), deepspeed=DeepSpeedConfig(zero_stage=stage))
+    result = run_train(config, device=device, progress=False)
     sys.exit(result.exit_code)
 
 
