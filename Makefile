@@ -48,12 +48,12 @@ soak: $(TESTABLE)
 report: $(TESTABLE)
 	$(BIN)/python -m sfd_kernels.offline.report --json benchmarks/results/triton_report.json
 
-# For whoever has a GPU: the tests marked gpu, then kernels and whole steps timed.
+# For whoever has a GPU: the tests marked gpu, then accuracy and times in one JSON (nine minutes; benchmarks/README.md).
+# Both run, whatever the first gives.
 gpu-check: $(TESTABLE)
-	-$(PIP) --no-deps liger-kernel
-	$(BIN)/python -m pytest tests -m gpu -q
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/training.py --batch 32
+	-$(PIP) --no-deps liger-kernel pytest-xdist execnet
+	$(BIN)/python -m pytest tests -m gpu -n 8 -q; tests=$$?; \
+	$(BIN)/python benchmarks/gpu_check.py --json benchmarks/results/gpu_check.json && exit $$tests
 
 clean:
 	rm -rf build dist *.egg-info

@@ -62,7 +62,7 @@ class Table:
 
 def attention_rows(part: Part, size: str) -> None:
     """Every attention library that is installed and fits, forward and backward, at the shape of the size's blocks."""
-    from sfd_kernels.examples import SIZES
+    from sfd_kernels.offline.examples import SIZES
 
     shape = SIZES[size]
     dims = (BATCH if not part.rehearse else 2, shape.tokens, shape.heads, shape.head_dim)

@@ -10,14 +10,13 @@ from unittest import mock
 
 import torch
 from gpu_part import Part
-from released_manner import guided_euler
-from sampling_speed import random_network
-from sfd_fast.sampling.latents import LatentSampler
+from released_manner import guided_euler, random_network
 from timing import Timing, wall_time
 from torch import Tensor, nn
 
 from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig
 from sfd_fast.config.presets import B_GUIDE, XL
+from sfd_fast.sampling.latents import LatentSampler
 
 BATCH, EVALUATIONS, DELTA_T, SCALE = 32, 8, 0.3, 1.5
 COMPILE_S = 40.0  # what Inductor may take for both networks, cold
@@ -32,6 +31,8 @@ class Trajectories:
 
     def __init__(self, part: Part) -> None:
         self.part, self.batch = part, 2 if part.rehearse else BATCH
+        pair = "tiny with tiny guide" if part.rehearse else "XL with B guide"
+        self.label = f"{pair}, bf16, batch {self.batch}, {EVALUATIONS} evaluations"
         torch.manual_seed(0)
         sizes = (TINY, TINY) if part.rehearse else (XL, B_GUIDE)
         self.model, self.guide = (random_network(size, part.device).bfloat16() for size in sizes)
@@ -62,8 +63,8 @@ class Trajectories:
         run()
         timing = wall_time(run, self.part.wait, num_steps=1, num_windows=1 if self.part.rehearse else 5)
         self.part.measured(
-            f"XL with B guide, bf16, {EVALUATIONS} evaluations: {name}", self.batch / timing.median * 1e3, "images/s",
-            batch=self.batch, low=self.batch / timing.high * 1e3, high=self.batch / timing.low * 1e3, ms=timing.median,
+            f"{self.label}: {name}", self.batch / timing.median * 1e3, "images/s",
+            low=self.batch / timing.high * 1e3, high=self.batch / timing.low * 1e3, ms=timing.median,
         )  # fmt: skip
         return timing
 

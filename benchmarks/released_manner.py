@@ -1,6 +1,7 @@
-"""The network and sampling loop as the released system runs them: eager PyTorch, operation by operation, in fp32.
+"""The network and sampling loop as the released system runs them: eager PyTorch, operation by operation.
 
-A baseline to time against, written from docs/METHOD.md 3 to 5 with the weights of our own LightningDiT; not for use.
+In the dtype of its weights, fp32 as released; state and clocks are fp32. A baseline to time against, written from
+docs/METHOD.md 3 to 5 with the weights of our own LightningDiT; not for use.
 Letters: B batch, N tokens, D width, H heads.
 """
 
@@ -8,9 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from sfd_fast.config import ModelConfig
 from sfd_fast.models.dit import LightningDiT
 
 FREQUENCIES = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 128)
+
+
+def random_network(config: ModelConfig, device: str = "cpu") -> LightningDiT:
+    """A network in which every layer acts: none is zero, as fresh ones are."""
+    with torch.device(device):
+        model = LightningDiT(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if not parameter.any():  # zero-initialised layers: denormal or zero products would flatter no one
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,6 +45,7 @@ def attention(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     q = rotate(rms_norm(q, layer.q_norm.weight), cos, sin)
     k = rotate(rms_norm(k, layer.k_norm.weight), cos, sin)
+    q, k = q.type_as(v), k.type_as(v)  # the rotation is in fp32
     return layer.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -42,13 +55,14 @@ def mlp(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def time_embedding(embedder: nn.Module, t: Tensor) -> Tensor:
-    angles = t[:, None].float() * FREQUENCIES
-    return embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+    angles = t[:, None].float() * FREQUENCIES.to(t.device)
+    features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return embedder.mlp(features.to(embedder.mlp[0].weight.dtype))
 
 
 def network(model: LightningDiT, x: Tensor, t_tex: Tensor, t_sem: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Velocity and REPA features, which the released sampler computes too; two clocks, shifts, patch 1."""
-    x = model.x_embedder.proj(x).flatten(2).transpose(1, 2) + model.pos_embed
+    x = model.x_embedder.proj(x.to(model.pos_embed.dtype)).flatten(2).transpose(1, 2) + model.pos_embed
     times = [time_embedding(model.t_embedder_sem, t_sem), time_embedding(model.t_embedder_tex, t_tex)]
     c = torch.cat(times, dim=-1) + model.y_embedder.embedding_table(labels)
     cos, sin = model.feat_rope.freqs_cos, model.feat_rope.freqs_sin

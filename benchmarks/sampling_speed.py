@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from released_manner import guided_euler, matrix_products
+from released_manner import guided_euler, matrix_products, random_network
 from timing import Timing, machine, spin
 from torch import Tensor
 
 from sfd_fast.config import GuidanceConfig, SamplerConfig, TextureConfig
-from sfd_fast.config.presets import PRESETS
+from sfd_fast.config.presets import B
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.texture import TextureCodec
 from sfd_fast.sampling.allocator import keep_freed_memory
 from sfd_fast.sampling.pipeline import DEFAULT_MICRO_BATCH, SFDPipeline
@@ -38,18 +37,10 @@ CANDIDATES = (
 )  # fmt: skip
 
 
-def random_network(name: str) -> LightningDiT:
-    model = LightningDiT(PRESETS[name]).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if not parameter.any():  # zero-initialised layers: denormal or zero products would flatter no one
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
-
-
 def candidate(name: str, batch: int) -> Callable[[], Tensor | None]:
     """One trajectory of a micro-batch; the same networks, noise and labels for every name."""
     torch.manual_seed(0)
-    main, guide = random_network("B"), random_network("B")
+    main, guide = random_network(B), random_network(B)
     labels, config = torch.arange(batch), main.config
     noise = torch.randn(batch, config.channels, config.grid_size, config.grid_size)
     if name.startswith("ours"):

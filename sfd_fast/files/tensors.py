@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sfd_fast.files.atomic import write_atomically
@@ -25,6 +23,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], description: di
 
 def store_safetensors(path: Path, tensors: Mapping[str, Tensor], description: dict[str, Any] | None = None) -> None:
     """The same in place: for files of a folder that is replaced as a whole."""
+    from safetensors.torch import save_file  # here, as below: networks run where only torch is installed
+
     metadata = None if description is None else {KEY: json.dumps(description, sort_keys=True)}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
@@ -43,6 +43,8 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
