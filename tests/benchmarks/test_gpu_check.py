@@ -14,9 +14,10 @@ KERNELS = ("condition_silu", "gated_residual_norm_modulate", "qk_norm_rope", "rm
 ABSENT = """
 import sys
 
+# packages for which torch itself looks (pandas, sklearn, tqdm) stay visible
 ABSENT = {"diffusers", "jsonargparse", "omegaconf", "deepspeed", "nvidia", "safetensors", "yaml", "PIL", "scipy",
-             "sklearn", "matplotlib", "tqdm", "tensorboard", "transformers", "huggingface_hub", "torchdiffeq",
-             "torchmetrics", "docstring_parser", "typeshed_client", "datasets", "pandas", "pyarrow"}
+          "matplotlib", "tensorboard", "transformers", "huggingface_hub", "torchdiffeq", "torchmetrics",
+          "docstring_parser", "typeshed_client", "datasets"}
 
 
 class Absent:
