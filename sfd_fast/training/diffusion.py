@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfd_fast.config import SFDConfig, require
+from sfd_fast.data.cache.describe import describe
 from sfd_fast.data.load.held_out import SPREAD
 from sfd_fast.data.load.latents import LatentShards
 from sfd_fast.data.load.loader import LatentLoader
@@ -204,12 +205,18 @@ def clock_bins(batch: Batch, config: SFDConfig) -> Tensor:
 
 
 def save_averaged(
-    folder: Path, state: dict[str, Tensor], step: int, *, config: SFDConfig, statistics: LatentStatistics
+    folder: Path,
+    state: dict[str, Tensor],
+    step: int,
+    *,
+    config: SFDConfig,
+    statistics: LatentStatistics,
+    classes: tuple[int, ...] | None,
 ) -> None:
     with torch.device("meta"):
         averaged = LightningDiT(config.model)
     averaged.load_state_dict(state, assign=True)
-    save_model(folder, averaged, statistics=statistics, config=config, card={"step": step})
+    save_model(folder, averaged, statistics=statistics, config=config, card={"step": step, "classes": classes})
 
 
 def identity_of(
@@ -243,6 +250,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
     statistics = shards.statistics(config.data.latent_multiplier)
     targets, held_out_targets = targets_of(config, shards, held_out, statistics)
     check_data(config, shards, targets)
+    classes = describe(config.data.path, config.data.cache_folder).trained_classes
     model = initial_model(config)
     data = partial(
         LatentLoader,
@@ -271,7 +279,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         objective=partial(training_loss, config=config, seed=config.train.seed),
         terms=term_names(config),
         batches=batches,
-        export=partial(save_averaged, config=config, statistics=statistics),
+        export=partial(save_averaged, config=config, statistics=statistics, classes=classes),
         evaluate=None if held_out is None else validate,
         flaw=data().flaw,
         samples=partial(sample_picture, **drawn),
@@ -279,7 +287,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         bins=partial(clock_bins, config=config),
         num_bins=CLOCK_BINS,
         identity=identity_of(config, shards, statistics, targets),
-        record={"statistics": statistics.to_json()},
+        record={"statistics": statistics.to_json(), "classes": classes},
         num_samples=len(shards),
         flops_per_sample=num_flops(model.config, training=True),
         notes=notes_of(config),

@@ -44,7 +44,9 @@ def export_checkpoint(source: str | Path, target: str | Path, *, weights: str = 
     folder = find_checkpoint(source)
     model, options = untrained(folder)
     values = stored_weights(folder, model, weights)
-    save_model(target, model, weights=values, card={"step": read_state(folder)["step"], "weights": weights}, **options)
+    state = read_state(folder)
+    card = {"step": state["step"], "weights": weights, "classes": state["record"].get("classes")}
+    save_model(target, model, weights=values, card=card, **options)
 
 
 def export_released_checkpoint(source: str | Path, target: str | Path, *, weights: str = "ema") -> None:
