@@ -13,7 +13,7 @@ import torch
 
 from sfd_fast import pictures
 from sfd_fast.app.choice import Choice, Origin, absolute, class_names, number, whole
-from sfd_fast.config import GuidanceConfig, Precision, SamplerConfig, require
+from sfd_fast.config import GuidanceConfig, SamplerConfig, SamplingPrecision, require
 from sfd_fast.sampling.pipeline import SFDPipeline
 from sfd_fast.sampling.pipeline_folder import INDEX, local_folder
 
@@ -60,7 +60,7 @@ class Studio:
         guide: str = "",
         codec: str = "",
         batch: int = 16,
-        precision: Precision = "fp32",
+        precision: SamplingPrecision = "auto",
         device: str = "",
     ) -> None:
         options = {"micro_batch_size": batch, "precision": precision, "device": device or None}
@@ -70,7 +70,7 @@ class Studio:
         content = json.loads(index.read_text()) if index.is_file() else {}
         self.names = class_names(content, self.pipeline.config.num_classes)
         self.origin = Origin(
-            absolute(model), absolute(guide), absolute(codec), batch, precision, str(self.pipeline.device)
+            absolute(model), absolute(guide), absolute(codec), batch, self.pipeline.precision, str(self.pipeline.device)
         )
         self.twin = None
         if twin:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sfd_fast.config import Precision, Settings, require
+from sfd_fast.config import SamplingPrecision, Settings, require
 from sfd_fast.config.checks import FilePath
 
 
@@ -25,7 +25,8 @@ class AppConfig(Settings):
     """port to listen on; 0: the first free one from 7860 on"""
     batch: int = 16
     """images of one click at most"""
-    precision: Precision = "fp32"
+    precision: SamplingPrecision = "auto"
+    """of the networks; auto: bf16 on a GPU that computes in it, else fp32"""
     device: str = ""
     """cpu, cuda or cuda:N; empty: cuda where there is one, else the CPU"""
 

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sfd_fast import pictures
-from sfd_fast.config import GuidanceConfig, Precision, SamplerConfig, SingleSettings, require, with_settings
+from sfd_fast.config import (
+    GuidanceConfig,
+    SamplerConfig,
+    SamplingBackend,
+    SamplingPrecision,
+    SingleSettings,
+    require,
+    with_settings,
+)
 from sfd_fast.config.checks import Count, FilePath, Natural, Positive
 from sfd_fast.config.sampling import SETTINGS
 from sfd_fast.ranks import Ranks
@@ -43,8 +51,10 @@ class SampleConfig(SingleSettings):
     """texture codec's folder or file, for a network's folder"""
     micro_batch_size: Natural = 0
     """images at once; 0: the pipeline's. Another size changes some pixels by one level of 255"""
-    precision: Precision = "fp32"
-    backend: Literal["eager", "compile", "cuda_graph"] = "eager"
+    precision: SamplingPrecision = "auto"
+    """of the networks; auto: bf16 on a GPU that computes in it, else fp32"""
+    backend: SamplingBackend = "auto"
+    """auto: captured CUDA graphs on a GPU, else eager"""
     device: str = ""
     """cpu, cuda (device LOCAL_RANK) or cuda:N; empty: cuda where there is one, else the CPU"""
     num_writers: Count = 4
@@ -181,7 +191,11 @@ def load_pipeline(config: SampleConfig, ranks: Ranks) -> "SFDPipeline":
     options = {"precision": config.precision, "backend": config.backend, "device": ranks.device(config.device)}
     if config.micro_batch_size:
         options["micro_batch_size"] = config.micro_batch_size
-    return SFDPipeline.from_pretrained(config.model, guide=config.guide or None, codec=config.codec or None, **options)
+    guide, codec = config.guide or None, config.codec or None
+    pipeline = SFDPipeline.from_pretrained(config.model, guide=guide, codec=codec, **options)
+    if ranks.first and pipeline.device.type == "cuda" and "auto" in (config.precision, config.backend):
+        print(f"sampling in {pipeline.precision} with {pipeline.backend}; --precision and --backend name others")
+    return pipeline
 
 
 def say_untrained(pipeline: "SFDPipeline", given: tuple[int, ...]) -> None:

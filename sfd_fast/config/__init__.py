@@ -8,7 +8,14 @@ from sfd_fast.config.data import DataConfig, FeatureDataConfig
 from sfd_fast.config.model import ModelConfig, SemVAEConfig, TextureConfig
 from sfd_fast.config.optimizer import OptimizerConfig
 from sfd_fast.config.run import RunConfig
-from sfd_fast.config.sampling import GuidanceConfig, SamplerConfig, SingleSettings, with_settings
+from sfd_fast.config.sampling import (
+    GuidanceConfig,
+    SamplerConfig,
+    SamplingBackend,
+    SamplingPrecision,
+    SingleSettings,
+    with_settings,
+)
 from sfd_fast.config.training import (
     DeepSpeedConfig,
     SemVAETrainingConfig,
@@ -29,6 +36,8 @@ __all__ = [
     "RunConfig",
     "SFDConfig",
     "SamplerConfig",
+    "SamplingBackend",
+    "SamplingPrecision",
     "SemVAEConfig",
     "SemVAETrainingConfig",
     "Settings",

@@ -8,6 +8,10 @@ from sfd_fast.config.checks import Fraction, Positive, Range, Settings, annotati
 
 MAX_STEPS = 100_000
 """more steps than any solver has a use for: a slip of the hand, which would run for ever"""
+SamplingPrecision = Literal["auto", "fp32", "bf16"]
+"""of the networks' weights; auto: bf16 on a GPU that computes in it, else fp32"""
+SamplingBackend = Literal["auto", "eager", "compile", "cuda_graph"]
+"""how the networks run; auto: captured graphs on CUDA, else eager"""
 NumSteps = Annotated[int, Range(1, MAX_STEPS)]
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sfd_fast.config import GuidanceConfig, ModelConfig, Precision, SamplerConfig, require
+from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SamplingBackend, SamplingPrecision
+from sfd_fast.config.checks import one_of
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
 from sfd_fast.files.tensors import require_finite
@@ -22,7 +23,6 @@ from sfd_fast.sampling.sampler import sample
 from sfd_fast.sampling.solvers import Callback, make_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BACKENDS = ("eager", "compile", "cuda_graph")
 MAX_PLANS = 64  # kept settings of earlier calls
 PROCESS_OWN = ("runners", "_plans", "_lock", "_last_queue")
 """attributes that are not pickled: a copy makes them anew"""
@@ -40,6 +40,23 @@ def own_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None 
     return copy.deepcopy(module, shared).eval().to(device, dtype)
 
 
+def chosen_for(device: torch.device, precision: SamplingPrecision, backend: SamplingBackend) -> tuple[str, str]:
+    """What "auto" means on a device, and what was named as it is.
+
+    CUDA: bf16 from compute capability 8 on (below it bf16 is software), and captured graphs. Else fp32, eager: the bits
+    that tests compare with the released system's.
+    """
+    cuda = device.type == "cuda"
+    fast = cuda and torch.cuda.get_device_capability(device)[0] >= 8
+    chosen = (
+        ("bf16" if fast else "fp32") if precision == "auto" else precision,
+        ("cuda_graph" if cuda else "eager") if backend == "auto" else backend,
+    )
+    if cuda and chosen != (precision, backend):
+        log.info("sampling in %s with backend %s; precision and backend name others", *chosen)
+    return chosen
+
+
 class LatentSampler:
     """The networks of a pipeline on their device.
 
@@ -54,17 +71,18 @@ class LatentSampler:
         guide: nn.Module | None,
         delta_t: float,
         *,
-        precision: Precision,
-        backend: str,
+        precision: SamplingPrecision,
+        backend: SamplingBackend,
         device: torch.device | str | None,
         keep_memory: bool,
     ) -> None:
-        require(precision in DTYPES, f"precision '{precision}' is unknown; choose fp32 or bf16")
-        require(backend in BACKENDS, f"backend '{backend}' is unknown; choose one of {', '.join(BACKENDS)}")
+        one_of("precision", precision, SamplingPrecision)
+        one_of("backend", backend, SamplingBackend)
         for name, part in (("model", model), ("guide", guide)):
             if part is not None:
                 require_finite(part.state_dict(), f"the {name}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        precision, backend = chosen_for(self.device, precision, backend)
         self.delta_t, self.precision, self.backend, self.keep_memory = delta_t, precision, backend, keep_memory
         self.model = own_copy(model, self.device, DTYPES[precision])
         self.guide = None if guide is None else own_copy(guide, self.device, DTYPES[precision])

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from sfd_fast.config import (
     GuidanceConfig,
-    Precision,
     SamplerConfig,
+    SamplingBackend,
+    SamplingPrecision,
     SFDConfig,
     require,
     with_settings,
@@ -86,8 +87,8 @@ class SFDPipeline(LatentSampler):
         sampler: SamplerConfig | None = None,
         guidance: GuidanceConfig | None = None,
         micro_batch_size: int = DEFAULT_MICRO_BATCH,
-        precision: Precision = "fp32",
-        backend: Literal["eager", "compile", "cuda_graph"] = "eager",
+        precision: SamplingPrecision = "auto",
+        backend: SamplingBackend = "auto",
         device: torch.device | str | None = None,
         training: SFDConfig | None = None,
         classes: Sequence[int] | None = None,
@@ -96,7 +97,8 @@ class SFDPipeline(LatentSampler):
         """model, guide: LightningDiT; codec: TextureCodec or IdentityCodec; delta_t: of the model's training.
 
         sampler, guidance: defaults of every call. precision bf16 holds the networks' weights in bf16; the state stays
-        fp32. device: default cuda where there is one. training: config of the model's training, saved along with it.
+        fp32; backend: eager, compile or cuda_graph; auto: bf16 and cuda_graph on CUDA, else fp32 and eager.
+        device: default cuda where there is one. training: config of the model's training, saved along with it.
         classes: those that the model has seen in training, where they are not all.
         keep_memory: on a CPU, freed memory stays in the process from now on (allocator.py), which spares page faults.
         The given networks and codec stay as they are; the pipeline's copies share their weights where they can.
@@ -305,7 +307,10 @@ class SFDPipeline(LatentSampler):
 
         Raises ValueError where the weights have been cast to bf16, OSError where the place cannot be written.
         """
-        require(self.precision == "fp32", "a pipeline in bf16 has lost bits of its weights: save the fp32 one")
+        require(
+            self.precision == "fp32",
+            "a pipeline in bf16 has lost bits of its weights: load it with precision='fp32' to save it",
+        )
         settings = PipelineSettings(
             self.delta_t,
             self.micro_batch_size,
