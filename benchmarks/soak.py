@@ -1,10 +1,11 @@
-"""The long proofs of training: `make soak` (about fifteen minutes on two cores, 21 GiB) writes results/soak.json.
+"""The long proofs of training: `make soak` (about half an hour on two cores, 21 GiB) writes results/soak.json.
 
     losses      two gloo ranks under ZeRO 0 to 3 against one plain process, 30 steps
     shares      bytes of weights, gradients, moments and average of a rank under ZeRO 3
     planner     predicted against measured memory of two-rank runs
     reads       reads of device values by the host during a step
     compile     torch.compile under ZeRO 1 and 2 against the same without
+    crashes     work that ends at its n-th file event, for every n: training, a model, samples, a cache; started again
     kills       20 runs of two ranks, each killed (-9) at a random moment, resumed, against runs never killed
     xxl         two training steps of XXL (1p0B) at its real size under ZeRO 3 on two ranks, against the reference path
 
@@ -16,6 +17,8 @@ One row for each: name, value, unit, bar, holds. `--only NAME ...` runs some and
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -115,9 +118,25 @@ def compare_compile(folder: Path) -> list[dict]:
     return rows
 
 
+def compare_crashes(folder: Path) -> list[dict]:
+    """Every point at which a process can end while it writes; see tests/harness/crash_points.py."""
+    path = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    rows, points = [], 0
+    for part in ("train", "export", "sample", "encode"):
+        command = [sys.executable, str(TESTS / "harness" / "crash_points.py"), part, str(folder / part), "1"]
+        said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = json.loads(said.splitlines()[-1])
+        points += found["points"]
+        wrong = len(found["wrong"])
+        name = f"{part} ended at each of its {found['points']} file events and started again: another outcome"
+        rows.append(row(name, wrong, "outcomes", 0, wrong == 0, f"at {found['wrong']}" if wrong else ""))
+    return [*rows, row("file events at which work was ended", points, "events", 300, points >= 300)]
+
+
 PARTS = {
     "losses": compare_losses, "shares": compare_shares, "planner": compare_planner, "reads": compare_reads,
-    "compile": compare_compile, "kills": compare_kills, "xxl": compare_xxl,
+    "compile": compare_compile, "crashes": compare_crashes, "kills": compare_kills, "xxl": compare_xxl,
 }  # fmt: skip
 
 

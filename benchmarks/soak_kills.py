@@ -138,7 +138,7 @@ def wait_for_step(checkpoints: Path, step: int, children: list[int]) -> None:
     """Returns when the run's newest checkpoint is of that step or later, or a rank has ended; 0 is the start."""
     pointer, deadline = checkpoints / "latest", time.monotonic() + 120
     while step and alive(children) and time.monotonic() < deadline:
-        if pointer.is_file() and int(pointer.read_text()) >= step:
+        if pointer.is_file() and (name := pointer.read_text()).isdigit() and int(name) >= step:
             return
         time.sleep(0.001)
 

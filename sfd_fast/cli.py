@@ -1,12 +1,16 @@
 """The command `sfd`: one table of commands; every field of a command's configuration is a flag and a YAML key."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,7 @@ from sfd_fast.config.checks import grouped, merged
 from sfd_fast.config.command_line import flags, from_text, help_text, read_file, read_words
 from sfd_fast.config.presets import ENCODE_DEFAULTS, FEATURES_DEFAULTS, MODEL_DEFAULTS
 from sfd_fast.config.recipes import RECIPES, recipe
+from sfd_fast.config.run import PREEMPTED
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Command:
     """the option that a word without a flag gives"""
     recipes: bool = False
     """offer --recipe; --preset fills in its hyper-parameters too"""
+    resumes: bool = False
+    """SIGTERM and SIGUSR1 end it with PREEMPTED from its first moment on: started again, it goes on"""
     short: dict[str, str] = dataclasses.field(default_factory=dict)
     """short names of options: {short: full}"""
 
@@ -48,7 +55,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train-semvae": Command(
         "sfd_fast.commands.train_semvae:TrainSemVAEOptions", "sfd_fast.commands.train_semvae:run",
-        "train the semantic autoencoder on VFM features",
+        "train the semantic autoencoder on VFM features", resumes=True,
         short={"out": "run.out", "max_steps": "train.max_steps", "deepspeed_config": "deepspeed.config_file"},
     ),
     "encode": Command(
@@ -61,7 +68,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         "sfd_fast.commands.train:TrainOptions", "sfd_fast.commands.train:run", "train the diffusion transformer",
-        presets=MODEL_DEFAULTS, recipes=True,
+        presets=MODEL_DEFAULTS, recipes=True, resumes=True,
         short={
             "out": "run.out", "max_steps": "train.max_steps", "init_from": "train.init_from",
             "deepspeed_config": "deepspeed.config_file",
@@ -164,6 +171,22 @@ def command_help(name: str, kind: type) -> str:
     return "\n".join([*lines, help_text(kind)]) + "\n"
 
 
+@contextlib.contextmanager
+def preemptible() -> Iterator[None]:
+    """While inside, a request to stop ends the process with PREEMPTED; the training loop handles it by saving first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            previous[number] = signal.signal(number, lambda *_: sys.exit(PREEMPTED))
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point. User mistakes (ValueError, OSError, ImportError) are one line and exit code 1; bugs keep their
     trace, and SFD_TRACEBACK=1 keeps every trace.
@@ -187,8 +210,9 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sfd_fast").setLevel(logging.INFO)  # what was chosen, once, at start-up
     try:
-        config = parse(name, argv[1:])
-        result = load(COMMANDS[name].run)(config)
+        with preemptible() if COMMANDS[name].resumes else contextlib.nullcontext():
+            config = parse(name, argv[1:])
+            result = load(COMMANDS[name].run)(config)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("SFD_TRACEBACK") == "1":
             raise

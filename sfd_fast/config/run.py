@@ -6,6 +6,9 @@ from typing import Annotated
 from sfd_fast.config.checks import Count, FilePath, Natural, NotNegative, Positive, Range, Settings, require
 from sfd_fast.config.evaluation import FeatureKind
 
+PREEMPTED = 75
+"""exit code of a run that was asked to stop and goes on when started again (EX_TEMPFAIL)"""
+
 
 @dataclass(frozen=True)
 class RunConfig(Settings, section="run", may_change=True):

@@ -63,7 +63,8 @@ ON_PURPOSE = tuple(
 class TrainConfig(Settings, section="train"):
     """What a training run computes, and with what."""
 
-    max_steps: Annotated[Count, MAY_CHANGE] = 400_000
+    max_steps: Annotated[Natural, MAY_CHANGE] = 400_000
+    """0 (for SemVAE alone): as many as the data ask for, 50 epochs of them, 2,000 to 1,000,000 steps"""
     global_batch_size: Count = 256
     micro_batch_size: Annotated[Natural, MAY_CHANGE] = 0
     """samples per forward on one rank; 0: the whole share of a rank at once"""
@@ -147,6 +148,7 @@ class SFDConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.train.max_steps > 0, "train.max_steps must be at least 1: only SemVAE takes its length from data")
         require(
             self.model.two_clocks == (self.transport.delta_t > 0),
             f"model.two_clocks is {self.model.two_clocks} but transport.delta_t is {self.transport.delta_t}: "
@@ -171,7 +173,7 @@ class SemVAETrainingConfig(Settings):
         )
     )  # fmt: skip
     data: FeatureDataConfig = field(default_factory=FeatureDataConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(max_steps=1_000_000, global_batch_size=64))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(max_steps=0, global_batch_size=64))
     run: RunConfig = field(
         default_factory=lambda: RunConfig(out="runs/semvae", sample_every=0, checkpoint_every=20_000)
     )

@@ -57,7 +57,10 @@ class Checkpoints:
     def begin(self) -> None:
         """Removes what an interrupted save or deletion left behind; before the first checkpoint, says there is none."""
         sweep(self.root)
-        if not (self.root / POINTER).is_file():
+        step = self.pointed_step()
+        if step is not None:
+            self.prune(step)
+        elif not (self.root / POINTER).is_file():
             write_atomically(self.root / POINTER, NONE)
 
     def folder(self, step: int) -> Path:
@@ -198,10 +201,14 @@ class Checkpoints:
         write_state(temporary, {**state, "step": step, "files": files})
         put_folder(temporary, folder)  # one that is there was left by a kill before the pointer's move
         write_atomically(self.root / POINTER, folder.name)
-        for old in map(self.folder, self.steps()[: -self.keep]):
-            if old != folder:
+        self.prune(step)
+
+    def prune(self, step: int) -> None:
+        """Removes all checkpoints but the newest `keep` and that of `step`."""
+        for old in self.steps()[: -self.keep]:
+            if old != step:
                 with contextlib.suppress(OSError):
-                    remove_folder(old)
+                    remove_folder(self.folder(old))
 
     def explained(self, step: int, error: Exception) -> OSError:
         good = self.pointed_step()

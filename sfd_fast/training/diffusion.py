@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfd_fast.config import SFDConfig, require
 from sfd_fast.data.cache.describe import describe
@@ -19,16 +19,16 @@ from sfd_fast.data.load.targets import Targets, open_targets, with_targets
 from sfd_fast.diffusion.posterior import add_posterior_noise
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import sample_tau, training_loss
+from sfd_fast.files.digest import tensors_digest
 from sfd_fast.formats.model_folder import save_model
 from sfd_fast.formats.released_model import load_model
 from sfd_fast.models.dit import LightningDiT, num_flops
 from sfd_fast.training.engines.interface import Batch, Engine
-from sfd_fast.training.job import Job
+from sfd_fast.training.held_out import VALIDATION_IDS, held_out_means
+from sfd_fast.training.job import Job, a_few, check_default_dtype
 from sfd_fast.training.loop import TrainResult, build_engine, run_job
 from sfd_fast.training.run.drawing import UNGUIDED, Quality, check_evaluation, sample_picture, texture_decoder
 
-VALIDATION_IDS = 2**40
-"""first sample id of held-out data: no position of a run comes near it, so its noise and times are its own and fixed"""
 CLOCK_BINS = 10
 UNUSED_TARGETS = "transport.repa_weight is 0: data.targets is not used"
 
@@ -142,28 +142,14 @@ def validation_loss(
     statistics: LatentStatistics,
     targets: Targets | None = None,
 ) -> dict[str, float]:
-    """Mean loss terms over held-out data at fixed noise and times, labels kept: raw weights, and `_ema` averaged ones.
-
-    Every rank takes an equal share; repeated samples that fill up the last batch do not count.
-    """
-    size = max(1, min(config.train.global_batch_size // engine.world_size, len(shards)))
-    names = term_names(config)
-
-    def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return training_loss(model, batch, config, seed=config.train.seed, drop=False)
+    """Mean loss terms over held-out data, labels kept: raw weights, and `_ema` averaged ones."""
 
     def mean_terms() -> dict[str, float]:
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=engine.device)
-        stride = size * engine.world_size
-        for start in range(engine.rank * size, -(-len(shards) // stride) * stride, stride):
-            ids = torch.arange(start, start + size)
-            batch = held_out_batch(engine, config, shards, statistics, ids % len(shards), targets)
-            terms = engine.evaluate(batch, objective)
-            counts = (ids < len(shards)).to(engine.device)
-            sums += torch.stack([*((terms[n] * counts).sum() for n in names), counts.sum()]).double()
-        *totals, count = engine.sum_over_ranks(sums).tolist()
-        means = {name: total / count for name, total in zip(names, totals)}
-        return {"loss": sum(means.values())} | means
+        return held_out_means(
+            engine, term_names(config), len(shards), config.train.global_batch_size,
+            lambda indices: held_out_batch(engine, config, shards, statistics, indices, targets),
+            partial(training_loss, config=config, seed=config.train.seed, drop=False),
+        )  # fmt: skip
 
     with engine.eval_mode():
         figures = mean_terms()
@@ -231,12 +217,19 @@ def identity_of(
     return identity
 
 
-def notes_of(config: SFDConfig) -> tuple[str, ...]:
+def notes_of(config: SFDConfig, shards: LatentShards) -> tuple[str, ...]:
     """What a user should know of this run, one line each."""
     drawn = config.run.sample_every > 0 or config.run.eval_every > 0
+    num_labels, num_classes = shards.max_label + 1, config.model.num_classes
+    untrained = (
+        f"model.num_classes is {num_classes}, but the labels of {config.data.path} are 0 to {num_labels - 1}: "
+        f"{num_classes - num_labels} classes are never trained, and what is drawn of them means nothing; "
+        f"--model.num_classes {num_labels} is their number"
+    )
     said = {
         UNGUIDED: drawn and config.guidance.mode == "autoguidance" and config.guidance.active,
         UNUSED_TARGETS: config.data.targets != "stored" and config.transport.repa_weight == 0,
+        untrained: num_classes > num_labels,
     }
     return tuple(note for note, applies in said.items() if applies)
 
@@ -246,6 +239,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
 
     Raises ValueError where data, model and losses do not fit together.
     """
+    check_default_dtype()
     shards, held_out = split_held_out(config)
     statistics = shards.statistics(config.data.latent_multiplier)
     targets, held_out_targets = targets_of(config, shards, held_out, statistics)
@@ -287,10 +281,11 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         bins=partial(clock_bins, config=config),
         num_bins=CLOCK_BINS,
         identity=identity_of(config, shards, statistics, targets),
+        fingerprint=tensors_digest(shards.gather(*a_few(len(shards)), features=False)),
         record={"statistics": statistics.to_json(), "classes": classes},
         num_samples=len(shards),
         flops_per_sample=num_flops(model.config, training=True),
-        notes=notes_of(config),
+        notes=notes_of(config, shards),
     )
 
 

@@ -4,9 +4,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from sfd_fast.config import DeepSpeedConfig, OptimizerConfig, RunConfig, SemVAETrainingConfig, SFDConfig, TrainConfig
+from sfd_fast.config import (
+    DeepSpeedConfig,
+    OptimizerConfig,
+    RunConfig,
+    SemVAETrainingConfig,
+    SFDConfig,
+    TrainConfig,
+    require,
+)
 from sfd_fast.training.engines.interface import Batch, Engine, Objective
 
 
@@ -37,6 +46,8 @@ class Job:
     num_bins: int = 0
     identity: dict = field(default_factory=dict)
     """what a resumed run must find again, for example the fingerprint of the statistics"""
+    fingerprint: str = ""
+    """of the values of some samples: ranks that read other data are told apart by it"""
     record: dict = field(default_factory=dict)
     """what else a checkpoint's state.json holds, for example the statistics of the latents"""
     num_samples: int = 0
@@ -61,3 +72,19 @@ class Job:
     @property
     def deepspeed(self) -> DeepSpeedConfig:
         return self.config.deepspeed
+
+
+def a_few(count: int) -> tuple[Tensor, Tensor]:
+    """Numbers of up to 16 samples spread over a set, by whose values two copies of it are compared, none mirrored."""
+    numbers = torch.linspace(0, count - 1, min(16, count)).long()
+    return numbers, torch.zeros(len(numbers), dtype=torch.bool)
+
+
+def check_default_dtype() -> None:
+    """Raises ValueError where torch makes tensors of another dtype than fp32: the network would be another."""
+    kind = torch.get_default_dtype()
+    require(
+        kind == torch.float32,
+        f"torch's default dtype is {kind}; training needs torch.float32 (train.precision chooses how it computes): "
+        "call torch.set_default_dtype(torch.float32)",
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from sfd_fast.config import TrainConfig, require
+from sfd_fast.config.run import PREEMPTED
 from sfd_fast.ranks import Ranks
 from sfd_fast.training.checkpoints import STATE, Checkpoints
 from sfd_fast.training.deterministic import deterministic_algorithms
@@ -31,9 +32,6 @@ from sfd_fast.training.run.log import METRICS, RunLog, read_rows, rows_backwards
 from sfd_fast.training.run.progress import Clock, Run, log_row
 from sfd_fast.training.run.stop import Stop
 from sfd_fast.training.run.trace import Trace
-
-PREEMPTED = 75
-"""exit code of a run that saved and stopped on a signal or a STOP file (EX_TEMPFAIL: start it again)"""
 
 
 @dataclass

@@ -15,6 +15,8 @@ from torch import Tensor
 from sfd_fast.config import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
+"""the average that models are exported with; the extra ones are ema_1, ema_2, ..."""
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -125,19 +127,6 @@ class AdamWEMA(torch.optim.Optimizer):
         full = torch.full((), decay, dtype=torch.float32, device=number.device)
         return torch.minimum(full, number / (9 + number)) if self.ema_warmup else full
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As torch.optim.Optimizer; moments and averages keep the saved dtype, equal step numbers become one tensor."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["state"]
-        order = [p for group in self.param_groups for p in group["params"]]
-        keys = [k for group in state_dict["param_groups"] for k in group["params"]]
-        for param, key in zip(order, keys):
-            for name, value in saved.get(key, {}).items():
-                if isinstance(value, Tensor):
-                    # the base class casts to the parameter's dtype, which would round bf16 moments or wide averages
-                    self.state[param][name] = value.to(device=param.device, copy=True)
-        self.share_steps()
-
     def share_steps(self) -> None:
         """Gives parameters with equal step numbers one tensor, so that a step is one kernel call."""
         for group in self.param_groups:
@@ -223,7 +212,7 @@ def init_state(optimizer: "AdamWEMA | WithEMA", param: Tensor, step: Tensor) -> 
 
 def ema_names(optimizer: "AdamWEMA | WithEMA") -> list[str]:
     """Names of the averages in the state: ema, ema_1, ema_2, ..."""
-    return ["ema"] + [f"ema_{i}" for i in range(1, len(optimizer.ema_decays))]
+    return [EMA] + [f"ema_{i}" for i in range(1, len(optimizer.ema_decays))]
 
 
 def lerp_ema(emas: list[Tensor], params: list[Tensor], decay: Tensor, skip: Tensor) -> None:

@@ -3,6 +3,7 @@
 Letters: B batch, N tokens, F channels of a feature, C latent channels.
 """
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,20 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sfd_fast.config import SemVAETrainingConfig, TrainConfig, require
+from sfd_fast.config import SemVAETrainingConfig, TrainConfig, overlaid, require
 from sfd_fast.data.load.features import FeatureLoader, FeatureShards
 from sfd_fast.data.load.held_out import SPREAD
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
+from sfd_fast.files.digest import tensors_digest
 from sfd_fast.formats.model_folder import save_model
 from sfd_fast.models.semvae import SemVAE, semvae_loss
-from sfd_fast.training.diffusion import VALIDATION_IDS
 from sfd_fast.training.engines.interface import Batch, Engine
-from sfd_fast.training.job import Job
+from sfd_fast.training.held_out import VALIDATION_IDS, held_out_means
+from sfd_fast.training.job import Job, a_few, check_default_dtype
 from sfd_fast.training.loop import TrainResult, build_engine, run_job
 from sfd_fast.training.run.directory import MODEL, lock, prepare_directory
 
 TERMS = ("mse", "cosine", "kl")
+EPOCHS, LEAST_STEPS, MOST_STEPS = 50, 2_000, 1_000_000
+"""the length where train.max_steps is 0: on ImageNet the released million of batches of 64, which are 50 epochs"""
 
 
 def semvae_terms(network: nn.Module, batch: Batch, config: SemVAETrainingConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -39,22 +43,16 @@ def semvae_terms(network: nn.Module, batch: Batch, config: SemVAETrainingConfig)
 
 
 def validation_loss(engine: Engine, config: SemVAETrainingConfig, shards: FeatureShards) -> dict[str, float]:
-    """Mean loss terms over held-out features at fixed noise; every rank takes an equal share."""
-    size = max(1, min(config.train.global_batch_size // engine.world_size, len(shards)))
-    sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=engine.device)
-    stride = size * engine.world_size
+    """Mean loss terms over held-out features."""
+
+    def batch_of(indices: Tensor) -> Batch:
+        features = shards.gather(indices, torch.zeros(len(indices), dtype=torch.bool))
+        batch = {"features": features, "sample_ids": indices + VALIDATION_IDS}
+        return {name: value.to(engine.device) for name, value in batch.items()}
+
+    objective = partial(semvae_terms, config=config)
     with engine.eval_mode():
-        for start in range(engine.rank * size, -(-len(shards) // stride) * stride, stride):
-            ids = torch.arange(start, start + size)
-            features = shards.gather(ids % len(shards), torch.zeros(size, dtype=torch.bool))
-            batch = {"features": features, "sample_ids": ids + VALIDATION_IDS}
-            batch = {name: value.to(engine.device) for name, value in batch.items()}
-            terms = engine.evaluate(batch, lambda network, b: semvae_terms(network, b, config))
-            counts = (ids < len(shards)).to(engine.device)
-            sums += torch.stack([*((terms[n] * counts).sum() for n in TERMS), counts.sum()]).double()
-    *totals, count = engine.sum_over_ranks(sums).tolist()
-    means = {name: total / count for name, total in zip(TERMS, totals)}
-    return {"loss": sum(means.values())} | means
+        return held_out_means(engine, TERMS, len(shards), config.train.global_batch_size, batch_of, objective)
 
 
 def save_semvae(folder: Path, model: SemVAE, step: int) -> None:
@@ -74,9 +72,21 @@ def load_features(config: SemVAETrainingConfig) -> tuple[FeatureShards, FeatureS
     return shards.divide(data.validation_samples)
 
 
+def with_length(config: SemVAETrainingConfig, num_samples: int) -> SemVAETrainingConfig:
+    """config with as many steps as the data ask for where train.max_steps is 0; the schedule shrinks in proportion."""
+    if config.train.max_steps:
+        return config
+    steps = math.ceil(EPOCHS * num_samples / config.train.global_batch_size)
+    steps = min(max(steps, LEAST_STEPS), MOST_STEPS)
+    shorter = {name: getattr(config.optimizer, name) * steps // MOST_STEPS for name in ("warmup_steps", "decay_start")}
+    return overlaid(config, {"train.max_steps": steps, "optimizer": shorter})
+
+
 def semvae_job(config: SemVAETrainingConfig) -> Job:
     """The job of training config.semvae on config.data."""
+    check_default_dtype()
     shards, held_out = load_features(config)
+    config = with_length(config, len(shards))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         model = SemVAE(config.semvae)
@@ -94,13 +104,14 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
     return Job(
         config=config,
         model=model,
-        objective=lambda network, batch: semvae_terms(network, batch, config),
+        objective=partial(semvae_terms, config=config),
         terms=TERMS,
         batches=batches,
         export=export,
         evaluate=None if held_out is None else lambda engine: validation_loss(engine, config, held_out),
         flaw=data().flaw,
         identity={"num_samples": len(shards)} | ({} if held_out is None else {"held_out": SPREAD}),
+        fingerprint=tensors_digest({"features": shards.gather(*a_few(len(shards)))}),
         num_samples=len(shards),
     )
 

@@ -19,8 +19,9 @@ from sfd_fast.files.tensors import description_of, write_safetensors
 from sfd_fast.training.optimizer import AdamWEMA, WithEMA, init_state
 
 SEPARATOR = "|"
-WEIGHT = "param"
-"""the field of the fp32 weight itself; the others carry the optimizer's names: exp_avg, exp_avg_sq, ema, ema_1, step"""
+STEP, WEIGHT = "step", "param"
+"""the fields of the number of updates and of the fp32 weight itself; the others carry the optimizer's names: exp_avg,
+exp_avg_sq, ema, ema_1"""
 
 
 @dataclass
@@ -47,8 +48,8 @@ def state_file(rank: int) -> str:
 
 def whole_piece(name: str, weight: Tensor, state: dict[str, Tensor]) -> Piece:
     """A parameter that is not sharded, with its optimizer state, as views."""
-    fields = {key: torch.as_tensor(value) for key, value in state.items()}
-    fields = {key: value if value.dim() == 0 else value.flatten() for key, value in fields.items()}
+    tensors = {key: torch.as_tensor(value) for key, value in state.items()}
+    fields = {key: value if key == STEP else value.flatten() for key, value in tensors.items()}
     return Piece(name, 0, weight.numel(), {WEIGHT: weight.detach().flatten()} | fields)
 
 
@@ -179,7 +180,7 @@ class StateReader:
 
     def step(self, name: str) -> Tensor:
         """The number of updates of a parameter, 0-dim float32."""
-        return self.holder(name).file.get_tensor(f"{name}{SEPARATOR}step")
+        return self.holder(name).file.get_tensor(f"{name}{SEPARATOR}{STEP}")
 
 
 def consolidated(folder: Path, field: str = "ema") -> dict[str, Tensor]:
@@ -207,14 +208,14 @@ def restore(
     place = slice(offset, offset + count)
     flat.detach().view(-1)[place] = reader.read(name, WEIGHT, start, start + count).to(flat)
     fields = reader.fields(name)
-    if "step" not in fields:
+    if STEP not in fields:
         return
     if not optimizer.state.get(flat):
         init_state(optimizer, flat, torch.zeros((), device=flat.device))
     state = optimizer.state[flat]
-    state["step"].copy_(reader.step(name))
+    state[STEP].copy_(reader.step(name))
     for key in state:
-        if key != "step":
+        if key != STEP:
             if key not in fields:
                 raise ValueError(f"checkpoint {reader.folder} has no {key} of {name}: other optimizer.extra_ema_decays")
             state[key].view(-1)[place] = reader.read(name, key, start, start + count).to(state[key])

@@ -28,6 +28,7 @@ from sfd_fast.diffusion.transport import training_loss
 from sfd_fast.models import dit
 from sfd_fast.planning.footprint import LiveBytes
 from sfd_fast.planning.memory import memory
+from sfd_fast.training.checkpoints import Checkpoints
 from sfd_fast.training.diffusion import diffusion_job, initial_model, run_train
 from sfd_fast.training.engines import interface
 from sfd_fast.training.engines.torch import TorchEngine
@@ -351,6 +352,39 @@ def bad_batch(folder):
 
 
 @case
+def bad_after_resume(folder):
+    """ZeRO 3, some parameters small enough to stay whole: a NaN batch right after a resume, beside an unbroken run."""
+    out = {}
+    for kind in ("fp32", "bf16"):
+        ends = []
+        for broken in (False, True):
+            name = f"bad-after-resume-{kind}-{broken}"
+            made = config(folder, name, 3, {"zero_optimization": {"stage3_param_persistence_threshold": 200}},
+                          precision=kind)  # fmt: skip
+            checkpoints = Checkpoints(folder / name / "checkpoints", keep=1, rank=RANK, world_size=2, timeout_s=60)
+            job = diffusion_job(made)
+            engine, skipped = build_engine(job, "cpu"), []
+            batches = job.batches(0, engine)
+            for step in range(5):
+                if broken and step == 2:
+                    engine.save(checkpoints, step, {})
+                    checkpoints.wait()
+                    dist.barrier()
+                    engine.close()
+                    engine = build_engine(diffusion_job(made), "cpu")
+                    engine.load(checkpoints.folder(step))
+                batch = dict(next(batches))
+                if step == 2:
+                    batch["latents"] = torch.full_like(batch["latents"], float("nan"))
+                skipped.append(float(engine.train_step([batch], 1e-2).skipped))
+            ends.append(snapshot_pieces(engine.pieces()))
+            engine.close()
+        same = [torch.equal(a.fields[key], b.fields[key]) for a, b in zip(*ends, strict=True) for key in a.fields]
+        out[kind] = {"skipped": skipped, "same": all(same), "fields": len(same)}
+    return out
+
+
+@case
 def averages(folder):
     """Inside ema_weights the network's forward pass uses the averages; outside the weights, to the bit."""
     out = {}
@@ -604,6 +638,9 @@ def contradictions(folder):
         "file": message(config(folder, "contradictions", 1, {"gradient_clipping": 1.0})),
         "preset": message(other),
         "different disks": message(with_averages(elsewhere)),
+        "other settings": message(replace(plain, optimizer=replace(plain.optimizer, lr=1e-3 / (1 + RANK)))),
+        "other seed": message(replace(plain, train=replace(plain.train, seed=RANK))),
+        "other data": message(with_data(plain, path=str(folder / ("other" if RANK else "data")))),
         "unwritable": message(config(folder, "in-the-way/run", 1)),
         "json as before": str((folder / "one" / "deepspeed.json").read_text() == kept),
         "watchdogs": str(sum(thread.name == "watchdog" for thread in threading.enumerate())),

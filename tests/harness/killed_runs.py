@@ -35,7 +35,7 @@ def attempt(config) -> int:
 
 def wait_for(pointer: Path, step: float, child: int) -> None:
     """Until the last complete checkpoint has reached a step: progress, not time, spaces the kills on a busy machine."""
-    while not (pointer.exists() and int(pointer.read_text()) >= step):
+    while not (pointer.exists() and (name := pointer.read_text()).isdigit() and int(name) >= step):
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         time.sleep(0.001)

@@ -20,9 +20,10 @@ from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import noise
 from sfd_fast.planning.description import show
 from sfd_fast.training.checkpoints import read_state, write_state
-from sfd_fast.training.diffusion import VALIDATION_IDS, diffusion_job, held_out_batch, run_train, split_held_out
+from sfd_fast.training.diffusion import diffusion_job, held_out_batch, run_train, split_held_out
 from sfd_fast.training.engines import interface
 from sfd_fast.training.export import export_checkpoint, is_checkpoint
+from sfd_fast.training.held_out import VALIDATION_IDS
 from sfd_fast.training.loop import build_engine
 from sfd_fast.training.run.log import GradNormWatch
 from sfd_fast.training.run.progress import NonFiniteError

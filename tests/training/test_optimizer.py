@@ -9,6 +9,7 @@ from torch import nn
 
 from sfd_fast.config import OptimizerConfig
 from sfd_fast.training.optimizer import AdamWEMA, WithEMA, build_optimizer, learning_rate
+from sfd_fast.training.state import StateReader, restore, snapshot_pieces, state_file, whole_piece, write_pieces
 
 SHAPES = [(7, 5), (13,), (), (3, 2, 4)]
 
@@ -129,29 +130,24 @@ def test_torch_fused_adamw_with_an_ema_pass_equals_the_definition():
     close([optimizer.state[p]["ema"] for p in params], emas)
 
 
-def test_state_dict_continues_to_the_same_bits():
+@pytest.mark.parametrize("moment_dtype", [None, torch.bfloat16])
+def test_state_continues_to_the_same_bits_from_a_file(tmp_path, moment_dtype):
     params, copies = parameters(), parameters()
-    optimizer, restored = (ours(p, ema_decay=0.9, extra_ema_decays=(0.5,)) for p in (params, copies))
+    settings = {"ema_decay": 0.9, "extra_ema_decays": (0.5,), "moment_dtype": moment_dtype}
+    optimizer, restored = (ours(p, **settings) for p in (params, copies))
     run(optimizer, params, range(5))
-    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for target, source in zip(copies, params):
-        target.data.copy_(source.data)
+    pieces = [whole_piece(str(i), param, optimizer.state[param]) for i, param in enumerate(params)]
+    write_pieces(tmp_path / state_file(0), snapshot_pieces(pieces))
+    with StateReader(tmp_path) as reader:
+        for i, param in enumerate(copies):
+            restore(reader, restored, str(i), param, 0, 0, param.numel())
+    restored.share_steps()
     run(optimizer, params, range(5, 9))
     run(restored, copies, range(5, 9))
     for a, b in zip(params, copies):
         assert torch.equal(a, b)
         for key, value in optimizer.state[a].items():
-            assert torch.equal(value, restored.state[b][key]), key
-
-
-def test_restored_state_keeps_its_dtypes():
-    params, copies = parameters(), parameters()
-    optimizer, restored = (ours(p, moment_dtype=torch.bfloat16) for p in (params, copies))
-    run(optimizer, params, range(2))
-    restored.load_state_dict(optimizer.state_dict())
-    for param in copies:
-        assert restored.state[param]["exp_avg"].dtype == torch.bfloat16
-        assert restored.state[param]["ema"].dtype == torch.float32
+            assert torch.equal(value, restored.state[b][key]) and value.dtype == restored.state[b][key].dtype, key
 
 
 def test_a_parameter_without_gradient_keeps_its_own_step_number():

@@ -8,7 +8,14 @@ import torch
 from harness.tiny_run import checkpoint_tensors, run_and_train, write_data
 from safetensors.torch import load_file, save_file
 
-from sfd_fast.config import FeatureDataConfig, OptimizerConfig, SemVAEConfig, SemVAETrainingConfig
+from sfd_fast.config import (
+    FeatureDataConfig,
+    OptimizerConfig,
+    SemVAEConfig,
+    SemVAETrainingConfig,
+    SFDConfig,
+    TrainConfig,
+)
 from sfd_fast.data.cache.manifest import begin
 from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.data.load.features import FeatureLoader, FeatureShards
@@ -16,7 +23,7 @@ from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
 from sfd_fast.models.semvae import SemVAE
 from sfd_fast.training.loop import Stop
-from sfd_fast.training.semvae import run_train_semvae, semvae_terms
+from sfd_fast.training.semvae import run_train_semvae, semvae_job, semvae_terms, with_length
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +203,23 @@ def test_a_bad_step_names_the_features_at_fault(tmp_path, data):
     save_file(shard, tmp_path / "part1.safetensors")
     events = [row["message"] for row in train(config(tmp_path, tmp_path / "run")).metrics if row["kind"] == "event"]
     assert any("part1.safetensors: the" in m and "hold NaN or infinity" in m for m in events)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "batch", "steps"),
+    [(1_281_167, 64, 1_000_000), (32, 8, 2_000), (60_000, 100, 30_000), (61, 1, 3_050)],
+)
+def test_the_length_comes_from_the_data(num_samples, batch, steps):
+    """50 epochs, 2,000 to 1,000,000 steps; on ImageNet in batches of 64 the released million."""
+    made = with_length(SemVAETrainingConfig(train=TrainConfig(max_steps=0, global_batch_size=batch)), num_samples)
+    assert made.train.max_steps == steps
+    assert made.optimizer.decay_start == 0.8 * steps and made.optimizer.warmup_steps == steps // 2000
+    fixed = replace(made, train=replace(made.train, max_steps=7))
+    assert with_length(fixed, num_samples) is fixed
+    with pytest.raises(ValueError, match="train.max_steps must be at least 1: only SemVAE takes its length from data"):
+        SFDConfig(train=TrainConfig(max_steps=0))
+
+
+def test_a_job_of_that_length_is_described(tmp_path, data):
+    job = semvae_job(config(data, tmp_path / "run", max_steps=0))
+    assert job.train.max_steps == job.config.train.max_steps == 2_000

@@ -8,6 +8,7 @@ ZeRO, the same on every rank.
 
 import contextlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from sfd_fast.training.engines.interface import OVERFLOW, Batch, Engine, Objecti
 from sfd_fast.training.engines.watchdog import Watchdog
 from sfd_fast.training.engines.zero import Masters
 from sfd_fast.training.job import Job
-from sfd_fast.training.optimizer import AdamWEMA, build_optimizer, ema_names
+from sfd_fast.training.optimizer import EMA, AdamWEMA, build_optimizer
 from sfd_fast.training.state import WEIGHT, Piece, StateReader, restore, whole_piece
 
 INSTALL = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
@@ -83,7 +84,8 @@ class DeepSpeedEngine(Engine):
         _, self.accumulation = batch_shares(train, self.world_size)
         self.config = generate(train, job.optimizer, settings, world_size=self.world_size, device=kind)
         if not dist.is_initialized():
-            quiet(deepspeed, self.rank)
+            # what a run does is said by the loop
+            deepspeed.utils.logger.setLevel(logging.WARNING if self.rank == 0 else logging.ERROR)
             backend = "nccl" if kind == "cuda" else "gloo"
             deepspeed.init_distributed(dist_backend=backend, timeout=self.timeout, verbose=False)
         # flags travel on the CPU, beside the collectives of the step: no rank waits for a device
@@ -158,7 +160,9 @@ class DeepSpeedEngine(Engine):
                 self.reduce_beside(lr)
             self.engine.step()
         if self.zero is not None and self.zero.overflow:
-            # DeepSpeed did not call the optimizer at all
+            # DeepSpeed did not call the optimizer at all, nor made small parameters whole again
+            if self.stage == 3:
+                self.masters.gather_persistent()
             self.grad_norm = torch.full((), float("inf"), device=self.device)
             # a finite loss of which a lower scale may leave a finite gradient
             searching = (self.loss_bad == 0) & scale_can_fall
@@ -305,15 +309,14 @@ class DeepSpeedEngine(Engine):
                 restore(reader, self.beside, name, value, 0, 0, value.numel())
 
     @contextmanager
-    def ema_weights(self, index: int = 0) -> Iterator[nn.Module]:
+    def ema_weights(self) -> Iterator[nn.Module]:
         """The averages are written where DeepSpeed keeps the network's weights; masters are put back afterwards."""
-        key = ema_names(self.optimizer)[index]
-        beside = [v for v in self.trained_beside.values() if key in self.beside.state.get(v, {})]
+        beside = [v for v in self.trained_beside.values() if EMA in self.beside.state.get(v, {})]
         backup = [v.detach().clone() for v in beside]
         with torch.no_grad():
             for value in beside:
-                value.copy_(self.beside.state[value][key])
-        masters = self.masters.show(key)
+                value.copy_(self.beside.state[value][EMA])
+        masters = self.masters.show(EMA)
         try:
             yield self.model
         finally:
@@ -322,8 +325,7 @@ class DeepSpeedEngine(Engine):
                     value.copy_(old)
             self.masters.put_back(masters)
 
-    def export(self, index: int = 0) -> dict[str, Tensor] | None:
-        key = ema_names(self.optimizer)[index]
+    def export(self) -> dict[str, Tensor] | None:
         mine = {p.name: p for p in self.pieces()}
         state = {}
         for name, shape in self.shapes.items():
@@ -333,7 +335,7 @@ class DeepSpeedEngine(Engine):
             whole = torch.zeros(shape.numel(), device=self.device)
             if name in mine:
                 piece = mine[name]
-                whole[piece.start : piece.stop] = piece.fields.get(key, piece.fields[WEIGHT])
+                whole[piece.start : piece.stop] = piece.fields.get(EMA, piece.fields[WEIGHT])
             if self.world_size > 1:
                 # every element has one owner, so the sum is a gather
                 dist.reduce(whole, 0)
@@ -344,10 +346,3 @@ class DeepSpeedEngine(Engine):
         # buffers and frozen parameters are functions of the model's configuration
         fresh = type(self.model)(self.model.config).state_dict()
         return {name: state.get(name, fresh[name]) for name in self.shapes}
-
-
-def quiet(deepspeed, rank: int) -> None:
-    """DeepSpeed's log at warnings: what a run does is said by the loop."""
-    import logging
-
-    deepspeed.utils.logger.setLevel(logging.WARNING if rank == 0 else logging.ERROR)

@@ -61,8 +61,8 @@ class Engine(ABC):
         """Terms per sample without gradients, in the training precision."""
 
     @abstractmethod
-    def ema_weights(self, index: int = 0) -> AbstractContextManager[nn.Module]:
-        """While inside, the network's weights are the average number `index`."""
+    def ema_weights(self) -> AbstractContextManager[nn.Module]:
+        """While inside, the network's weights are their average."""
 
     @abstractmethod
     def pieces(self) -> Iterable[Piece]:
@@ -73,7 +73,7 @@ class Engine(ABC):
         """Restores what save wrote, whichever engine did; to the bit."""
 
     @abstractmethod
-    def export(self, index: int = 0) -> dict[str, Tensor] | None:
+    def export(self) -> dict[str, Tensor] | None:
         """Full state dict with the averaged weights on the CPU; None on ranks other than 0."""
 
     def own_state(self) -> dict:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sfd_fast.config import OptimizerConfig, TrainConfig, require
 from sfd_fast.training.engines.interface import Batch, Engine, Objective, StepResult, batch_size, stays_fp32
-from sfd_fast.training.optimizer import build_optimizer, ema_names
+from sfd_fast.training.optimizer import EMA, build_optimizer
 from sfd_fast.training.state import Piece, StateReader, restore, whole_piece
 
 
@@ -97,14 +97,13 @@ class TorchEngine(Engine):
             return objective(self.model, batch)[1]
 
     @contextmanager
-    def ema_weights(self, index: int = 0) -> Iterator[nn.Module]:
-        key = ema_names(self.optimizer)[index]
+    def ema_weights(self) -> Iterator[nn.Module]:
         swapped = []
         for name, master in self.named.items():
-            if key in self.optimizer.state.get(master, {}):
+            if EMA in self.optimizer.state.get(master, {}):
                 param = self.parameters[name]
                 swapped.append((param, param.data))
-                param.data = self.optimizer.state[master][key].to(param.dtype)
+                param.data = self.optimizer.state[master][EMA].to(param.dtype)
         try:
             yield self.model
         finally:
@@ -124,8 +123,7 @@ class TorchEngine(Engine):
                 self.parameters[name].copy_(master)
         self.optimizer.share_steps()
 
-    def export(self, index: int = 0) -> dict[str, Tensor]:
-        key = ema_names(self.optimizer)[index]
-        averages = {n: self.optimizer.state.get(m, {}).get(key, m) for n, m in self.named.items()}
+    def export(self) -> dict[str, Tensor]:
+        averages = {n: self.optimizer.state.get(m, {}).get(EMA, m) for n, m in self.named.items()}
         state = {name: averages.get(name, value) for name, value in self.model.state_dict().items()}
         return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.training.optimizer import AdamWEMA
-from sfd_fast.training.state import Piece, StateReader, restore, whole_piece
+from sfd_fast.training.state import STEP, Piece, StateReader, restore, whole_piece
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Masters:
         """What this rank stores of them, as views: without sharding the first rank stores everything."""
         for name, flat, offset, start, count in self.shards() if self.stage or self.rank == 0 else ():
             whole = whole_piece(name, flat, self.optimizer.state.get(flat, {}))
-            fields = {k: v if v.dim() == 0 else v[offset : offset + count] for k, v in whole.fields.items()}
+            fields = {k: v if k == STEP else v[offset : offset + count] for k, v in whole.fields.items()}
             yield Piece(name, start, self.shapes[name].numel(), fields)
 
     def read(self, reader: StateReader) -> None:

@@ -56,14 +56,19 @@ def prepare_directory(
         raise OSError(f"the run directory {folder} cannot be written ({error}); choose another run.out") from error
 
 
+def launch_settings(job: Job, engine: Engine) -> dict:
+    """What all ranks of a launch must have in common: not names of files and folders, of which nodes have copies."""
+    places = marked(type(job.config), PATH) | {"data.num_workers"}
+    settings = {key: value for key, value in flatten(to_dict(job.config)).items() if key not in places}
+    return json.loads(json.dumps(settings | {"data": job.identity | {"samples": job.fingerprint}} | engine.files()))
+
+
 def check_alike(job: Job, engine: Engine) -> None:
     """Raises ValueError on every rank where ranks were started with other settings, seeds or data.
 
-    Names of files and folders may differ: nodes have their own copies. Costs one small message of each rank.
+    Costs one small message of each rank.
     """
-    places = marked(type(job.config), PATH) | {"data.num_workers"}
-    mine = {key: value for key, value in flatten(to_dict(job.config)).items() if key not in places}
-    mine = json.loads(json.dumps(mine | {"data": job.identity} | engine.files()))
+    mine = launch_settings(job, engine)
     digests = engine.gather(settings_digest(mine))
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if not different:

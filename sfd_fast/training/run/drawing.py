@@ -17,6 +17,7 @@ from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import noise, split_latents
 from sfd_fast.formats.texture import load_codec
 from sfd_fast.models.texture import to_uint8
+from sfd_fast.pictures import tile
 from sfd_fast.sampling.guidance import bind_labels, bind_null, cfg
 from sfd_fast.sampling.sampler import sample
 from sfd_fast.training.engines.interface import Engine
@@ -96,13 +97,8 @@ def sample_picture(engine: Engine, config: SFDConfig, statistics: LatentStatisti
 
 def picture_grid(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1], B > 0, as one picture (3, rows * H, columns * W) uint8, about square."""
-    count, _, height, width = images.shape
-    columns = max(1, round(count**0.5))
-    rows = -(-count // columns)
-    canvas = torch.full((rows * columns, 3, height, width), -1.0)
-    canvas[:count] = images
-    canvas = canvas.view(rows, columns, 3, height, width).permute(2, 0, 3, 1, 4).reshape(3, rows * height, -1)
-    return (127.5 * canvas + 128).clamp(0, 255).to(torch.uint8)  # docs/METHOD.md 2
+    picture = tile(to_uint8(images).numpy(), max(1, round(len(images) ** 0.5)), size=1, gap=0)
+    return torch.from_numpy(picture).permute(2, 0, 1)
 
 
 class Quality:

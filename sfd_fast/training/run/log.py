@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sfd_fast.files.atomic import write_atomically
+from sfd_fast.pictures import save
 
 METRICS = "metrics.jsonl"
 BLOCK, LONGEST_ROW = 2**16, 2**20
@@ -172,10 +171,7 @@ class RunLog:
         """A picture (3, H, W) uint8: samples/<step>.png, and TensorBoard."""
         if not self.write:
             return
-        target = self.folder / name
-        target.mkdir(exist_ok=True)
-        picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-        write_atomically(target / f"{step:08d}.png", picture.save, durable=False)
+        save(self.folder / name / f"{step:08d}.png", grid.permute(1, 2, 0).numpy())
         if self.board is not None:
             self.board.add_image(name, grid, step)
 

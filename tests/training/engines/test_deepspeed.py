@@ -34,7 +34,7 @@ FIELDS = ("param", "exp_avg", "exp_avg_sq", "ema", "ema_1")
 """what a checkpoint holds of a parameter, element by element"""
 TWO_RANKS = (
     "stages", "resume", "shares", "precision", "bad_batch", "averages", "pre_emption", "host_reads", "options", "two",
-    "from_one", "contradictions", "disk_full", "footprint", "judged",
+    "from_one", "contradictions", "disk_full", "footprint", "judged", "bad_after_resume",
 )  # fmt: skip
 
 
@@ -107,6 +107,7 @@ def ran(tmp_path_factory):
         pytest.skip(ABSENT)
     folder = tmp_path_factory.mktemp("ranks")
     write_data(folder / "data")
+    write_data(folder / "other", seed=1)
     write_reference(folder / "reference.npz")
     for code, error, _ in finish(start_ranks(1, folder, "one", "fp16", "shares_of_one")):
         assert code == 0, error[-6000:]
@@ -229,6 +230,13 @@ def test_norms_positions_and_clocks_stay_fp32_with_bf16_weights(ran):
 def test_a_nan_batch_on_one_rank_skips_the_step_on_all(ran, kind):
     for rank in (0, 1):
         assert ran["bad_batch"][rank][kind] == {"skipped": 1.0, "same": True, "next": 0.0, "moved": True}
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_a_bad_step_right_after_a_resume_under_zero_3_ends_with_the_bits_of_an_unbroken_run(ran, kind):
+    for rank in (0, 1):
+        found = ran["bad_after_resume"][rank][kind]
+        assert found["skipped"] == [0, 0, 1, 0, 0] and found["same"] and found["fields"] > 100
 
 
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
@@ -360,6 +368,9 @@ def test_a_rank_that_cannot_write_stops_all_with_the_old_checkpoint(ran):
         ("file", "sets gradient_clipping to 1.0, which contradicts optimizer.max_grad_norm"),
         ("preset", "belongs to another configuration: model.depth was 2 and is 3"),
         ("different disks", "ranks see different checkpoints .*: of steps 0 to 8, this rank .* all nodes share"),
+        ("other settings", "rank 1 was started otherwise .*: optimizer.lr is 0.001 on rank 0 and 0.0005 on rank 1"),
+        ("other seed", "rank 1 was started otherwise than rank 0: train.seed is 0 on rank 0 and 1 on rank 1"),
+        ("other data", "rank 1 was started otherwise than rank 0: data is .*samples"),
         ("unwritable", "in-the-way/run cannot be written|another rank could not take .*in-the-way/run"),
     ],
 )

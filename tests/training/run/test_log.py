@@ -1,6 +1,9 @@
 """What a run reports: sums over ranks, bad steps, memory, TensorBoard."""
 
+import json
 import mmap
+import time
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -11,8 +14,9 @@ from sfd_fast.config import GuidanceConfig
 from sfd_fast.planning.description import show
 from sfd_fast.training.diffusion import diffusion_job, run_train
 from sfd_fast.training.engines.interface import OVERFLOW
-from sfd_fast.training.loop import build_engine
-from sfd_fast.training.run.log import RunLog, StepLog, memory_gib, read_rows
+from sfd_fast.training.loop import TrainResult, build_engine
+from sfd_fast.training.run import log as log_module
+from sfd_fast.training.run.log import RunLog, StepLog, memory_gib, read_rows, rows_backwards
 from sfd_fast.training.run.progress import NonFiniteError, Run
 
 
@@ -102,3 +106,43 @@ def test_notes_are_said_at_the_start(tmp_path, data, capsys):
     assert "note: " in capsys.readouterr().out
     plain = run_train(tiny_config(data, tmp_path / "plain", sample_every=8), device="cpu", progress=False)
     assert not [r for r in plain.metrics if r["kind"] == "event"]
+
+
+def test_a_million_rows_are_read_from_their_end(tmp_path):
+    """Resuming at the last checkpoint takes no time and no memory for the rows before it."""
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "w") as file:
+        for start in range(0, 1_000_000, 10_000):
+            steps = range(start, start + 10_000)
+            file.writelines(f'{{"kind": "train", "step": {step}, "loss": 0.5}}\n' for step in steps)
+        file.write('{"kind": "tr')
+    size = path.stat().st_size
+    tracemalloc.start()
+    begin = time.process_time()
+    log = RunLog(
+        tmp_path, start_step=999_000, max_steps=2_000_000, write=True, progress=False, tensorboard=False, unit="step"
+    )
+    assert log.has("train", 999_000) and not log.has("evaluation", 999_000)
+    log.row("train", 999_001, {"loss": 0.25})
+    log.close()
+    result = TrainResult(tmp_path, 999_001, None)
+    assert result.loss == 0.25
+    seconds, peak = time.process_time() - begin, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds < 2 and peak < 2**21
+    last = [json.loads(line) for line in path.read_bytes()[-200:].splitlines()[1:]]
+    assert [row["step"] for row in last[-2:]] == [999_000, 999_001] and path.stat().st_size < size
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64])
+def test_rows_cross_the_blocks_in_which_they_are_read(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(log_module, "BLOCK", block)
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"kind": "event", "step": step, "message": "x" * (step % 5)} for step in range(20)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    for tail in ("", "{", '{"kind": "event", "step": 20}'):
+        path.write_text("".join(lines) + tail)
+        found = list(rows_backwards(path))
+        assert [row for row, _ in found] == rows[::-1]
+        ends = [sum(map(len, lines[: i + 1])) for i in range(20)]
+        assert [end for _, end in found] == ends[::-1]
