@@ -89,6 +89,10 @@ COMMANDS: dict[str, Command] = {
         "sfd_fast.commands.evaluate:EvaluateConfig", "sfd_fast.commands.evaluate:run_evaluate",
         "FID, sFID, Inception Score, precision, recall and KID of generated images",
     ),
+    "download": Command(
+        "sfd_fast.commands.download:DownloadConfig", "sfd_fast.commands.download:run_download",
+        "the authors' weights in one step: fetched, checked, converted, put together", positional="what",
+    ),
     "convert": Command(
         "sfd_fast.commands.convert:ConvertConfig", "sfd_fast.commands.convert:run_convert",
         "released formats to ours and back",

@@ -3,7 +3,6 @@
 Letters: N images, H height, W width, C channels, h, w of latents.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -14,8 +13,10 @@ import torch
 from sfd_fast import pictures
 from sfd_fast.app.choice import Choice, Origin, absolute, class_names, number, whole
 from sfd_fast.config import GuidanceConfig, SamplerConfig, SamplingPrecision, require
+from sfd_fast.files.documents import read_json
 from sfd_fast.sampling.pipeline import SFDPipeline
-from sfd_fast.sampling.pipeline_folder import INDEX, local_folder
+from sfd_fast.sampling.pipeline_folder import INDEX
+from sfd_fast.sampling.sources import local_folder
 
 NUM_MOMENTS = 20
 """moments of a trajectory that the scrubber shows, besides the borders of the stages"""
@@ -67,7 +68,7 @@ class Studio:
         self.name, folder = model, local_folder(model)
         self.pipeline = SFDPipeline.from_pretrained(folder, guide=guide or None, codec=codec or None, **options)
         index = folder / INDEX
-        content = json.loads(index.read_text()) if index.is_file() else {}
+        content = read_json(index) if index.is_file() else {}
         self.names = class_names(content, self.pipeline.config.num_classes)
         self.origin = Origin(
             absolute(model), absolute(guide), absolute(codec), batch, self.pipeline.precision, str(self.pipeline.device)

@@ -32,8 +32,9 @@ from sfd_fast.sampling.frames import Frame, spread
 from sfd_fast.sampling.guidance import check_scales
 from sfd_fast.sampling.inputs import Integers, checked_classes, checked_inputs
 from sfd_fast.sampling.latents import LatentSampler, own_copy
-from sfd_fast.sampling.pipeline_folder import PipelineSettings, check_parts, load_parts, local_folder, save_parts
+from sfd_fast.sampling.pipeline_folder import PipelineSettings, check_parts, load_parts, save_parts
 from sfd_fast.sampling.solvers import check_solver
+from sfd_fast.sampling.sources import local_folder
 
 DEFAULT_MICRO_BATCH = 32
 
@@ -125,16 +126,23 @@ class SFDPipeline(LatentSampler):
         guide: str | Path | None = None,
         codec: str | Path | nn.Module | None = None,
         statistics: LatentStatistics | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
         **options,
     ) -> "SFDPipeline":
         """The pipeline of a folder that save_pretrained wrote, or of that name on the Hugging Face hub ("owner/name").
 
         source may also be a single network: a folder that training or `sfd convert` wrote, with guide (another such
         folder) and codec (a folder or released file of a texture codec, or a codec). statistics: of the training
-        latents, where the folder holds none. options: micro_batch_size, precision, backend, device, sampler, guidance.
+        latents, where the folder holds none. variant: which of the authors' models, for "SFD-Project/SFD": xl-80ep,
+        xl-800ep, xxl-80ep or xxl-800ep. revision, token: as huggingface_hub takes them; cache_dir: where fetched files
+        are kept. options: micro_batch_size, precision, backend, device, sampler, guidance.
         Raises FileNotFoundError, or ValueError where parts are damaged or of another data set.
         """
-        return cls(**load_parts(local_folder(source), guide, codec, statistics) | options)
+        folder = local_folder(source, variant=variant, revision=revision, token=token, cache_dir=cache_dir)
+        return cls(**load_parts(folder, guide, codec, statistics) | options)
 
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from sfd_fast.config.checks import Count, NotNegative, Positive, Settings
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.files.digest import settings_digest
 from sfd_fast.files.documents import read_json
-from sfd_fast.files.messages import first_line
 from sfd_fast.formats.marked_folder import PIPELINE as INDEX
 from sfd_fast.formats.marked_folder import WEIGHTS, check_files, replace_marked
 from sfd_fast.formats.model_folder import read_config, read_description, read_statistics, save_model
@@ -45,8 +45,9 @@ def save_parts(
     statistics: LatentStatistics,
     training: SFDConfig | None,
     settings: PipelineSettings,
+    notes: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes a pipeline's folder, in one step.
+    """Writes a pipeline's folder, in one step. notes: further keys of its pipeline.json, which loading does not read.
 
     Raises ValueError where something that is not ours lies there, OSError where the place cannot be written.
     """
@@ -59,7 +60,7 @@ def save_parts(
         (temporary / "statistics").mkdir()
         statistics.save(temporary / "statistics")
         content = to_dict(settings)
-        text = json.dumps(content | {DIGEST: settings_digest(content)}, indent=1) + "\n"
+        text = json.dumps({**(notes or {}), **content} | {DIGEST: settings_digest(content)}, indent=1) + "\n"
         (temporary / INDEX).write_text(text)
 
     replace_marked(folder, "pipeline", write)
@@ -79,27 +80,6 @@ def read_settings(path: Path) -> PipelineSettings:
         f"'{DIGEST}' to use them as they are",
     )
     return settings
-
-
-def local_folder(source: str | Path) -> Path:
-    """The folder of a pipeline or a network that `source` names, be it a run directory, or on the Hugging Face hub.
-
-    Raises FileNotFoundError where nothing is found, ValueError for what is no model.
-    """
-    path = Path(source)
-    if path.exists():
-        return folder_of_model(path)
-    if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
-        raise FileNotFoundError(f"model folder {source} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source)))
-    except Exception as error:  # the hub client raises many kinds: no network, no such repository, no permission
-        raise FileNotFoundError(
-            f"{source} is neither a folder here nor a model that could be fetched from the Hugging Face hub: "
-            f"{first_line(error)}"
-        ) from error
 
 
 def folder_of_model(path: Path) -> Path:

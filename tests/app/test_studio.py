@@ -1,6 +1,5 @@
 """What a click on the page draws: the choice checked, the trajectories, the twin, and the same choice as code."""
 
-import json
 import re
 import runpy
 from dataclasses import replace
@@ -18,6 +17,7 @@ from sfd_fast.commands.sample import run_sample
 from sfd_fast.config import GuidanceConfig
 from sfd_fast.models.texture import IdentityCodec
 from sfd_fast.sampling.pipeline import SFDPipeline
+from sfd_fast.sampling.pipeline_folder import PipelineSettings, save_parts
 
 PLAIN = GuidanceConfig()
 
@@ -26,9 +26,12 @@ PLAIN = GuidanceConfig()
 def folders(tmp_path_factory):
     """A pipeline with named classes, and a synchronous twin without a guide."""
     root = tmp_path_factory.mktemp("app")
-    build().save_pretrained(root / "model")
-    index = json.loads((root / "model" / "pipeline.json").read_text())
-    (root / "model" / "pipeline.json").write_text(json.dumps(index | {"id2label": {"0": "cat", "3": "dog & co"}}))
+    ours = build()
+    save_parts(
+        root / "model", ours.model, ours.guide, ours.codec, ours.statistics, None,
+        PipelineSettings(ours.delta_t, 4, ours.sampler, ours.guidance, 1.0),
+        {"id2label": {"0": "cat", "3": "dog & co"}},
+    )  # fmt: skip
     SFDPipeline(
         random_model(replace(TINY, two_clocks=False), 2), statistics=STATISTICS, codec=IdentityCodec(4, 2), delta_t=0.0,
         device="cpu",

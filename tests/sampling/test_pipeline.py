@@ -1,7 +1,5 @@
 """SFDPipeline: bit-equal images, folders, and bad input."""
 
-import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -348,30 +346,3 @@ def test_a_folder_without_codec_is_an_error(tmp_path):
     save_model(tmp_path / "main", random_model(TINY, 0), config=SFDConfig(model=TINY), statistics=STATISTICS)
     with pytest.raises(ValueError, match="names no texture codec"):
         SFDPipeline.from_pretrained(tmp_path / "main")
-
-
-def test_a_hub_name_that_cannot_be_fetched_is_an_error(monkeypatch):
-    import huggingface_hub
-
-    def refuse(name):
-        raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(FileNotFoundError, match="someone/sfd-xl is neither a folder here nor a model.*no network"):
-        SFDPipeline.from_pretrained("someone/sfd-xl")
-
-
-def test_a_hub_name_is_fetched(pipeline, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    pipeline.save_pretrained(tmp_path / "remote")
-    fetched = []
-
-    def fetch(name):
-        fetched.append(name)
-        return shutil.copytree(tmp_path / "remote", tmp_path / "local")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    loaded = SFDPipeline.from_pretrained("someone/sfd-xl", device="cpu")
-    assert fetched == ["someone/sfd-xl"]
-    assert json.loads((tmp_path / "local" / "pipeline.json").read_text())["delta_t"] == loaded.delta_t

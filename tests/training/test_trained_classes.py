@@ -5,7 +5,8 @@ import torch
 from harness.tiny_run import tiny_config, write_data
 
 from sfd_fast.data.cache.describe import CacheSizes
-from sfd_fast.sampling.pipeline_folder import load_parts, local_folder
+from sfd_fast.sampling.pipeline_folder import load_parts
+from sfd_fast.sampling.sources import local_folder
 from sfd_fast.training import diffusion
 from sfd_fast.training.export import export_checkpoint
 
