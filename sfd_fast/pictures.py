@@ -19,15 +19,20 @@ def enlarge(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def tile(images: Sequence[np.ndarray], num_columns: int, *, size: int = 48, gap: int = 2) -> np.ndarray:
-    """Images of one size in rows of num_columns on white, (height, width, 3) uint8."""
+    """Images in rows of num_columns on white, each in a cell as large as the largest, (height, width, 3) uint8."""
     enlarged = [enlarge(image, size) for image in images]
-    height, width, _ = enlarged[0].shape
+    height, width = (max(image.shape[axis] for image in enlarged) for axis in (0, 1))
     num_rows = -(-len(enlarged) // num_columns)
     canvas = np.full((num_rows * (height + gap) - gap, num_columns * (width + gap) - gap, 3), 255, np.uint8)
     for i, image in enumerate(enlarged):
         top, left = i // num_columns * (height + gap), i % num_columns * (width + gap)
-        canvas[top : top + height, left : left + width] = image
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
     return canvas
+
+
+def square_grid(images: Sequence[np.ndarray], **options: int) -> np.ndarray:
+    """Images as a picture about as wide as it is high; options as of `tile`."""
+    return tile(images, max(1, round(len(images) ** 0.5)), **options)
 
 
 def save(path: str | Path, picture: np.ndarray) -> None:
@@ -109,11 +114,12 @@ def loss_curves(path: str | Path, runs: Mapping[str, list[dict]], plain: Mapping
     write_atomically(Path(path), lambda temporary: drawn.savefig(temporary, dpi=110))
 
 
-def semantic_colours(semantic: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Semantic latents as colours: their projection on the three main directions of the finished ones.
+def principal_colours(latents: np.ndarray, reference: np.ndarray | None = None) -> np.ndarray:
+    """Latents as colours: their projection on the three main directions of the reference (None: their own).
 
-    semantic, reference: (N, C, h, w).  Returns (N, h, w, 3) uint8.
+    latents, reference: (N, C, h, w).  Returns (N, h, w, 3) uint8.
     """
+    reference = latents if reference is None else reference
 
     def rows(values: np.ndarray) -> np.ndarray:
         return values.transpose(0, 2, 3, 1).reshape(-1, values.shape[1])
@@ -122,8 +128,8 @@ def semantic_colours(semantic: np.ndarray, reference: np.ndarray) -> np.ndarray:
     directions = np.linalg.svd(rows(reference) - centre, full_matrices=False)[2][:3]
     scale = (rows(reference) - centre) @ directions.T
     low, high = np.percentile(scale, 2, axis=0), np.percentile(scale, 98, axis=0)
-    colours = ((rows(semantic) - centre) @ directions.T - low) / np.maximum(high - low, 1e-6)
-    n, _, h, w = semantic.shape
+    colours = ((rows(latents) - centre) @ directions.T - low) / np.maximum(high - low, 1e-6)
+    n, _, h, w = latents.shape
     picture = np.full((n, h, w, 3), 128, np.uint8)
     picture[..., : len(directions)] = (255 * colours.clip(0, 1)).astype(np.uint8).reshape(n, h, w, -1)
     return picture
@@ -142,7 +148,7 @@ def stage_strip(
     semantic: per tau (N, C, h, w) normalised latents; texture: per tau (N, H, W, 3) uint8.
     """
     reference = semantic[-1]
-    columns = [semantic_colours(s, reference) for s in semantic]
+    columns = [principal_colours(s, reference) for s in semantic]
     num = len(labels)
     drawn = figure(0.95 * len(taus) + 1.2, 1.75 * num + 0.9)
     axes = drawn.subplots(2 * num, len(taus), squeeze=False)

@@ -54,6 +54,20 @@ def test_small_images_are_enlarged_by_whole_pixels_into_rows():
     assert (picture[48:50] == 255).all() and (picture[50:, 50:] == 255).all()
 
 
+def test_images_of_several_sizes_stand_in_cells_of_the_largest():
+    images = [np.full((side, side, 3), value, np.uint8) for side, value in ((4, 10), (8, 20), (4, 30))]
+    picture = pictures.tile(images, 2, size=1, gap=0)
+    assert picture.shape == (16, 16, 3)
+    assert (picture[:4, :4] == 10).all() and (picture[4:8, :8] == 255).all() and (picture[:8, 8:] == 20).all()
+    assert (picture[8:12, :4] == 30).all() and (picture[8:, 8:] == 255).all()
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (4, 4)), (2, (8, 4)), (5, (12, 8)), (9, (12, 12)), (10, (16, 12))])
+def test_a_square_grid_is_about_square(count, shape):
+    images = [np.full((4, 4, 3), i, np.uint8) for i in range(count)]
+    assert pictures.square_grid(images, size=1, gap=0).shape == (*shape, 3)
+
+
 @pytest.mark.parametrize(
     ("tau", "name"),
     [
@@ -69,9 +83,9 @@ def test_semantics_are_coloured_by_the_finished_ones(tmp_path):
     """One direction that varies: colours run along it, and noise far outside is clipped."""
     finished = np.zeros((1, 4, 1, 5), np.float32)
     finished[0, 2, 0] = np.linspace(-1, 1, 5)
-    colours = pictures.semantic_colours(finished, finished)[0, 0, :, 0].astype(int)
+    colours = pictures.principal_colours(finished, finished)[0, 0, :, 0].astype(int)
     assert colours[2] in (127, 128) and {colours[0], colours[-1]} == {0, 255}
     steps = np.diff(colours)
     assert (steps > 0).all() or (steps < 0).all()
-    outside = pictures.semantic_colours(100 * finished, finished)[0, 0, :, 0]
+    outside = pictures.principal_colours(100 * finished, finished)[0, 0, :, 0]
     assert set(outside[[0, -1]].tolist()) == {0, 255}

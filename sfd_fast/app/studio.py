@@ -143,7 +143,7 @@ def track(title: str, pipeline: SFDPipeline, choice: Choice) -> Track:
         solver=choice.solver, guidance=choice.guidance,
     )  # fmt: skip
     last = frames[-1].semantic
-    moments = [Moment(frame.tau, pictures.semantic_colours(frame.semantic, last), frame.images) for frame in frames]
+    moments = [Moment(frame.tau, pictures.principal_colours(frame.semantic, last), frame.images) for frame in frames]
     return Track(title, pipeline.delta_t, moments)
 
 

@@ -159,7 +159,7 @@ def draw_grid(generation: "Generation", count: int) -> Path:
     files = generation.files
     path, count = files.out / GRID, min(count, files.num)
     if not is_whole(path) and not files.gathered:
-        pictures.save(path, pictures.tile(files.first_images(count), max(1, round(count**0.5))))
+        pictures.save(path, pictures.square_grid(files.first_images(count)))
     return path
 
 

@@ -7,6 +7,7 @@ Shapes: N reference images, M samples, F features, K classes.
 import torch
 from torch import Tensor
 
+from sfd_fast.config.checks import one_of
 from sfd_fast.evaluation.statistics import Statistics
 
 
@@ -101,10 +102,7 @@ def precision_recall(
     2048-feature squared distance then has three digits.
     Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991); evaluator.py, ManifoldEstimator (k = 3, blocks of 10,000).
     """
-    if precision not in ("float32", "float16"):
-        raise ValueError(
-            f"precision {precision!r} of the distances is unknown: float32 or float16 (the evaluator's rounding)"
-        )
+    one_of("precision of the distances", precision, ("float32", "float16"))
     if reference.shape[1:] != samples.shape[1:]:
         raise ValueError(f"features differ: reference {tuple(reference.shape)}, samples {tuple(samples.shape)}")
     fewest = min(len(reference), len(samples))

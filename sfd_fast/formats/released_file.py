@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from sfd_fast.config.checks import one_of
 from sfd_fast.files.torch_file import PickledConfig
 
 MAX_VALUES = 500_000
@@ -87,8 +88,7 @@ def state_dict_of(tree: object, weights: str = "ema") -> dict[str, Tensor]:
     """
     if not isinstance(tree, dict):
         raise ValueError(f"a checkpoint is a dictionary; this file holds a {type(tree).__name__}")
-    if weights not in ("ema", "model"):
-        raise ValueError(f"weights '{weights}' is unknown; allowed: ema, model")
+    one_of("weights", weights, ("ema", "model"))
     for key in (weights, "model_state_dict", "state_dict"):
         if isinstance(tree.get(key), dict):
             found = tree[key]

@@ -19,7 +19,8 @@ from sfd_kernels import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sfd_fast.config import ModelConfig
+from sfd_fast.config import ModelConfig, Precision
+from sfd_fast.config.checks import one_of
 from sfd_fast.models.attention import attention
 from sfd_fast.models.embeddings import (
     TIMESTEP_FEATURES,
@@ -163,8 +164,7 @@ class LightningDiT(nn.Module):
         checkpoint_activations: float = 0.0,
     ) -> None:
         super().__init__()
-        if residual not in ("fp32", "bf16"):
-            raise ValueError(f"residual '{residual}' is unknown; allowed: fp32, bf16")
+        one_of("residual", residual, Precision)
         if not 0 <= checkpoint_activations <= 1:
             raise ValueError(f"checkpoint_activations {checkpoint_activations} is a share of the blocks, 0 to 1")
         self.config = config

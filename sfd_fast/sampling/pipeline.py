@@ -24,6 +24,7 @@ from sfd_fast.config import (
     require,
     with_settings,
 )
+from sfd_fast.config.checks import one_of
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import split_latents
 from sfd_fast.files.tensors import require_finite
@@ -166,7 +167,7 @@ class SFDPipeline(LatentSampler):
         Returns images as PIL, or with output_type "np" as one (N, H, W, 3) uint8 array.
         Raises ValueError for labels that are no classes of the model, and settings that do not exist or contradict.
         """
-        require(output_type in ("pil", "np"), f"output_type '{output_type}' is unknown; choose pil or np")
+        one_of("output_type", output_type, ("pil", "np"))
         labels, ids, seed = self.checked_inputs(labels, sample_ids, seed)
         chosen = self.resolve(sampler, guidance, **settings)
         parts = []

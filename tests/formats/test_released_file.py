@@ -65,7 +65,7 @@ def test_ema_and_raw_weights_are_told_apart_and_prefixes_dropped():
         ({"model": {"w": torch.ones(1)}}, "ema", "the file has no 'ema' weights; its entries are: model"),
         ({"ema": {"w": 3}}, "ema", "weights entry 'w' is a int, not a tensor"),
         ({}, "ema", "the file has no 'ema' weights"),
-        ({"ema": {}}, "averaged", "weights 'averaged' is unknown; allowed: ema, model"),
+        ({"ema": {}}, "averaged", "weights 'averaged' is unknown; choose ema or model"),
     ],
 )
 def test_files_without_the_wanted_weights_are_refused(tree, weights, message):

@@ -327,7 +327,7 @@ def test_features_of_a_network_without_repa_head_are_refused():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"residual": "fp16"}, "residual 'fp16' is unknown; allowed: fp32, bf16"),
+        ({"residual": "fp16"}, "residual 'fp16' is unknown; choose fp32 or bf16"),
         ({"checkpoint_activations": 1.5}, "share of the blocks, 0 to 1"),
     ],
 )

@@ -14,6 +14,8 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from sfd_fast.config import DataConfig
+from sfd_fast.config.checks import annotations, one_of
 from sfd_fast.data.cache.manifest import read_manifest
 from sfd_fast.data.images.decode import load
 from sfd_fast.data.images.index import INDEX_FILE, INDEX_FOLDER, ImageIndex
@@ -118,8 +120,7 @@ def open_targets(
     if kind == "stored":
         shards.require(flip=False, features=True)
         return None
-    if kind not in ("semvae", "online"):
-        raise ValueError(f"data.targets '{kind}' is unknown; choose stored, semvae or online")
+    one_of("data.targets", kind, annotations(DataConfig)["targets"])
     settings = (read_manifest(shards.folder) or {}).get("settings", {})
     if kind == "semvae":
         if not semvae:

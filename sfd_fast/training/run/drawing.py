@@ -17,7 +17,7 @@ from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import noise, split_latents
 from sfd_fast.formats.texture import load_codec
 from sfd_fast.models.texture import to_uint8
-from sfd_fast.pictures import tile
+from sfd_fast.pictures import square_grid
 from sfd_fast.sampling.guidance import bind_labels, bind_null, cfg
 from sfd_fast.sampling.sampler import sample
 from sfd_fast.training.engines.interface import Engine
@@ -97,7 +97,7 @@ def sample_picture(engine: Engine, config: SFDConfig, statistics: LatentStatisti
 
 def picture_grid(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1], B > 0, as one picture (3, rows * H, columns * W) uint8, about square."""
-    picture = tile(to_uint8(images).numpy(), max(1, round(len(images) ** 0.5)), size=1, gap=0)
+    picture = square_grid(to_uint8(images).numpy(), size=1, gap=0)
     return torch.from_numpy(picture).permute(2, 0, 1)
 
 
