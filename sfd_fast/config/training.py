@@ -69,8 +69,9 @@ class TrainConfig(Settings, section="train"):
     micro_batch_size: Annotated[Natural, MAY_CHANGE] = 0
     """samples per forward on one rank; 0: the whole share of a rank at once"""
     seed: int = 0
-    precision: TrainingPrecision = "parity"
-    """parity: fp32 weights under bf16 autocast, as released; bf16: bf16 weights, fp32 masters; fp16: loss scaling"""
+    precision: Literal["auto", TrainingPrecision] = "auto"
+    """parity: fp32 weights under bf16 autocast, as released; bf16: bf16 weights, fp32 masters; fp16: loss scaling;
+    auto: parity, but fp32 on a CPU without bf16 units, where that is faster"""
     compile: Annotated[bool, MAY_CHANGE] = False
     """torch.compile the network"""
     checkpoint_activations: Annotated[Fraction, MAY_CHANGE] = 0.0

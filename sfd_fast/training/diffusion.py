@@ -27,7 +27,8 @@ from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.held_out import VALIDATION_IDS, held_out_means
 from sfd_fast.training.job import Job, a_few, check_default_dtype
 from sfd_fast.training.loop import TrainResult, build_engine, run_job
-from sfd_fast.training.run.drawing import UNGUIDED, Quality, check_evaluation, sample_picture, texture_decoder
+from sfd_fast.training.precision import settled
+from sfd_fast.training.run.drawing import UNGUIDED, Quality, check_drawing, sample_picture, texture_decoder
 
 CLOCK_BINS = 10
 UNUSED_TARGETS = "transport.repa_weight is 0: data.targets is not used"
@@ -240,6 +241,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
     Raises ValueError where data, model and losses do not fit together.
     """
     check_default_dtype()
+    config = settled(config)
     shards, held_out = split_held_out(config)
     statistics = shards.statistics(config.data.latent_multiplier)
     targets, held_out_targets = targets_of(config, shards, held_out, statistics)
@@ -261,7 +263,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         loader = data(engine.rank, engine.world_size, start_step, device=engine.device)
         return with_targets(loader, targets and targets.to(engine.device), engine.autocast)
 
-    check_evaluation(config, decoded=decode is not None or bool(config.data.texture_codec))
+    check_drawing(config, decoded=decode is not None or bool(config.data.texture_codec))
     decode = decode or texture_decoder(config)
     validate = partial(
         validation_loss, config=config, shards=held_out, statistics=statistics, targets=held_out_targets
@@ -304,5 +306,6 @@ def run_train(
     themselves). progress=False shows no bar.
     Raises as run_job does, and ValueError where model, data and transport contradict each other.
     """
+    config = settled(config, device)
     job = diffusion_job(config, decode=decode)
     return run_job(job, build_engine(job, device), resume=resume, progress=progress)

@@ -23,6 +23,7 @@ from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.held_out import VALIDATION_IDS, held_out_means
 from sfd_fast.training.job import Job, a_few, check_default_dtype
 from sfd_fast.training.loop import TrainResult, build_engine, run_job
+from sfd_fast.training.precision import settled
 from sfd_fast.training.run.directory import MODEL, lock, prepare_directory
 
 TERMS = ("mse", "cosine", "kl")
@@ -85,6 +86,7 @@ def with_length(config: SemVAETrainingConfig, num_samples: int) -> SemVAETrainin
 def semvae_job(config: SemVAETrainingConfig) -> Job:
     """The job of training config.semvae on config.data."""
     check_default_dtype()
+    config = settled(config)
     shards, held_out = load_features(config)
     config = with_length(config, len(shards))
     with torch.random.fork_rng(devices=[]):
@@ -160,5 +162,6 @@ def run_train_semvae(
     check_used(config)
     if config.semvae.architecture == "pca":
         return fit_pca(config)
+    config = settled(config, device)
     job = semvae_job(config)
     return run_job(job, build_engine(job, device), resume=resume, progress=progress)

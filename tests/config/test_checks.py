@@ -36,7 +36,7 @@ KINDS = {
 WRONG = [
     ("train.engine", "fsdp", "train.engine 'fsdp' is unknown; choose torch or deepspeed"),
     ("train.engine", "deepsped", "did you mean 'deepspeed'"),
-    ("train.precision", "int8", "train.precision 'int8' is unknown; choose parity, bf16, fp16 or fp32"),
+    ("train.precision", "int8", "train.precision 'int8' is unknown; choose auto, parity, bf16, fp16 or fp32"),
     ("optimizer.schedule", "linear", "optimizer.schedule 'linear' is unknown; choose constant or cosine"),
     ("optimizer.schedule", "Cosine", "did you mean 'cosine'"),
     ("deepspeed.zero_stage", 7, "deepspeed.zero_stage 7 is unknown; choose 0, 1, 2 or 3 .did you mean 3"),

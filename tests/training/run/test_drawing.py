@@ -9,7 +9,7 @@ import torch
 from harness.tiny_run import MODEL, pixels, tiny_config, write_data, write_reference
 
 from sfd_fast.commands.evaluate import EvaluateConfig, run_evaluate
-from sfd_fast.config import DeepSpeedConfig, GuidanceConfig, RunConfig, SamplerConfig
+from sfd_fast.config import DeepSpeedConfig, GuidanceConfig, RunConfig, SamplerConfig, overlaid
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
 from sfd_fast.formats.released_model import load_model
@@ -198,3 +198,15 @@ def test_a_grid_decodes_a_few_images_at_once(config, monkeypatch):
     picture = job.samples(build_engine(job, "cpu"))
     assert sizes == [3, 3, 1]
     assert picture.shape == (3, 3 * 8, 3 * 8) and picture[:, -8:, -8:].float().std() == 0  # 7 of 9 places
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler.num_steps": 2}, "num_steps 2 is too small: delta_t 0.3 has 3 stages"),
+        ({"guidance.mode": "cfg", "guidance.scale": 2.0, "model.class_dropout": 0.0}, "cfg' needs a null class, which"),
+    ],
+)
+def test_settings_under_which_nothing_could_be_drawn_end_a_run_before_its_first_step(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        diffusion_job(overlaid(config, changes))
