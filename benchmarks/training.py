@@ -4,6 +4,7 @@
 
 A step is noise, times, network, losses (REPA included), backward, optimizer and EMA; in fp32, on CUDA in bf16 autocast.
     ours           fused operators, AdamW and EMA in one pass
+    graphed        ours as one CUDA graph (train.cuda_graph; on a CPU the same step as ours)
     deterministic  ours under train.deterministic (CUDA only: it changes nothing on a CPU)
     compiled       the same network in plain PyTorch under torch.compile, fused AdamW, foreach EMA
     released       plain PyTorch, each block compiled, default AdamW, an EMA loop over parameters
@@ -18,7 +19,7 @@ import argparse
 import contextlib
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,14 +33,15 @@ from sfd_fast.config.presets import preset
 from sfd_fast.diffusion.transport import training_loss
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.training.deterministic import deterministic_algorithms
+from sfd_fast.training.engines.graphed import WARM_UP_STEPS, GraphedStep, capture
 from sfd_fast.training.optimizer import AdamWEMA
 
 RESULTS = Path(__file__).parent / "results"
 DECAY = 0.9999
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "attention", "convolution")
 CPU_MANNERS = ("ours", "compiled", "released", "eager")
-CUDA_MANNERS = ("ours", "deterministic", "eager", "released")
-MANNERS = ("ours", "deterministic", "compiled", "released", "eager")
+CUDA_MANNERS = ("ours", "graphed", "deterministic", "eager", "released")
+MANNERS = ("ours", "graphed", "deterministic", "compiled", "released", "eager")
 
 
 def settings(model: ModelConfig) -> SFDConfig:
@@ -64,7 +66,16 @@ def network_of(config: SFDConfig, device: str) -> tuple[nn.Module, list[nn.Param
     return model, [p for p in model.parameters() if p.requires_grad]
 
 
-def ours(config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: bool) -> Callable[[], None]:
+class Nothing:
+    """What a step reports here."""
+
+    def copied(self) -> "Nothing":
+        return self
+
+
+def ours(
+    config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: bool, *, graphed: bool = False
+) -> Callable[[], object]:
     model, params = network_of(config, device)
     chosen = config.optimizer
     optimizer = AdamWEMA(
@@ -72,14 +83,19 @@ def ours(config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: boo
         ema_decay=DECAY,
     )  # fmt: skip
 
-    def step() -> None:
+    def step(batches: Sequence[Mapping[str, Tensor]], lr: float | Tensor) -> Nothing:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            loss, _ = training_loss(model, batch, config, seed=0)
+            loss, _ = training_loss(model, batches[0], config, seed=0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return Nothing()
 
-    return step
+    if graphed:
+        step = GraphedStep(step, torch.device(device), capture if device == "cuda" else lambda recorded: recorded)
+    return lambda: step([batch], chosen.lr)
 
 
 def plain(
@@ -122,8 +138,8 @@ def step_in(
     """The step of a manner; network and optimizer are gone from memory afterwards."""
     algorithms = deterministic_algorithms() if manner == "deterministic" else contextlib.nullcontext()
     with algorithms:
-        if manner in ("ours", "deterministic"):
-            yield ours(config, batch, device, autocast)
+        if manner in ("ours", "graphed", "deterministic"):
+            yield ours(config, batch, device, autocast, graphed=manner == "graphed")
         else:
             yield plain(config, batch, device, autocast, manner=manner, backend=backend)
     torch._dynamo.reset()
@@ -141,7 +157,7 @@ def measure_alone(
 ) -> tuple[Timing, dict]:
     """Wall time of one manner, with nothing else in memory; and busy_ms, launches, peak_gib, products (a share)."""
     with step_in(manner, config, batch, device, autocast, backend) as step:
-        for _ in range(3):
+        for _ in range(WARM_UP_STEPS + 1):  # the one after them captures
             step()
         wait_for(device)()
         if device == "cuda":

@@ -84,6 +84,8 @@ class TrainConfig(Settings, section="train"):
     """library behind attention; auto takes what fits, on a GPU the fastest (measured once, kept on disk)"""
     deterministic: Annotated[bool, MAY_CHANGE] = False
     """CUDA: only algorithms that sum in a fixed order, so that a resumed run is the unbroken one's to the bit"""
+    cuda_graph: Annotated[bool, MAY_CHANGE] = False
+    """launch a whole step at once: saves the host's time where batches are small; holds its activations for good"""
     engine: Annotated[Literal["torch", "deepspeed"], MAY_CHANGE] = "torch"
     """torch: one process; deepspeed: one or many ranks, see `deepspeed`"""
     init_from: Annotated[FilePath, MAY_CHANGE] = ""
@@ -103,6 +105,10 @@ class TrainConfig(Settings, section="train"):
             self.micro_batch_size == 0 or self.global_batch_size % self.micro_batch_size == 0,
             f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size "
             f"{self.micro_batch_size}",
+        )
+        require(
+            not self.cuda_graph or self.engine == "torch",
+            "train.cuda_graph needs train.engine 'torch': DeepSpeed decides on the host within its step",
         )
 
 

@@ -51,8 +51,8 @@ def test_one_manner_is_in_memory_at_a_time(bench, monkeypatch):
         return found
 
     monkeypatch.setattr(bench, "network_of", watched)
-    for manner in ("ours", "eager"):
+    for manner in ("ours", "graphed", "eager"):
         with bench.step_in(manner, config, batch, "cpu", False) as step:
             step()
             del step
-    assert len(built) == 2
+    assert len(built) == 3

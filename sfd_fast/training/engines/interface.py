@@ -39,6 +39,11 @@ class StepResult:
     """0-dim float: 0 where the update was made; 1 where it was skipped because loss or gradient was not finite;
     OVERFLOW where only the fp16 loss scale was too high, which is how DeepSpeed looks for the right one"""
 
+    def copied(self) -> "StepResult":
+        """The same in tensors of its own."""
+        terms = [{name: value.clone() for name, value in found.items()} for found in self.terms]
+        return StepResult(self.loss.clone(), terms, self.grad_norm.clone(), self.skipped.clone())
+
 
 class Engine(ABC):
     """Every method is called by all ranks alike; what is not abstract serves an engine of one process."""

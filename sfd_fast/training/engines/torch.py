@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sfd_fast.config import OptimizerConfig, TrainConfig, require
+from sfd_fast.training.engines.graphed import GraphedStep, check_capturable
 from sfd_fast.training.engines.interface import Batch, Engine, Objective, StepResult, batch_size, stays_fp32
 from sfd_fast.training.optimizer import EMA, build_optimizer
 from sfd_fast.training.state import Piece, StateReader, restore, whole_piece
@@ -63,11 +64,18 @@ class TorchEngine(Engine):
         if masters:
             self.optimizer.low_precision = masters
         self.network = torch.compile(self.model) if train.compile else self.model
+        if train.cuda_graph:
+            check_capturable(optimizer, device)
+        self.graphed = GraphedStep(self.step, device) if train.cuda_graph else None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        return self.step(batches, lr) if self.graphed is None else self.graphed(batches, lr)
+
+    def step(self, batches: Sequence[Batch], lr: float | Tensor) -> StepResult:
+        """One step, launched kernel by kernel; with lr on the device it can be captured."""
         total = sum(batch_size(b) for b in batches)
         loss, terms = None, []
         for batch in batches:
