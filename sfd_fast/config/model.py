@@ -21,8 +21,8 @@ class ModelConfig(Settings, section="model"):
     """all channels on the texture clock (PCA features of older caches included)"""
     semantic_channels: Natural = 16
     num_classes: Count = 1000
-    """the null class is the row after them"""
     class_dropout: Decay = 0.1
+    """labels replaced by the null class, the row after the others; 0: there is no such row, and no guidance by CFG"""
     two_clocks: bool = True
     """two timestep embedders (delta_t > 0) or one (delta_t = 0)"""
     use_shift: bool = True
@@ -51,6 +51,11 @@ class ModelConfig(Settings, section="model"):
             self.repa_channels == 0 or 1 <= self.repa_depth <= self.depth,
             f"repa_depth {self.repa_depth} must be a block number, 1 to depth = {self.depth}",
         )
+
+    @property
+    def num_labels(self) -> int:
+        """Rows of the label table (docs/METHOD.md 3)."""
+        return self.num_classes + (self.class_dropout > 0)
 
     @property
     def channels(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, make_dataclass, replace
 from typing import Annotated, Literal
 
 from sfd_fast.config.checks import Fraction, Positive, Range, Settings, annotations, from_dict, require
+from sfd_fast.config.model import ModelConfig
 
 MAX_STEPS = 100_000
 """more steps than any solver has a use for: a slip of the hand, which would run for ever"""
@@ -125,3 +126,12 @@ def with_settings(
     if guidance.mode == "none" and any(scale != 1 for scale in scales.values()):
         changes = {"mode": mode} | changes
     return replace(sampler, **given[SamplerConfig]), replace(guidance, **changes)
+
+
+def require_null_class(guidance: GuidanceConfig, model: ModelConfig) -> None:
+    """Raises ValueError for classifier-free guidance of a model that never saw the null class."""
+    require(
+        guidance.mode != "cfg" or not guidance.active or model.class_dropout > 0,
+        "guidance mode 'cfg' needs a null class, and this model was trained without one (class_dropout 0): use "
+        "mode 'autoguidance' with a guide, or 'none' (--guidance_mode)",
+    )

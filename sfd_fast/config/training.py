@@ -20,7 +20,7 @@ from sfd_fast.config.data import DataConfig, FeatureDataConfig
 from sfd_fast.config.model import ModelConfig, SemVAEConfig
 from sfd_fast.config.optimizer import OptimizerConfig
 from sfd_fast.config.run import RunConfig
-from sfd_fast.config.sampling import GuidanceConfig, SamplerConfig
+from sfd_fast.config.sampling import GuidanceConfig, SamplerConfig, require_null_class
 
 TrainingPrecision = Literal["parity", "bf16", "fp16", "fp32"]
 
@@ -166,6 +166,7 @@ class SFDConfig(Settings):
             "transport.repa_weight is above 0 but model.repa_channels is 0: there is no REPA head to train; "
             "set repa_weight to 0 or repa_channels to the VFM's width",
         )
+        require_null_class(self.guidance, self.model)
 
 
 @dataclass(frozen=True)

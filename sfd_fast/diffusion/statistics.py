@@ -147,7 +147,7 @@ class LatentStatistics:
 
     def __post_init__(self) -> None:
         for name in VALUES:
-            values = torch.as_tensor(getattr(self, name)).flatten().float()
+            values = torch.as_tensor(getattr(self, name), dtype=torch.float32).flatten()
             if not torch.isfinite(values).all():
                 raise ValueError(f"latent statistics: {name} holds NaN or infinity; compute them again")
             if name.endswith("std") and (values <= 0).any():
@@ -275,7 +275,7 @@ class LatentStatistics:
         Raises FileNotFoundError naming the file and how to make it, ValueError naming a damaged or foreign one.
         """
         texture = read_statistics(Path(folder, TEXTURE_FILE))
-        parts = [{"mean": torch.zeros(pca_channels), "std": torch.ones(pca_channels)}]
+        parts = [{"mean": torch.zeros(pca_channels).float(), "std": torch.ones(pca_channels).float()}]
         parts += [read_statistics(Path(folder, SEMANTIC_FILE))] if semantic else []
         mean, std = (torch.cat([part[name] for part in parts]) for name in ("mean", "std"))
         return cls(texture["mean"], texture["std"], mean, std, multiplier)

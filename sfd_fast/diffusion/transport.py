@@ -99,8 +99,9 @@ def noise(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int) -> T
 def drop_labels(labels: Tensor, sample_ids: Tensor, *, probability: float, num_classes: int, seed: int) -> Tensor:
     """Labels, replaced by the null class num_classes with the given probability (for classifier-free guidance).
 
-    labels, sample_ids: (B,) int64.  Returns (B,) int64.
+    labels, sample_ids: (B,) of any integers.  Returns (B,) int64.
     """
+    labels = labels.long()
     if probability == 0:
         return labels
     dropped = random_numbers.uniform(sample_ids, seed=seed, stream=random_numbers.LABEL_DROPOUT)[:, 0] < probability
@@ -192,7 +193,7 @@ def training_loss(
     each visit of a sample draws anew), and features where REPA is on. drop=False keeps all labels (validation).
     Returns as loss does: the scalar to differentiate, and the terms per sample.
     """
-    latents, sample_ids = batch["latents"], batch["sample_ids"]
+    latents, sample_ids = batch["latents"], batch["sample_ids"].long()
     labels = drop_labels(
         batch["labels"],
         sample_ids,

@@ -152,19 +152,23 @@ def _said_by_weights(weights: Mapping[str, Tensor], said: Mapping[str, Any]) -> 
         raise ValueError(f"the weights have {len(blocks)} blocks, but they are not numbered from 0 on")
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1])
+    labels = weights["y_embedder.embedding_table.weight"].shape[0]
+    with_null = said.get("class_dropout") != 0 and said.get("num_classes") != labels
     shape: dict[str, Any] = {
         "hidden_size": width,
         "channels": channels,
         "patch_size": patch,
         "grid_size": side * patch,
         "depth": len(blocks),
-        "num_classes": weights["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "num_classes": labels - with_null,
         "two_clocks": "t_embedder_sem.mlp.0.weight" in weights,
         "use_shift": weights["blocks.0.adaLN_modulation.1.weight"].shape[0] == 6 * width,
         "use_qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "use_rope": "feat_rope.freqs_cos" in weights,
         "repa_channels": 0,
     }
+    if not with_null:
+        shape["class_dropout"] = 0
     if shape["use_rope"]:
         shape["num_heads"] = width // weights["feat_rope.freqs_cos"].shape[1]
     elif shape["use_qk_norm"]:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sfd_fast.config import ModelConfig, Precision
 from sfd_fast.config.checks import one_of
+from sfd_fast.files.tensors import float32_by_default
 from sfd_fast.models.attention import attention
 from sfd_fast.models.embeddings import (
     TIMESTEP_FEATURES,
@@ -155,6 +156,7 @@ class LightningDiT(nn.Module):
     the backward pass instead of kept, spread evenly.
     """
 
+    @float32_by_default()
     def __init__(
         self,
         config: ModelConfig,
@@ -225,7 +227,7 @@ class LightningDiT(nn.Module):
         """Velocity of both streams; with return_features also what the REPA head predicts.
 
         x: (B, C, grid, grid) composite [texture | semantic]; t_tex, t_sem: (B,) clocks in [0, 1], kept in fp32 (with
-        one clock only t_tex is read); labels: (B,) int64, num_classes means "no class"; condition: (B, D) from
+        one clock only t_tex is read); labels: (B,) integers, num_classes means "no class"; condition: (B, D) from
         `condition`, computed beforehand, in which case clocks and labels are not read.
         Returns velocity (B, C, grid, grid), bf16 under bf16 autocast; features (B, N, F).
         Raises ValueError for another latent size, or for features of a model without a REPA head.

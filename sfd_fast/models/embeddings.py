@@ -59,14 +59,16 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Table of num_classes + 1 rows; the last is "no class": (B,) int64 -> (B, D)."""
+    """Table of the classes, with "no class" as the last row where labels are dropped: (B,) any integers -> (B, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = nn.Embedding(config.num_labels, config.hidden_size)
 
     def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels are {labels.dtype}; they must be whole numbers")
+        return self.embedding_table(labels.long())
 
 
 class RotaryEmbedding(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sfd_fast.config import SemVAEConfig
 from sfd_fast.diffusion.posterior import LOGVAR_RANGE, sample_posterior
+from sfd_fast.files.tensors import float32_by_default
 from sfd_fast.models.attention import attention
 
 
@@ -136,6 +137,7 @@ def _stack(config: SemVAEConfig, inputs: int, outputs: int, depth: int, *, encod
 class SemVAE(nn.Module):
     """Encoder to [mean | logvar] of C channels a token, decoder back to the features. Source: docs/METHOD.md 2."""
 
+    @float32_by_default()
     def __init__(self, config: SemVAEConfig) -> None:
         super().__init__()
         self.config = config

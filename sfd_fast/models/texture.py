@@ -9,6 +9,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from sfd_fast.config import TextureConfig
 from sfd_fast.diffusion.posterior import LOGVAR_RANGE
+from sfd_fast.files.tensors import float32_by_default
 
 
 class DiffusersCodec(nn.Module):
@@ -39,6 +40,7 @@ class DiffusersCodec(nn.Module):
 class TextureCodec(DiffusersCodec):
     """The LDM KL autoencoder (docs/METHOD.md 2): diffusers' with attention at the lowest level and in the middle."""
 
+    @float32_by_default()
     def __init__(self, config: TextureConfig) -> None:
         from diffusers import AutoencoderKL  # heavy; only who decodes or encodes pixels needs it
 

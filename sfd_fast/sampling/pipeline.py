@@ -25,6 +25,7 @@ from sfd_fast.config import (
     with_settings,
 )
 from sfd_fast.config.checks import one_of
+from sfd_fast.config.sampling import require_null_class
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import split_latents
 from sfd_fast.files.tensors import require_finite
@@ -202,11 +203,7 @@ class SFDPipeline(LatentSampler):
             "guidance mode 'autoguidance' needs a guide model, which this pipeline has not: load one with guide=... "
             "(`sfd sample --guide`), or use mode 'cfg' or 'none' (--guidance_mode)",
         )
-        require(
-            guidance.mode != "cfg" or not guidance.active or self.config.class_dropout > 0,
-            "guidance mode 'cfg' needs a null class, and this model was trained without one (class_dropout 0): use "
-            "mode 'autoguidance' with a guide, or 'none' (--guidance_mode)",
-        )
+        require_null_class(guidance, self.config)
         check_scales(guidance, self.delta_t)
         return sampler, guidance
 

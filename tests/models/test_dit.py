@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import sfd_kernels
@@ -334,3 +335,38 @@ def test_features_of_a_network_without_repa_head_are_refused():
 def test_unknown_runtime_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LightningDiT(TINY, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16])
+def test_labels_may_be_of_every_integer_type(dtype):
+    model, inputs = random_model(), batch()
+    expected = model(*inputs[:3], torch.tensor([3, 1]))
+    assert torch.equal(model(*inputs[:3], torch.tensor([3, 1]).to(dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_labels_that_are_no_integers_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"labels are {dtype}; they must be whole numbers"):
+        random_model()(*batch()[:3], torch.ones(2, dtype=dtype))
+
+
+def test_without_label_dropout_there_is_no_row_for_the_null_class():
+    """docs/METHOD.md 3"""
+    for dropout, rows in ((0.1, TINY.num_classes + 1), (0.0, TINY.num_classes)):
+        with torch.device("meta"):
+            model = LightningDiT(replace(TINY, class_dropout=dropout))
+        assert model.y_embedder.embedding_table.weight.shape[0] == rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_builds_the_same_bits(dtype):
+    torch.manual_seed(0)
+    expected = LightningDiT(TINY).state_dict()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        built = LightningDiT(TINY).state_dict()
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(built[k], v) and built[k].dtype == v.dtype for k, v in expected.items())
