@@ -136,10 +136,13 @@ def assemble(config: ConvertConfig) -> None:
                 export_checkpoint(path, folders[name], weights=config.weights)
             elif path:
                 folders[name] = Path(path)
+        data = read_config(folders["model"]).data
         multiplier = config.latent_multiplier
         if multiplier is None:
-            multiplier = read_config(folders["model"]).data.latent_multiplier
-        statistics = LatentStatistics.load(config.statistics, multiplier)
+            multiplier = data.latent_multiplier
+        statistics = LatentStatistics.load(config.statistics, multiplier).standardising(
+            texture=data.normalise_texture, semantic=data.normalise_semantic
+        )
         SFDPipeline.from_pretrained(
             folders["model"],
             guide=folders.get("guide"),

@@ -22,6 +22,10 @@ class DataConfig(Settings, section="data"):
     validation_samples: Natural = 0
     """held-out samples, spread over the whole cache, so that every class has its share"""
     latent_multiplier: Positive = 1.0
+    normalise_texture: bool = True
+    """standardise every texture channel by the statistics of the cache; false: latents as they are stored"""
+    normalise_semantic: bool = True
+    """the same of the semantic channels"""
     flip: bool = True
     """flipped and plain latents with probability 1/2"""
     num_workers: Annotated[Natural, MAY_CHANGE] = 2

@@ -89,6 +89,8 @@ class SemVAEConfig(Settings, section="semvae"):
     """layers of the MLP (architectures mlp and resnet)"""
     latent_channels: Count = 16
     kl_weight: NotNegative = 1e-7
+    cosine_axis: Literal["features", "tokens"] = "features"
+    """of the loss: features as in the paper, tokens as in the released script"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sfd_fast.config.checks import Decay, Natural, NotNegative, Positive, Precision, Settings, require
+from sfd_fast.config.checks import Decay, Fraction, Natural, NotNegative, Positive, Precision, Settings, require
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class OptimizerConfig(Settings, section="optimizer"):
     weight_decay: NotNegative = 0.0
     warmup_steps: Natural = 0
     """linear from lr / warmup_steps"""
+    warmup_start: Fraction = 0.0
+    """above 0: linear from this share of lr instead, as in the released SemVAE recipe (0.01)"""
     schedule: Literal["constant", "cosine"] = "constant"
     """cosine decays to final_lr_ratio over the steps after decay_start"""
     decay_start: Natural = 0

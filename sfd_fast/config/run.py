@@ -31,7 +31,8 @@ class RunConfig(Settings, section="run", may_change=True):
     eval_weights: FilePath = ""
     """of the features; empty: their default place (see `sfd evaluate --weights`)"""
     checkpoint_every: Count = 5_000
-    keep_checkpoints: Count = 3
+    keep_checkpoints: Natural = 3
+    """the newest so many; 0: all of them"""
     verify: bool = True
     """compare every file of a checkpoint with its SHA-256 before it is resumed"""
     spike_factor: Positive = 10.0

@@ -52,8 +52,8 @@ class TransportConfig(Settings, section="transport"):
 ON_PURPOSE = tuple(
     f"optimizer.{name}"
     for name in (
-        "lr", "warmup_steps", "schedule", "decay_start", "final_lr_ratio", "weight_decay", "max_grad_norm", "beta1",
-        "beta2", "eps", "ema_decay", "ema_warmup",
+        "lr", "warmup_steps", "warmup_start", "schedule", "decay_start", "final_lr_ratio", "weight_decay",
+        "max_grad_norm", "beta1", "beta2", "eps", "ema_decay", "ema_warmup",
     )
 )  # fmt: skip
 """what train.change may name: nothing that is stored depends on these"""
@@ -176,8 +176,8 @@ class SemVAETrainingConfig(Settings):
     semvae: SemVAEConfig = field(default_factory=SemVAEConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
-            lr=5e-5, weight_decay=0.01, warmup_steps=500, schedule="cosine", decay_start=800_000, final_lr_ratio=0.1,
-            ema_decay=0.0,
+            lr=5e-5, weight_decay=0.01, warmup_steps=500, warmup_start=0.01, schedule="cosine", decay_start=800_500,
+            final_lr_ratio=0.1, ema_decay=0.0,
         )
     )  # fmt: skip
     data: FeatureDataConfig = field(default_factory=FeatureDataConfig)

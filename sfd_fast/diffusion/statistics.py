@@ -186,6 +186,12 @@ class LatentStatistics:
         values = {name: torch.tensor(content[name], dtype=torch.float32) for name in VALUES}
         return cls(**values, multiplier=content["multiplier"])
 
+    def standardising(self, *, texture: bool, semantic: bool) -> "LatentStatistics":
+        """These, but 0 and 1 for the part that is not standardised."""
+        plain = LatentStatistics.identity(self.texture_channels, self.semantic_channels)
+        kept = {"texture": texture, "semantic": semantic}
+        return replace(self, **{name: getattr(plain, name) for name in VALUES if not kept[name.split("_")[0]]})
+
     def digest(self) -> str:
         """16 hexadecimal digits that differ where any value does."""
         values = {name: getattr(self, name) for name in VALUES}

@@ -26,10 +26,11 @@ from sfd_fast.formats.model_folder import (
     read_directory,
     save_model,
 )
-from sfd_fast.formats.released_config import constructor_arguments, model_config, read_settings, to_released
 from sfd_fast.formats.released_config import read_config as read_released_config
+from sfd_fast.formats.released_config import read_settings, to_released
 from sfd_fast.formats.released_file import pack_tree, state_dict_of, unpack_tree, without_wrappers
-from sfd_fast.formats.released_semvae import semvae_config, semvae_to_released
+from sfd_fast.formats.released_network import constructor_arguments, model_config
+from sfd_fast.formats.released_semvae import is_pca, pca_weights, semvae_config, semvae_to_released
 from sfd_fast.formats.texture import save_codec, texture_codec_from_ldm, without_losses
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
@@ -174,19 +175,20 @@ class _Released(NamedTuple):
 
 def _read_released(path: str | Path, config: ReleasedSettings | None, weights: str = "ema") -> _Released:
     path = Path(path)
-    if path.suffix == ".safetensors":
-        tree, tensors = None, without_wrappers(read_safetensors(path)[0])
-    else:
-        tree = read_torch_file(path)
-        tensors = state_dict_of(tree, weights)
-    require_finite(tensors, path)
-    settings = config if config is not None else tree.get("config", {}) if tree is not None else {}
-    if isinstance(config, str | Path):
+    safe = path.suffix == ".safetensors"
+    tree = None if safe else read_torch_file(path)
+    settings = config if config is not None else tree.get("config") or {} if isinstance(tree, Mapping) else {}
+    if isinstance(settings, str | Path) and settings is config:
         settings = read_settings(config)
     elif isinstance(settings, str):  # SemVAE checkpoints carry YAML text
         settings = parse_yaml(settings, f"the config inside {path}") or {}
     if not isinstance(settings, Mapping):
         raise ValueError(f"the settings of {path} are a {type(settings).__name__}, not keys with values; pass config=")
+    if is_pca(tree):
+        tree, tensors = None, pca_weights(tree, settings.get("latent_channels"))
+    else:
+        tensors = without_wrappers(read_safetensors(path)[0]) if safe else state_dict_of(tree, weights)
+    require_finite(tensors, path)
     return _Released(tensors, settings, tree)
 
 

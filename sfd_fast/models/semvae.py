@@ -81,12 +81,13 @@ class PCA(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(config.feature_channels))
         self.register_buffer("components", torch.eye(config.latent_channels, config.feature_channels))
+        self.register_buffer("scale", torch.ones(config.feature_channels))  # other than 1 in the authors' alone
 
     def project(self, features: Tensor) -> Tensor:
-        return F.linear(features - self.mean, self.components)
+        return F.linear((features - self.mean) / self.scale, self.components)
 
     def reconstruct(self, latent: Tensor) -> Tensor:
-        return F.linear(latent, self.components.t()) + self.mean
+        return F.linear(latent, self.components.t()) * self.scale + self.mean
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> None:
@@ -193,16 +194,25 @@ class SemVAE(nn.Module):
 
 
 def semvae_loss(
-    reconstruction: Tensor, features: Tensor, mean: Tensor, logvar: Tensor, *, kl_weight: float
+    reconstruction: Tensor,
+    features: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    *,
+    kl_weight: float,
+    cosine_axis: str = "features",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """MSE + (1 - mean token cosine) + kl_weight * KL, KL = 0.5 * sum over tokens and channels of
     mean^2 + exp(logvar) - 1 - logvar.
 
     reconstruction, features: (B, N, F); mean, logvar: (B, N, C).  Returns the mean over the batch of the sum, and the
     terms per sample {"mse", "cosine", "kl"}, each (B,), kl weighted.
-    Source: docs/METHOD.md 2 (cosine along the features).
+    cosine_axis: features, the cosine of each token (paper); tokens, of each feature over the tokens (released script).
+    Source: docs/METHOD.md 2.
     """
     mse, cosine = feature_alignment_loss(reconstruction, features)
+    if cosine_axis == "tokens":
+        cosine = 1 - F.cosine_similarity(reconstruction.float(), features.float(), dim=1).mean(1)
     terms = {"mse": mse, "cosine": cosine, "kl": kl_weight * kl_divergence(mean, logvar)}
     return sum(terms.values()).mean(), terms
 

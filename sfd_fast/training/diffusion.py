@@ -4,6 +4,7 @@ Letters: B batch, C channels, H height, W width.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -98,6 +99,16 @@ def term_names(config: SFDConfig) -> tuple[str, ...]:
         "cosine": config.transport.cosine_loss,
     }
     return tuple(name for name, switched_on in on.items() if switched_on)
+
+
+def latent_statistics(config: SFDConfig, shards: LatentShards) -> LatentStatistics:
+    """What the latents are standardised by: the cache's statistics, or 0 and 1 where data.normalise_* is off."""
+    data = config.data
+    if not (data.normalise_texture or data.normalise_semantic):
+        plain = LatentStatistics.identity(shards.texture_channels, shards.semantic_channels)
+        return replace(plain, multiplier=data.latent_multiplier)
+    statistics = shards.statistics(data.latent_multiplier)
+    return statistics.standardising(texture=data.normalise_texture, semantic=data.normalise_semantic)
 
 
 def initial_model(config: SFDConfig) -> LightningDiT:
@@ -243,7 +254,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
     check_default_dtype()
     config = settled(config)
     shards, held_out = split_held_out(config)
-    statistics = shards.statistics(config.data.latent_multiplier)
+    statistics = latent_statistics(config, shards)
     targets, held_out_targets = targets_of(config, shards, held_out, statistics)
     check_data(config, shards, targets)
     classes = describe(config.data.path, config.data.cache_folder).trained_classes

@@ -271,13 +271,16 @@ def fused_adam(name: str) -> type[torch.optim.Optimizer]:
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
     """Learning rate of update number `step`, counted from 0.
 
-    lr * min(1, (step + 1) / warmup_steps), and with the cosine schedule times
+    lr * min(1, (step + 1) / warmup_steps), or with warmup_start w > 0 lr * min(1, w + (1 - w) step / warmup_steps), and
+    with the cosine schedule times
     r + (1 - r) (1 + cos(pi p)) / 2,  p = (step - decay_start) / (max_steps - decay_start) clamped to [0, 1],
     r = final_lr_ratio.
     """
     rate = config.lr
     if config.warmup_steps:
-        rate *= min(1.0, (step + 1) / config.warmup_steps)
+        start = config.warmup_start
+        done = start + (1 - start) * step / config.warmup_steps if start else (step + 1) / config.warmup_steps
+        rate *= min(1.0, done)
     if config.schedule == "cosine":
         progress = (step - config.decay_start) / max(1, max_steps - config.decay_start)
         progress = min(1.0, max(0.0, progress))

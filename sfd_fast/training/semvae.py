@@ -40,7 +40,8 @@ def semvae_terms(network: nn.Module, batch: Batch, config: SemVAETrainingConfig)
     shape = (features.shape[1], config.semvae.latent_channels)
     eps = noise(ids, shape, config.train.seed, random_numbers.SEMVAE_NOISE)
     reconstruction, mean, logvar = network(features, eps)
-    return semvae_loss(reconstruction, features, mean, logvar, kl_weight=config.semvae.kl_weight)
+    weights = {"kl_weight": config.semvae.kl_weight, "cosine_axis": config.semvae.cosine_axis}
+    return semvae_loss(reconstruction, features, mean, logvar, **weights)
 
 
 def validation_loss(engine: Engine, config: SemVAETrainingConfig, shards: FeatureShards) -> dict[str, float]:

@@ -113,3 +113,30 @@ def test_a_constant_channel_and_foreign_latents_are_errors():
         LatentStatistics(torch.zeros(2), torch.tensor([1.0, 0.0]), torch.zeros(1), torch.ones(1))
     with pytest.raises(ValueError, match="texture latents have 4 channels, their statistics 3"):
         random_statistics().normalize(torch.ones(1, 4, 2, 2), torch.ones(1, 2, 2, 2))
+
+
+def test_parts_that_are_not_standardised_have_zero_and_one():
+    statistics = LatentStatistics(torch.randn(3), torch.rand(3) + 1, torch.randn(2), torch.rand(2) + 1, 0.7)
+    texture_only = statistics.standardising(texture=True, semantic=False)
+    assert torch.equal(texture_only.texture_mean, statistics.texture_mean) and texture_only.multiplier == 0.7
+    assert torch.equal(texture_only.semantic_mean, torch.zeros(2))
+    assert torch.equal(texture_only.semantic_std, torch.ones(2))
+    latents = torch.randn(4, 5, 2, 2)
+    plain = statistics.standardising(texture=False, semantic=False)
+    torch.testing.assert_close(plain.normalize(latents[:, :3], latents[:, 3:]), 0.7 * latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_no_bit(dtype):
+    values = [0.1234567, -3.7654321]
+    expected = LatentStatistics(values, [1.0, 2.0], values, [1.0, 2.0])
+    torch.set_default_dtype(dtype)
+    try:
+        again = LatentStatistics.from_json(expected.to_json())
+        built = LatentStatistics(values, [1.0, 2.0], values, [1.0, 2.0])
+        identity = LatentStatistics.identity(2, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for statistics in (again, built):
+        assert torch.equal(statistics.texture_mean, torch.tensor(values)) and statistics.digest() == expected.digest()
+    assert identity.texture_std.dtype == torch.float32

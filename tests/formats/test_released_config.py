@@ -7,10 +7,12 @@ import torch
 import yaml
 from harness.support import GOLDEN, load_golden_config
 
+from sfd_fast.commands.sample import SampleConfig
 from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SFDConfig, TransportConfig
 from sfd_fast.config.presets import PRESETS, RELEASED_NAMES, XL
-from sfd_fast.formats.released_config import model_config, read_config, read_settings, to_released
+from sfd_fast.formats.released_config import read_config, read_settings, sample_settings, to_released
 from sfd_fast.formats.released_model import load_released
+from sfd_fast.formats.released_network import model_config
 from sfd_fast.models.dit import LightningDiT
 
 # A training and sampling file as released, with settings that have no counterpart here.
@@ -106,10 +108,7 @@ def test_a_released_file_becomes_our_configuration():
 
 def test_settings_without_a_counterpart_are_listed():
     ignored = read_config(RELEASED).ignored
-    assert {line.split(" = ")[0] for line in ignored} == {
-        "data.fid_reference_file", "vae.model_name", "sample.per_proc_batch_size", "sample.fid_num",
-        "sample.balanced_sampling", "sample.autoguidance_config", "ckpt_path",
-    }  # fmt: skip
+    assert {line.split(" = ")[0] for line in ignored} == {"vae.model_name", "sample.autoguidance_config", "ckpt_path"}
 
 
 def test_unlisted_switches_are_off():
@@ -155,7 +154,12 @@ def test_released_points_become_steps(theirs, ours):
     [
         ("transport", {"path_type": "VP"}, "transport.path_type: VP is not supported; only Linear is"),
         ("transport", {"prediction": "noise"}, "transport.prediction: noise is not supported; only velocity is"),
-        ("data", {"latent_sv_norm": False}, "data.latent_sv_norm: False is not supported; only True is"),
+        ("data", {"latent_sv_norm": "yes"}, "data.normalise_semantic 'yes' must be true or false"),
+        ("model", {"repa_mode": "cosine"}, "transport.repa_mode 'cosine' is unknown; choose cos, mse or cos_mse"),
+        ("model", {"semfirst_infer_interval_mode": "texture"}, "guidance.interval_mode 'texture' is unknown"),
+        ("model", {"repa_dino_version": "dinov2_vitb14_regg"}, "did you mean dinov2_vitb14_reg"),
+        ("model", {"repa_dino_version": None}, "repa_dino_version: None is unknown"),
+        ("optimizer", {"lr": "fast"}, "optimizer.lr 'fast' must be a finite number"),
         ("model", {"use_swiglu": False}, "use_swiglu: False is not supported"),
         ("model", {"learn_sigma": True}, "learn_sigma: True is not supported"),
         ("sample", {"sampling_method": "dopri8"}, "sampling_method: dopri8 is unknown; known: euler, midpoint, heun2"),
@@ -257,3 +261,107 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "b.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="b.yaml holds a list, not keys with values"):
         read_settings(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("size, width", [("s", 384), ("b", 768), ("l", 1024)])
+@pytest.mark.parametrize("suffix", ["", "_reg"])
+def test_vision_models_with_and_without_registers_are_known(size, width, suffix):
+    """docs/METHOD.md 6"""
+    tree = changed("model", repa_dino_version=f"dinov2_vit{size}14{suffix}")
+    assert read_config(tree).config.model.repa_channels == width
+
+
+def test_a_rate_in_scientific_notation_is_a_number(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(RELEASED).replace("lr: 0.0002", "lr: 1e-4"))
+    assert read_config(read_settings(tmp_path / "a.yaml")).config.optimizer.lr == 1e-4
+
+
+def test_normalisation_that_is_left_out_is_off():
+    """docs/METHOD.md 6"""
+    tree = copy.deepcopy(RELEASED)
+    del tree["data"]["latent_norm"], tree["data"]["latent_sv_norm"]
+    data = read_config(tree).config.data
+    assert (data.normalise_texture, data.normalise_semantic) == (False, False)
+    data = read_config(changed("data", latent_sv_norm=False)).config.data
+    assert (data.normalise_texture, data.normalise_semantic) == (True, False)
+    assert to_released(read_config(changed("data", latent_sv_norm=False)).config)["data"]["latent_sv_norm"] is False
+
+
+def test_every_checkpoint_is_kept_as_the_released_trainer_does():
+    assert read_config(RELEASED).config.run.keep_checkpoints == 0
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("autoguidance", [False, True])
+def test_a_scale_of_at_most_one_is_no_guidance_whatever_the_mode(scale, autoguidance):
+    tree = changed("sample", autoguidance=autoguidance, cfg_scale=scale, cfg_interval_start=0)
+    assert not read_config(tree).config.guidance.active
+
+
+def test_missing_semantic_channels_are_none():
+    """docs/METHOD.md 6: a missing semantic_chans is 0, and then there is one clock."""
+    tree = copy.deepcopy(RELEASED)
+    del tree["model"]["semantic_chans"]
+    model = read_config(tree).config.model
+    assert (model.texture_channels, model.semantic_channels, model.two_clocks) == (48, 0, False)
+    network = ModelConfig(**{**vars(TINY), "two_clocks": False, "texture_channels": 5, "semantic_channels": 0})
+    assert model_config({"depth": 3, "repa_depth": 2}, weights_of(network)) == network
+    with pytest.raises(ValueError, match="semantic_channels are unknown"):
+        model_config({"depth": 3}, weights_of(TINY))
+
+
+def test_without_label_dropout_there_is_no_null_row():
+    """docs/METHOD.md 6"""
+    assert read_config(changed("model", class_dropout_prob=0)).config.model.num_labels == 1000
+    network = ModelConfig(**{**vars(TINY), "class_dropout": 0.0})
+    weights = weights_of(network)
+    assert weights["y_embedder.embedding_table.weight"].shape[0] == 10
+    for said in ({"class_dropout_prob": 0}, {"num_classes": 10}):
+        assert model_config({"semantic_chans": 2, "repa_depth": 2} | said, weights) == network
+    with pytest.raises(ValueError, match="says num_classes = 9"):
+        model_config({"semantic_chans": 2, "num_classes": 9, "class_dropout_prob": 0}, weights)
+    tree = changed("sample", autoguidance=False, cfg_scale=2.0)
+    tree["model"]["class_dropout_prob"] = 0
+    with pytest.raises(ValueError, match="guidance mode 'cfg' needs a null class"):
+        read_config(tree)
+
+
+def test_settings_of_lightningdit_have_counterparts():
+    tree = changed("train", weight_init="pretrained.pt")
+    tree["data"]["valid_path"] = "held/out"
+    tree["model"]["use_checkpoint"] = True
+    config, ignored = read_config(tree)
+    assert config.train.init_from == "pretrained.pt" and config.train.checkpoint_activations == 1.0
+    assert config.data.validation_path == "held/out"
+    assert config.run.eval_images == 50_000 and config.run.eval_reference.endswith("labeled.npz")
+    assert not {"train.weight_init", "data.valid_path", "model.use_checkpoint"} & {i.split(" = ")[0] for i in ignored}
+    del tree["train"]["weight_init"]
+    tree["train"]["load_ckpt"] = "other.pt"
+    assert read_config(tree).config.train.init_from == "other.pt"
+
+
+def test_guidance_of_three_channels_is_said_to_be_of_all():
+    """docs/METHOD.md 5: LightningDiT's own configurations apply CFG to the first three channels only."""
+    tree = changed("sample", autoguidance=False, cfg_scale=2.0)
+    assert not any("three channels" in line for line in read_config(tree).ignored)
+    del tree["model"]["semantic_chans"], tree["model"]["semfirst_delta_t"]
+    assert any("three channels" in line for line in read_config(tree).ignored)
+
+
+def test_options_of_sampling():
+    (options, ignored) = sample_settings(changed("sample", class_label=207))
+    assert options == {
+        "model": "outputs/train/sfd_xl/checkpoints/4000000.pt", "num_images": 50_000, "labels": [207],
+        "micro_batch_size": 4, "seed": 3, "solver": "dopri5", "num_steps": 249, "time_grid": "released",
+        "timestep_shift": 1.0, "atol": 1e-6, "rtol": 1e-3, "guidance_mode": "autoguidance", "guidance_scale": 1.5,
+        "interval_start": 0.2, "interval_mode": "both",
+    }  # fmt: skip
+    assert {line.split(" = ")[0] for line in ignored} == {"vae.model_name", "sample.autoguidance_config"}
+    SampleConfig(**options)  # every name and value is one of `sfd sample`
+
+
+def test_the_guide_is_the_model_of_the_autoguidance_file(tmp_path):
+    (tmp_path / "b.yaml").write_text("ckpt_path: outputs/b/0070000.pt\n")
+    options, ignored = sample_settings(changed("sample", autoguidance_config=str(tmp_path / "b.yaml")))
+    assert options["guide"] == "outputs/b/0070000.pt"
+    assert not any("autoguidance_config" in line for line in ignored)

@@ -168,3 +168,14 @@ def test_features_and_latents_of_another_width_are_refused():
         model.encode(torch.randn(2, 16, 25))
     with pytest.raises(ValueError, match=r"latents of shape \(2, 4\) were given; this SemVAE takes \(B, N, 4\)"):
         model.decode(torch.randn(2, 4))
+
+
+def test_the_cosine_along_tokens_is_that_of_the_released_script():
+    """docs/METHOD.md 2: torch's cosine_similarity with its default axis, which is the tokens."""
+    reconstruction, features = torch.randn(3, 9, 24), torch.randn(3, 9, 24)
+    mean = logvar = torch.zeros(3, 9, 4)
+    _, terms = semvae_loss(reconstruction, features, mean, logvar, kl_weight=0.0, cosine_axis="tokens")
+    expected = 1 - torch.nn.functional.cosine_similarity(reconstruction, features).mean()
+    torch.testing.assert_close(terms["cosine"].mean(), expected)
+    _, paper = semvae_loss(reconstruction, features, mean, logvar, kl_weight=0.0)
+    assert abs(paper["cosine"].mean() - expected) > 1e-4

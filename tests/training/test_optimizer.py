@@ -230,3 +230,23 @@ def test_another_librarys_fused_adam_follows_the_same_trajectory(name):
     wanted, emas, _ = expected(10, lambda n: 0.9)
     close(params, wanted, 1e-5)
     close([optimizer.state[p]["ema"] for p in params], emas, 1e-5)
+
+
+def test_the_released_semvae_schedule_is_torchs():
+    """docs/METHOD.md 2: LinearLR from 1 %, a constant rate, CosineAnnealingLR to 10 %, one after the other."""
+    from torch.optim import lr_scheduler
+
+    config = OptimizerConfig(
+        lr=2.0, warmup_steps=5, warmup_start=0.01, schedule="cosine", decay_start=12, final_lr_ratio=0.1
+    )
+    theirs = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    parts = [
+        lr_scheduler.LinearLR(theirs, start_factor=0.01, total_iters=5),
+        lr_scheduler.ConstantLR(theirs, factor=1.0, total_iters=7),
+        lr_scheduler.CosineAnnealingLR(theirs, T_max=8, eta_min=0.2),
+    ]
+    schedule = lr_scheduler.SequentialLR(theirs, parts, milestones=[5, 12])
+    for step in range(20):
+        assert math.isclose(learning_rate(config, step, 20), theirs.param_groups[0]["lr"], rel_tol=1e-6), step
+        theirs.step()
+        schedule.step()
