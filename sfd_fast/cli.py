@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import yaml
@@ -23,6 +24,7 @@ from sfd_fast.config.command_line import flags, from_text, help_text, read_file,
 from sfd_fast.config.presets import ENCODE_DEFAULTS, FEATURES_DEFAULTS, MODEL_DEFAULTS
 from sfd_fast.config.recipes import RECIPES, recipe
 from sfd_fast.config.run import PREEMPTED
+from sfd_fast.formats.released_commands import released_kind, settings_for
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def parse(name: str, argv: list[str]) -> Any:
     if words.get("help") == "true":
         print(command_help(name, kind), end="")
         raise SystemExit(0)
-    files = [read_file(path, own | settings) for key, path in pairs if key == "config"]
+    files = [read_file(path, own | settings, partial(of_released, name)) for key, path in pairs if key == "config"]
     named = {key: value for file in files for key, value in file.items() if key in ("preset", "recipe")} | words
     tree: dict[str, Any] = {}
     given = {key: from_text(text, settings[key]) for key, text in pairs if key in settings}
@@ -146,6 +148,16 @@ def parse(name: str, argv: list[str]) -> Any:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
+
+
+def of_released(command: str, content: Any, path: str) -> Any:
+    """Settings of the command from a file of the released system; what has no counterpart is said. Ours as it is."""
+    if released_kind(content) is None:
+        return content
+    settings, ignored = settings_for(command, content, path)
+    if ignored:
+        sys.stderr.write(f"{path}: released settings without a counterpart here: {', '.join(ignored)}\n")
+    return settings
 
 
 def defaults(command: Command, preset: str | None, row: str | None) -> dict[str, Any]:

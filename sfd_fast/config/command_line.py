@@ -9,7 +9,7 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from sfd_fast.config.checks import annotations, checked, default, flatten, unmarked
@@ -117,11 +117,13 @@ def literals(kind: Any) -> tuple:
     return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
-def read_file(path: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a YAML file. Raises ValueError that names the file for an unknown key or a value that does not
-    fit, OSError where it cannot be read.
+def read_file(path: str, known: Mapping[str, Any], translate: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """The settings of a YAML file; translate(content, path) makes ours of a foreign one.
+
+    Raises ValueError that names the file for an unknown key or a value that does not fit, OSError where it cannot be
+    read.
     """
-    content = read_yaml(path)
+    content = translate(read_yaml(path), path)
     if content is None:
         return {}
     if not isinstance(content, dict):

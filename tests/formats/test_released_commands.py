@@ -7,6 +7,7 @@ import pytest
 import yaml
 from formats.test_released_config import RELEASED
 
+from sfd_fast.cli import parse
 from sfd_fast.config import SemVAETrainingConfig, SFDConfig, from_dict, to_dict
 from sfd_fast.formats.released_commands import DIFFUSION, SEMVAE, TOKENIZER, released_kind, settings_for
 
@@ -93,3 +94,17 @@ def test_settings_are_read_without_torch():
     code = "import sys, sfd_fast.formats.released_commands; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_commands_take_released_files_and_flags_win(tmp_path, capsys):
+    (tmp_path / "sfd.yaml").write_text(yaml.safe_dump(RELEASED).replace("lr: 0.0002", "lr: 1e-4"))
+    (tmp_path / "semvae.yaml").write_text(yaml.safe_dump(SEMVAE_FILE))
+    config = parse("train", ["--config", str(tmp_path / "sfd.yaml"), "--train.max_steps", "7"])
+    assert (config.optimizer.lr, config.train.max_steps, config.transport.delta_t) == (1e-4, 7, 0.3)
+    assert "sfd.yaml: released settings without a counterpart here: " in capsys.readouterr().err
+    config = parse("sample", ["--config", str(tmp_path / "sfd.yaml"), "--model", "FOLDER", "--num_images", "3"])
+    assert (config.model, config.num_images, config.solver, config.time_grid) == ("FOLDER", 3, "dopri5", "released")
+    config = parse("train-semvae", ["--config", str(tmp_path / "semvae.yaml")])
+    assert config.semvae.cosine_axis == "tokens"
+    with pytest.raises(ValueError, match="semvae.yaml is a released configuration for SemVAE's training"):
+        parse("train", ["--config", str(tmp_path / "semvae.yaml")])

@@ -199,3 +199,10 @@ def test_a_malformed_state_is_one_line_with_its_name(saved, kind, verify):
     with pytest.raises(ValueError, match=r"00000008/state.json.*newest intact checkpoint is 00000004") as error:
         saved.latest()
     assert "\n" not in str(error.value)
+
+
+def test_keeping_none_away_keeps_all(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=0)
+    for step in range(1, 6):
+        checkpoints.save(step, lambda folder: write_part(folder, 0), {})
+    assert checkpoints.steps() == [1, 2, 3, 4, 5]
