@@ -191,11 +191,7 @@ def load_pipeline(config: SampleConfig, ranks: Ranks) -> "SFDPipeline":
     options = {"precision": config.precision, "backend": config.backend, "device": ranks.device(config.device)}
     if config.micro_batch_size:
         options["micro_batch_size"] = config.micro_batch_size
-    guide, codec = config.guide or None, config.codec or None
-    pipeline = SFDPipeline.from_pretrained(config.model, guide=guide, codec=codec, **options)
-    if ranks.first and pipeline.device.type == "cuda" and "auto" in (config.precision, config.backend):
-        print(f"sampling in {pipeline.precision} with {pipeline.backend}; --precision and --backend name others")
-    return pipeline
+    return SFDPipeline.from_pretrained(config.model, guide=config.guide or None, codec=config.codec or None, **options)
 
 
 def say_untrained(pipeline: "SFDPipeline", given: tuple[int, ...]) -> None:

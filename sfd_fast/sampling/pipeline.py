@@ -25,17 +25,15 @@ from sfd_fast.config import (
     with_settings,
 )
 from sfd_fast.config.checks import one_of
-from sfd_fast.config.sampling import require_null_class
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import split_latents
 from sfd_fast.files.tensors import require_finite
 from sfd_fast.models.texture import to_uint8
 from sfd_fast.sampling.frames import Frame, spread
-from sfd_fast.sampling.guidance import check_scales
 from sfd_fast.sampling.inputs import Integers, checked_classes, checked_inputs
 from sfd_fast.sampling.latents import LatentSampler, own_copy
 from sfd_fast.sampling.pipeline_folder import PipelineSettings, check_parts, load_parts, save_parts
-from sfd_fast.sampling.solvers import check_solver
+from sfd_fast.sampling.sampler import check_settings
 from sfd_fast.sampling.sources import local_folder
 
 DEFAULT_MICRO_BATCH = 32
@@ -197,14 +195,12 @@ class SFDPipeline(LatentSampler):
         """The pipeline's sampler and guidance settings with a call's put in; ValueError where they contradict."""
         mode = "cfg" if self.guide is None else "autoguidance"
         sampler, guidance = with_settings(sampler or self.sampler, guidance or self.guidance, settings, mode=mode)
-        check_solver(sampler, self.delta_t)
         require(
             guidance.mode != "autoguidance" or not guidance.active or self.guide is not None,
             "guidance mode 'autoguidance' needs a guide model, which this pipeline has not: load one with guide=... "
             "(`sfd sample --guide`), or use mode 'cfg' or 'none' (--guidance_mode)",
         )
-        require_null_class(guidance, self.config)
-        check_scales(guidance, self.delta_t)
+        check_settings(sampler, guidance, self.config, self.delta_t)
         return sampler, guidance
 
     @torch.no_grad()

@@ -8,12 +8,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sfd_fast.config import SamplerConfig
+from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig
+from sfd_fast.config.sampling import require_null_class
 from sfd_fast.diffusion.transport import evaluation_mask, join_latents, released_clocks, split_latents
 from sfd_fast.sampling.dopri5 import sample_dopri5
-from sfd_fast.sampling.guidance import Guided, Velocity
-from sfd_fast.sampling.solvers import Callback, check_solver, make_plan, time_grid
+from sfd_fast.sampling.guidance import Guided, Velocity, check_scales
+from sfd_fast.sampling.solvers import Callback, make_plan, time_grid
 from sfd_fast.sampling.trajectory import Trajectory
+
+
+def check_settings(sampler: SamplerConfig, guidance: GuidanceConfig, model: ModelConfig, delta_t: float) -> None:
+    """Raises ValueError for settings under which a model cannot be sampled: too few steps, or guidance it lacks."""
+    if sampler.solver != "dopri5":
+        time_grid(sampler, delta_t)
+    check_scales(guidance, delta_t)
+    require_null_class(guidance, model)
 
 
 def _sample_fixed(
@@ -74,9 +83,8 @@ def sample(
     or float64. callback(number of steps done, tau, x) follows every step of a fixed-grid solver; it must not keep x
     itself, which the next step overwrites.
     Returns (B, C, H, W) of x0's dtype; x0 is left as it is.
-    Raises ValueError as check_solver does.  Source: SFD (arXiv 2512.04926), docs/METHOD.md 5.
+    Raises ValueError for fewer steps than there are stages.  Source: SFD (arXiv 2512.04926), docs/METHOD.md 5.
     """
-    check_solver(config, delta_t)
     if config.solver != "dopri5":
         return _sample_fixed(velocity, x0, delta_t, config, num_texture_channels, callback)
     if config.grid == "released":

@@ -49,12 +49,6 @@ class Multistep:
 MULTISTEPS = {"ab2": Multistep(2, 0, False), "abm3": Multistep(2, 3, True)}
 
 
-def check_solver(config: SamplerConfig, delta_t: float) -> None:
-    """Raises ValueError for fewer steps than there are stages."""
-    if config.solver != "dopri5":
-        time_grid(config, delta_t)
-
-
 def stage_borders(delta_t: float) -> list[float]:
     """Where streams start or stop to move: [0, delta_t, 1, 1 + delta_t] without repetitions."""
     return sorted({0.0, float(delta_t), 1.0, 1.0 + delta_t})

@@ -18,9 +18,8 @@ from sfd_fast.diffusion.transport import noise, split_latents
 from sfd_fast.formats.texture import load_codec
 from sfd_fast.models.texture import to_uint8
 from sfd_fast.pictures import square_grid
-from sfd_fast.sampling.guidance import bind_labels, bind_null, cfg, check_scales
-from sfd_fast.sampling.sampler import sample
-from sfd_fast.sampling.solvers import check_solver
+from sfd_fast.sampling.guidance import bind_labels, bind_null, cfg
+from sfd_fast.sampling.sampler import check_settings, sample
 from sfd_fast.training.engines.interface import Engine
 
 Decode = Callable[[Tensor], Tensor]
@@ -190,13 +189,7 @@ def check_drawing(config: SFDConfig, *, decoded: bool) -> None:
 
     decoded: whether something turns texture latents into images.
     """
-    check_solver(config.sampler, config.transport.delta_t)
-    check_scales(config.guidance, config.transport.delta_t)
-    require(
-        config.guidance.mode != "cfg" or config.model.class_dropout > 0,
-        "guidance.mode 'cfg' needs a null class, which model.class_dropout 0 never trains: set guidance.mode 'none', "
-        "or class_dropout above 0",
-    )
+    check_settings(config.sampler, config.guidance, config.model, config.transport.delta_t)
     channels = config.model.texture_channels
     require(
         config.run.eval_every == 0 or decoded or channels in (1, 3),

@@ -204,7 +204,7 @@ def test_a_grid_decodes_a_few_images_at_once(config, monkeypatch):
     ("changes", "message"),
     [
         ({"sampler.num_steps": 2}, "num_steps 2 is too small: delta_t 0.3 has 3 stages"),
-        ({"guidance.mode": "cfg", "guidance.scale": 2.0, "model.class_dropout": 0.0}, "cfg' needs a null class, which"),
+        ({"guidance.mode": "cfg", "guidance.scale": 2.0, "model.class_dropout": 0.0}, "'cfg' needs a null class"),
     ],
 )
 def test_settings_under_which_nothing_could_be_drawn_end_a_run_before_its_first_step(config, changes, message):
