@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = Path(__file__).resolve().parent / "wheels"
-PARTS = {"facts": 25, "accuracy": 70, "kernels": 170, "sampler": 90, "training": 165}
+PARTS = {"facts": 20, "accuracy": 60, "kernels": 180, "sampler": 90, "training": 170}
 """seconds of each part, its start and imports included; together 520"""
 MARGIN_S = 6.0
 """a part stops starting things so long before it would be ended"""

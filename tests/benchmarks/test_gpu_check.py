@@ -76,6 +76,18 @@ def test_the_rehearsal_runs_every_part_with_torch_triton_and_numpy_alone(tmp_pat
         assert not any(isinstance(value, float) for value in row.values()), f"a rehearsal claims {row}"
 
 
+def test_the_gpu_tests_collect_with_torch_triton_and_numpy_alone(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(ABSENT)
+    places = [str(tmp_path), str(ROOT), str(ROOT / "kernels")]
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": os.pathsep.join(places)}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "tests/kernels/test_triton_gpu.py::test_two_runs_at_full_size_are_bit_equal" in done.stdout
+    assert "needs safetensors, which is not installed" in done.stdout
+
+
 def test_all_parts_together_take_less_than_nine_minutes(bench):
     assert sum(bench.PARTS.values()) <= 530
 
