@@ -133,7 +133,8 @@ def load_initial_weights(model: LightningDiT, config: SFDConfig) -> None:
     table = "y_embedder.embedding_table.weight"
     if config.train.init_classes == "new" and given[table].shape[1:] == wanted[table].shape[1:]:
         # the null class, the last row, means the same in both
-        given[table] = torch.cat([wanted[table][:-1], given[table][-1:]])
+        null = given[table][-1:] if model.config.class_dropout > 0 else given[table][:0]
+        given[table] = torch.cat([wanted[table][: model.config.num_classes], null])
     different = [k for k in wanted if k not in given or given[k].shape != wanted[k].shape]
     different += [k for k in given if k not in wanted]
     if different:

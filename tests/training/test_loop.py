@@ -506,3 +506,23 @@ def test_validation_leaves_training_mode_and_weights_alone(tmp_path, data):
     assert job.samples(engine).dtype == torch.uint8
     assert job.model.training
     assert_same_bits(before, job.model.state_dict())
+
+
+def test_new_classes_of_a_network_without_a_null_class_are_all_new(tmp_path, data):
+    first = train(tiny_config(data, tmp_path / "first"))
+    settings = {"init_from": str(first.model), "init_classes": "new", "max_steps": 1, "log_every": 1}
+    other = replace(MODEL, num_classes=7, class_dropout=0.0)
+    train(replace(tiny_config(data, tmp_path / "a", **settings), model=other))
+    assert tensors(tmp_path / "a", 1)["y_embedder.embedding_table.weight|param"].view(7, -1).shape[0] == 7
+
+
+def test_latents_that_are_not_standardised_need_no_statistics(tmp_path):
+    from sfd_fast.formats.model_folder import read_statistics
+
+    config = with_data(tiny_config(write_data(tmp_path / "data"), tmp_path / "run", max_steps=2, log_every=1),
+                       normalise_texture=False, normalise_semantic=False, latent_multiplier=0.5)  # fmt: skip
+    for path in (tmp_path / "data").glob("*_stats.pt"):
+        path.unlink()
+    statistics = read_statistics(train(config).model)
+    assert statistics.multiplier == 0.5 and torch.equal(statistics.texture_std, torch.ones(2))
+    assert torch.equal(statistics.semantic_mean, torch.zeros(2))

@@ -223,3 +223,15 @@ def test_the_length_comes_from_the_data(num_samples, batch, steps):
 def test_a_job_of_that_length_is_described(tmp_path, data):
     job = semvae_job(config(data, tmp_path / "run", max_steps=0))
     assert job.train.max_steps == job.config.train.max_steps == 2_000
+
+
+def test_the_authors_feature_files_are_read(tmp_path):
+    """patch_tokens (N, tokens, F) in features_NUMBERsamples.safetensors, without flips."""
+    tokens = torch.randn(6, 4, 8).half()
+    write_shard(tmp_path / "features_6samples.safetensors", {"patch_tokens": tokens, "class_idx": torch.arange(6)})
+    shards = FeatureShards(tmp_path)
+    assert (len(shards), shards.channels) == (6, 8)
+    order = torch.tensor([4, 1])
+    assert torch.equal(shards.gather(order, torch.zeros(2, dtype=torch.bool)), tokens[order].float())
+    with pytest.raises(ValueError, match="features_6samples.safetensors has no flipped features"):
+        shards.require_flips()

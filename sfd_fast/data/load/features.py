@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfd_fast.data.cache import layout
 from sfd_fast.data.cache.remote import local_shards
-from sfd_fast.data.cache.shards import map_tensors, read_header
+from sfd_fast.data.cache.shards import Header, map_tensors, read_header
 from sfd_fast.data.load.held_out import Part, SampleSet
 from sfd_fast.data.load.order import flips, shuffled_indices
 from sfd_fast.diffusion.statistics import first_not_finite
@@ -21,6 +21,13 @@ from sfd_fast.diffusion.transport import feature_tokens
 from sfd_fast.files.ahead import ahead
 
 KEY, FLIPPED = layout.FEATURES, layout.FEATURES + layout.FLIP
+RELEASED = "patch_tokens"
+"""(N, tokens, F), without flips: in the authors' own files for SemVAE, features_NUMBERsamples.safetensors"""
+
+
+def key_of(header: Header) -> str:
+    """The name of a shard's features."""
+    return RELEASED if RELEASED in header.entries and KEY not in header.entries else KEY
 
 
 class FeatureShards(SampleSet):
@@ -35,17 +42,18 @@ class FeatureShards(SampleSet):
         _, self.paths = local_shards(path, cache_folder)
         headers = [read_header(file) for file in self.paths]
         for file, header in zip(self.paths, headers):
-            if KEY not in header.entries:
+            key = key_of(header)
+            if key not in header.entries or key != key_of(headers[0]):
                 held = ", ".join(header.entries) or "nothing"
                 raise ValueError(f"{file} has no tensor '{KEY}', it holds {held}; `sfd features` makes such shards")
-            here, there = ((h.entries[KEY].shape[1:], h.entries[KEY].dtype) for h in (header, headers[0]))
+            here, there = ((h.entries[key].shape[1:], h.entries[key].dtype) for h in (header, headers[0]))
             if here != there:
                 raise ValueError(
                     f"{file} has features of shape {here[0]}, {here[1]}; the shards before it {there[0]}, {there[1]}"
                 )
             layout.check_settings(file, header, self.paths[0], headers[0])
         maps = [map_tensors(file, header) for file, header in zip(self.paths, headers)]
-        self.plain = [tensors[KEY] for tensors in maps]
+        self.plain = [tensors[key_of(headers[0])] for tensors in maps]
         self.flipped = [tensors.get(FLIPPED) for tensors in maps]
         self.ends = np.cumsum([len(t) for t in self.plain])
         self._part = Part(0, int(self.ends[-1]))
