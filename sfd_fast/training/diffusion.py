@@ -230,19 +230,18 @@ def identity_of(
     return identity
 
 
-def notes_of(config: SFDConfig, shards: LatentShards) -> tuple[str, ...]:
-    """What a user should know of this run, one line each."""
+def notes_of(config: SFDConfig, num_trained: int) -> tuple[str, ...]:
+    """What a user should know of this run, one line each. num_trained: classes that the data have images of."""
     drawn = config.run.sample_every > 0 or config.run.eval_every > 0
-    num_labels, num_classes = shards.max_label + 1, config.model.num_classes
+    num_classes = config.model.num_classes
     untrained = (
-        f"model.num_classes is {num_classes}, but the labels of {config.data.path} are 0 to {num_labels - 1}: "
-        f"{num_classes - num_labels} classes are never trained, and what is drawn of them means nothing; "
-        f"--model.num_classes {num_labels} is their number"
+        f"model.num_classes is {num_classes}, but {config.data.path} has images of {num_trained} classes: "
+        f"{num_classes - num_trained} are never trained, and what is drawn of them means nothing"
     )
     said = {
         UNGUIDED: drawn and config.guidance.mode == "autoguidance" and config.guidance.active,
         UNUSED_TARGETS: config.data.targets != "stored" and config.transport.repa_weight == 0,
-        untrained: num_classes > num_labels,
+        untrained: num_classes > num_trained,
     }
     return tuple(note for note, applies in said.items() if applies)
 
@@ -299,7 +298,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         record={"statistics": statistics.to_json(), "classes": classes},
         num_samples=len(shards),
         flops_per_sample=num_flops(model.config, training=True),
-        notes=notes_of(config, shards),
+        notes=notes_of(config, shards.max_label + 1 if classes is None else len(classes)),
     )
 
 

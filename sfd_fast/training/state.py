@@ -22,6 +22,7 @@ SEPARATOR = "|"
 STEP, WEIGHT = "step", "param"
 """the fields of the number of updates and of the fp32 weight itself; the others carry the optimizer's names: exp_avg,
 exp_avg_sq, ema, ema_1"""
+DTYPES = ("F32", "BF16", "F16", "F64")
 
 
 @dataclass
@@ -78,6 +79,25 @@ class Stored:
     fields: set[str]
 
 
+def stored(file: object) -> dict[str, tuple[int, Stored]]:
+    """{name: (number of elements of the parameter, the piece of it)} of an open file; raises where it holds others."""
+    ranges, fields = description_of(file), defaultdict(set)
+    for key in file.keys():  # noqa: SIM118
+        name, _, field = key.rpartition(SEPARATOR)
+        start, stop, _ = ranges[name]
+        tensor = file.get_slice(key)
+        kind, shape = tensor.get_dtype(), tensor.get_shape()
+        if kind not in DTYPES or shape != ([] if field == STEP else [stop - start]):
+            raise ValueError(f"{field} of {name} from {start} to {stop} has shape {shape} and dtype {kind}")
+        fields[name].add(field)
+    for name, (start, stop, size) in ranges.items():
+        if not (list(map(type, (start, stop, size))) == [int] * 3 and 0 <= start <= stop <= size):
+            raise ValueError(f"{name} has elements {start} to {stop} of {size}")
+        if WEIGHT not in fields[name] or (len(fields[name]) > 1 and STEP not in fields[name]):
+            raise ValueError(f"of {name} there are {', '.join(sorted(fields[name]))}, but no {WEIGHT} or no {STEP}")
+    return {name: (size, Stored(start, stop, file, fields[name])) for name, (start, stop, size) in ranges.items()}
+
+
 class StateReader:
     """Reads weights, moments and averages of a checkpoint folder by parameter name, whoever wrote it.
 
@@ -114,23 +134,23 @@ class StateReader:
         path = self.unopened.pop(0)
         try:
             file = safe_open(path, "pt")
-            for name, (start, stop, size) in description_of(file).items():
-                have = file.get_slice(f"{name}{SEPARATOR}{WEIGHT}").get_shape()
-                if not 0 <= start <= stop <= size or have != [stop - start] or self.sizes.get(name, size) != size:
-                    raise ValueError(f"{name} from {start} to {stop} of {size} has the shape {have}")
-                self.places[name].append(Stored(start, stop, file, set()))
-                self.sizes[name] = size
-            for key in file.keys():  # noqa: SIM118
-                name, _, field = key.rpartition(SEPARATOR)
-                self.places[name][-1].fields.add(field)
-        except (SafetensorError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            found = stored(file)
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise ValueError(f"{path} is damaged or no part of a checkpoint: {first_line(error)}") from None
+        for name, (size, piece) in found.items():
+            if self.sizes.setdefault(name, size) != size:
+                raise ValueError(f"{path} has {name} of {size} elements, another rank's file of {self.sizes[name]}")
+            self.places[name].append(piece)
         return True
 
     def names(self) -> list[str]:
-        """All parameters of the checkpoint."""
+        """All parameters of the checkpoint. ValueError where a part of one is missing."""
         while self.open_next():
             pass
+        for name, pieces in self.places.items():
+            have = sum(piece.stop - piece.start for piece in pieces)
+            if have != self.sizes[name]:
+                raise ValueError(f"checkpoint {self.folder} has {have} of {self.sizes[name]} elements of {name}")
         return sorted(self.places)
 
     def size(self, name: str) -> int:

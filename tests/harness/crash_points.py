@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
 
 from harness.tiny_run import checkpoint_tensors, tiny_config, write_data
-from sfd_fast.files import atomic, tensors
+from sfd_fast.files import atomic
 from sfd_fast.files.digest import tensors_digest
 from sfd_fast.training.checkpoints import Checkpoints
 from sfd_fast.training.diffusion import run_train
@@ -63,7 +63,7 @@ def end_at(point: int) -> None:
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
     atomic.exchange = counted(atomic.exchange)
-    pwrite, descriptor_of, opened, save = os.pwrite, os.open, io.open, tensors.save_file
+    pwrite, descriptor_of, opened, save = os.pwrite, os.open, io.open, safetensors.torch.save_file
 
     def half_written(number, content, offset):
         event(lambda: pwrite(number, memoryview(content)[: len(content) // 2], offset))
@@ -83,7 +83,7 @@ def end_at(point: int) -> None:
         event(lambda: Path(path).write_bytes(b"half"))
         save(values, path, *arguments)
 
-    os.pwrite, os.open, builtins.open, io.open, tensors.save_file = (
+    os.pwrite, os.open, builtins.open, io.open, safetensors.torch.save_file = (
         half_written, open_descriptor, open_file, open_file, save_half,
     )  # fmt: skip
 
@@ -130,8 +130,10 @@ def sweep(part: Part, folder: Path, every: int) -> dict:
         code = child(crash)
         if code == 0:
             break
+        if code != CRASHED:
+            raise SystemExit(f"the work failed by itself before event {1 + number * every}")
         found.unlink(missing_ok=True)
-        if code != CRASHED or child(lambda place=place: finish(place)) or json.loads(found.read_text()) != wanted:
+        if child(lambda place=place: finish(place)) or json.loads(found.read_text()) != wanted:
             wrong.append(1 + number * every)
         shutil.rmtree(place, ignore_errors=True)
     return {"points": number, "wrong": wrong}
@@ -156,7 +158,7 @@ def run_outcome(place: Path) -> dict:
     run = place / "run"
     rows = [[row["step"], row["loss"]] for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"]
     names = sorted(path.name for path in [*run.iterdir(), *(run / "checkpoints").iterdir()])
-    model = load_file(run / "model" / "model.safetensors")
+    model = safetensors.torch.load_file(run / "model" / "model.safetensors")
     return {"rows": rows, "names": names, "state": tensors_digest(checkpoint_tensors(run, 3) | model)}
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from sfd_fast.files.tensors import write_safetensors
 from sfd_fast.training import state as sharded
-from sfd_fast.training.state import Piece, StateReader, write_pieces
+from sfd_fast.training.state import Piece, StateReader, consolidated, write_pieces
 
 
 def test_pieces_of_three_ranks_are_read_across_their_borders(tmp_path):
@@ -66,3 +67,45 @@ def test_a_parameter_that_is_not_there_is_named(tmp_path):
             reader.fields("v")
         with pytest.raises(ValueError, match="has 8 elements of w, the model 9: it belongs to a model of another size"):
             reader.check_size("w", torch.Size([3, 3]))
+
+
+HALF = torch.zeros(2)
+MALFORMED = {
+    "no description": (None, {"w|param": HALF}),
+    "a description that is a list": ([1], {"w|param": HALF}),
+    "a range that is text": ({"w": "all"}, {"w|param": HALF}),
+    "a range of two": ({"w": [0, 2]}, {"w|param": HALF}),
+    "a range of fractions": ({"w": [0.0, 2.0, 2.0]}, {"w|param": HALF}),
+    "a range that goes back": ({"w": [2, 0, 2]}, {"w|param": torch.zeros(0)}),
+    "a range beyond the end": ({"w": [1, 3, 2]}, {"w|param": HALF}),
+    "another length": ({"w": [0, 3, 3]}, {"w|param": HALF}),
+    "another shape": ({"w": [0, 2, 2]}, {"w|param": torch.zeros(1, 2)}),
+    "whole numbers": ({"w": [0, 2, 2]}, {"w|param": torch.zeros(2, dtype=torch.int64)}),
+    "a moment of another length": (
+        {"w": [0, 2, 2]}, {"w|param": HALF, "w|exp_avg": torch.zeros(3), "w|step": torch.tensor(1.0)},
+    ),
+    "a step of three": ({"w": [0, 2, 2]}, {"w|param": HALF, "w|step": torch.zeros(3)}),
+    "moments without a step": ({"w": [0, 2, 2]}, {"w|param": HALF, "w|exp_avg": HALF + 1}),
+    "no weight": ({"w": [0, 2, 2]}, {"w|ema": HALF, "w|step": torch.tensor(1.0)}),
+    "a tensor that is not listed": ({"w": [0, 2, 2]}, {"w|param": HALF, "v|param": HALF + 1}),
+    "an absurd size": ({"w": [0, 2, 10**18]}, {"w|param": HALF}),
+    "another size elsewhere": ({"w": [0, 2, 9]}, {"w|param": HALF}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_pieces_are_one_line_with_their_name(tmp_path, kind):
+    description, values = MALFORMED[kind]
+    write_safetensors(tmp_path / "state-00001.safetensors", values, description)
+    if kind == "another size elsewhere":
+        write_pieces(tmp_path / "state-00000.safetensors", [Piece("w", 2, 4, {"param": HALF})])
+    with pytest.raises(ValueError, match=str(tmp_path)) as error:
+        consolidated(tmp_path, "param")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_what_is_no_safetensors_file_is_named(tmp_path):
+    for content in (b"", b"text", b"\xff" * 64, (2**40).to_bytes(8, "little") + b"{}"):
+        (tmp_path / "state-00000.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="state-00000.safetensors is damaged or no part of a checkpoint"):
+            consolidated(tmp_path)
