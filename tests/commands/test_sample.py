@@ -596,3 +596,15 @@ def test_balanced_labels_are_of_the_classes_that_training_saw(model, tmp_path, c
     run_sample(settings(tmp_path / "some", tmp_path / "given", num_images=0, labels=(0, 3), format="png"))
     assert np.load(tmp_path / "given" / "labels.npy").tolist() == [0, 3]
     assert "trained on 2 of its 5 classes: labels 0 are not among them" in capsys.readouterr().out
+
+
+def test_two_processes_of_one_rank_are_told_apart(tmp_path, monkeypatch):
+    """Started by hand, without a launcher that gives them an address in common."""
+    as_rank(monkeypatch, 1, 2)
+    with (
+        sample_files.occupied(tmp_path, 1, 900),
+        pytest.raises(OSError, match=rf"in use by `rank 1 of sfd sample` \(process {os.getpid()} on "),
+        sample_files.occupied(tmp_path, 1, 900),
+    ):
+        pass
+    assert not (tmp_path / ".alive-1").exists()
