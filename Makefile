@@ -10,7 +10,7 @@ TESTABLE := $(VENV)/.testable
 
 setup: $(INSTALLED)
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/sfd_kernels/cpu/*)
+$(INSTALLED): setup.py pyproject.toml constraints.txt kernels/cpu_build.py kernels/CMakeLists.txt $(wildcard kernels/sfd_kernels/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy "setuptools>=77" wheel cmake ninja
 	$(PIP) --no-build-isolation -e .

@@ -21,6 +21,7 @@ from sfd_kernels.registry import reference_only
 
 load_cpu_kernels()
 
+__version__ = "0.1.0"
 __all__ = [
     "adamw_ema_step",
     "backends",

@@ -57,8 +57,8 @@ def as_python(choice: Choice, origin: Origin) -> str:
     set_ones = [f"{f.name}={given[f.name]!r}" for f in fields(GuidanceConfig) if given[f.name] != f.default]
     options = "".join(f", {key}={value!r}" for key, value in origin.options().items())
     return (
-        "from sfd_fast.config import GuidanceConfig\n"
-        "from sfd_fast.sampling.pipeline import SFDPipeline\n\n"
+        "from sfd_fast import SFDPipeline\n"
+        "from sfd_fast.config import GuidanceConfig\n\n"
         f"pipeline = SFDPipeline.from_pretrained({origin.model!r}{options})\n"
         "output = pipeline(\n"
         f"    {list(choice.labels)},\n"

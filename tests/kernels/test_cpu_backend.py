@@ -53,8 +53,8 @@ def build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProce
     """setup.py build_ext of a copy of the sources; returns the run and the folder that would be packaged."""
     source = tmp_path / "source"
     (source / "kernels").mkdir(parents=True)
-    for name in ("setup.py", "CMakeLists.txt"):
-        shutil.copy(ROOT / name, source)
+    for name in ("setup.py", "kernels/CMakeLists.txt", "kernels/cpu_build.py"):
+        shutil.copy(ROOT / name, source / name)
     ignored = shutil.ignore_patterns("*.so", "*.dylib", "__pycache__", "build_error.txt")
     shutil.copytree(SOURCES, source / "kernels" / "sfd_kernels", ignore=ignored)
     target = tmp_path / "lib"
