@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-NUM_PROCESSES = 4
+NUM_PROCESSES = 8
 BATCH = 32
 
 
@@ -88,8 +88,9 @@ def check(case: tuple[str, str, str, int | None], device: str) -> dict[str, Any]
     ways = {"outputs": functools.partial(run, op, op)}
     if op in DIFFERENTIABLE and not op.is_backward:
         generator = torch.Generator(device).manual_seed(1)
-        shapes = [o.shape for o in flatten(op(*args)) if o.is_floating_point()]
-        upstream = [torch.randn(s, generator=generator, device=device) for s in shapes]
+        outputs = [output for output in flatten(op(*args)) if output.is_floating_point()]
+        # in the outputs' dtype: fp64 then starts from the same numbers
+        upstream = [torch.randn(o.shape, generator=generator, device=device).to(o.dtype) for o in outputs]
         ways["gradients"] = lambda values: gradients(op, values, upstream)
     worst, problem, equal = [0.0, 0.0], "", True
     for what, way in ways.items():

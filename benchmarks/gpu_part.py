@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import Any
 
 import torch
 from timing import Timing, device_time
+
+
+class TimeIsOver(Exception):
+    """A part's time ended within a piece of work."""
 
 
 class Part:
@@ -22,6 +27,7 @@ class Part:
         self.device = "cpu" if rehearse else "cuda"
         self.until = time.monotonic() + seconds
         self.rows: list[dict[str, Any]] = []
+        self.depth = 0
 
     @property
     def left(self) -> float:
@@ -54,14 +60,38 @@ class Part:
         self.add({"name": name, "value": None, "unit": "", "note": f"not run: {reason}"})
 
     def attempt(self, name: str, work: Callable[[], None], *, seconds: float = 0.0) -> None:
-        """work(), unless fewer than `seconds` are left; an error of it becomes a row that does not hold."""
-        if self.left < seconds:
-            self.skipped(name, f"{self.left:.0f} s were left, and this takes about {seconds:.0f} s")
+        """work(), unless fewer than `seconds` are left; an error of it becomes a row that does not hold.
+
+        Work that is not done when the part's time is over is broken off, and that becomes a row. Main thread only.
+        """
+        if self.left < max(seconds, 0.1):
+            self.skipped(name, f"{max(self.left, 0):.0f} s were left, and this takes about {seconds:.0f} s")
             return
         try:
-            work()
+            self._within_time(work)
         except Exception as error:  # whatever a library raises: the other rows are worth having
-            self.checked(name, False, f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+            if self.left <= 0:
+                self.skipped(name, "not ready when the time of this part was over")
+            else:
+                text = str(error).strip() or "no message"
+                self.checked(name, False, f"{type(error).__name__}: {text.splitlines()[0]}")
+
+    def _within_time(self, work: Callable[[], None]) -> None:
+        """Compilers run for a minute where they like: an alarm ends them."""
+
+        def over(*_: Any) -> None:
+            raise TimeIsOver
+
+        if self.depth == 0:
+            signal.signal(signal.SIGALRM, over)
+            signal.setitimer(signal.ITIMER_REAL, self.left)
+        self.depth += 1
+        try:
+            work()
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def device_time(self, function: Callable[[], Any]) -> Timing:
         """Device time of function; in a rehearsal one call and a number that `measured` drops."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -129,9 +130,27 @@ def test_an_error_within_a_part_is_a_row_and_what_does_not_fit_into_the_time_is_
     part.attempt("second", lambda: part.measured("second", 3.5, "ms", low=3.0, launches=7))
     part.attempt("third", lambda: part.fact("third", 1), seconds=1000)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert rows == part.rows and rows[0]["holds"] is False and "ZeroDivisionError" in rows[0]["note"]
+    assert rows == part.rows and rows[0]["holds"] is False and rows[0]["note"] == "ZeroDivisionError: division by zero"
     assert rows[1] == {"name": "second", "value": None, "unit": "ms", "low": None, "launches": 7}
     assert rows[2]["note"].startswith("not run: ") and "1000 s" in rows[2]["note"]
+
+
+def test_work_that_outlasts_its_part_is_broken_off_and_the_rest_said_to_be_left_out(bench, tmp_path):
+    from gpu_part import Part
+
+    part = Part(tmp_path / "rows.json", 1.0, rehearse=True)
+
+    def compile_for_ever():
+        part.attempt("within", lambda: time.sleep(60))
+
+    start = time.monotonic()
+    part.attempt("first", compile_for_ever)
+    part.attempt("second", lambda: part.fact("second", 1))
+    assert time.monotonic() - start < 30
+    notes = {row["name"]: row["note"] for row in part.rows}
+    assert notes["within"] == "not run: not ready when the time of this part was over"
+    assert notes["second"].startswith("not run: 0 s were left")
+    assert all("holds" not in row for row in part.rows)
 
 
 def test_gathered_wheels_are_unpacked_once_for_the_parts(bench, tmp_path, monkeypatch):
