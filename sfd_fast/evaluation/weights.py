@@ -1,12 +1,12 @@
 """Inception's weights: finding, fetching, verifying and loading the published file."""
 
 import hashlib
-import pickle
 from pathlib import Path
 
 import torch
 
 from sfd_fast.evaluation.inception import Inception
+from sfd_fast.files.torch_file import read_torch_file
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
@@ -55,8 +55,8 @@ def load_inception(weights: str | None = None) -> tuple[Inception, dict[str, str
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        state = read_torch_file(path)
+    except ValueError as error:
         raise ValueError(
             f"{path} (SHA-256 {sha256}) cannot be read as PyTorch weights: {error}. It may be cut short; fetch it "
             f"again from {WEIGHTS_URL}"
@@ -64,7 +64,9 @@ def load_inception(weights: str | None = None) -> tuple[Inception, dict[str, str
     network = Inception()
     own = network.state_dict()
     optional = {name for name in own if name.endswith("num_batches_tracked")}  # a counter that evaluation never reads
-    given = {name: tensor for name, tensor in state.items() if name not in optional} if isinstance(state, dict) else {}
+    entries = state.items() if isinstance(state, dict) else ()
+    named = {name: value for name, value in entries if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    given = {name: value for name, value in named.items() if name not in optional}
     wrong = sorted(own.keys() - optional - given.keys()) + sorted(given.keys() - own.keys())
     wrong += [name for name in given if name in own and given[name].shape != own[name].shape]
     if wrong:

@@ -132,3 +132,11 @@ def test_cuda_equals_cpu_even_where_tf32_is_on(weights_file, images, monkeypatch
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # restored
     torch.testing.assert_close(ours.pool.cpu(), expected.pool, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(ours.spatial.cpu(), expected.spatial, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {1: 2, "a": None}, {"Conv2d_1a_3x3.conv.weight": "text"}, "text"])
+def test_trees_that_are_no_weights_are_one_line(tmp_path, content):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="odd.pth does not hold the 2015 Inception network") as error:
+        load_inception(str(tmp_path / "odd.pth"))
+    assert "\n" not in str(error.value)
