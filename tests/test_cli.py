@@ -282,8 +282,7 @@ def test_help_and_shown_configurations_load_no_torch():
     code = (
         "import sys, contextlib, io\n"
         "from sfd_fast import cli\n"
-        "names = [name for name in cli.COMMANDS if name != 'inspect']\n"
-        "for words in [*([name, '--help'] for name in names), ['--help'], ['train', '--print-config']]:\n"
+        "for words in [*([name, '--help'] for name in cli.COMMANDS), ['--help'], ['train', '--print-config']]:\n"
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
         "        cli.main(words)\n"
         "    assert 'torch' not in sys.modules, words\n"

@@ -1,36 +1,21 @@
 """`sfd inspect PATH`: what a cache holds, whether it is whole, and a picture of its first images."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from sfd_fast.config import Settings, require
 from sfd_fast.config.checks import Count, FilePath
-from sfd_fast.data.cache import layout
-from sfd_fast.data.cache.manifest import read_manifest
-from sfd_fast.data.cache.remote import local_shards
-from sfd_fast.data.cache.shards import Header, map_tensors, read_header
-from sfd_fast.data.load.latents import LatentShards
-from sfd_fast.diffusion.statistics import (
-    PARTS,
-    SEMANTIC_FILE,
-    TEXTURE_FILE,
-    ChannelMoments,
-    LatentStatistics,
-    first_not_finite,
-    merge_all,
-)
-from sfd_fast.files.atomic import write_atomically
-from sfd_fast.files.digest import file_digest, module_digest
-from sfd_fast.formats.texture import load_codec
-from sfd_fast.models.texture import to_uint8
 from sfd_fast.ranks import Ranks
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from sfd_fast.data.cache.shards import Header
+    from sfd_fast.data.load.latents import LatentShards
+    from sfd_fast.diffusion.statistics import ChannelMoments, LatentStatistics
 
 AUTO, NONE = "auto", "none"
 
@@ -58,6 +43,13 @@ class InspectConfig(Settings):
 
 def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) -> None:
     """Prints what config.path holds. Raises ValueError naming the file for whatever is wrong with it."""
+    from sfd_fast import pictures
+    from sfd_fast.data.cache import layout
+    from sfd_fast.data.cache.remote import local_shards
+    from sfd_fast.data.cache.shards import map_tensors, read_header
+    from sfd_fast.data.load.latents import LatentShards
+    from sfd_fast.diffusion.statistics import SEMANTIC_FILE, TEXTURE_FILE, LatentStatistics
+
     require(bool(config.path), "path is empty: give the folder of a cache: sfd inspect FOLDER")
     folder, paths = local_shards(config.path, config.cache_folder)
     headers = [read_header(path) for path in paths]
@@ -68,7 +60,7 @@ def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) ->
         report("every shard is whole: checksums agree with the manifest where there is one, all values are finite")
     if layout.FEATURES in headers[0].entries and not layout.composite_keys(headers[0].entries):
         features = map_tensors(paths[0], headers[0])[layout.FEATURES][: config.num_images]
-        save_picture([principal_colours(features.float())], config, folder, report)
+        save_picture([pictures.principal_colours(features.float().numpy())], config, folder, report)
         return
     shards = LatentShards(paths)
     if config.statistics:
@@ -84,22 +76,28 @@ def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) ->
         save_picture(draw(shards, choose_codec(config, folder, report), config.num_images), config, folder, report)
 
 
-def save_picture(rows: list[Tensor], config: InspectConfig, folder: Path, report: Callable[[str], None]) -> None:
+def save_picture(rows: "list[np.ndarray]", config: InspectConfig, folder: Path, report: Callable[[str], None]) -> None:
     """Writes the rows of a picture, images of (B, H, W, 3) uint8, where config.picture says."""
+    from sfd_fast import pictures
+
     if config.picture == NONE:
         return
     path = Path(f"inspect-{folder.resolve().name}.png" if config.picture == AUTO else config.picture)
-    content = io.BytesIO()
-    tile(rows).save(content, format="png")
+    size = max(64, *(row.shape[1] for row in rows))
+    images = [image for row in rows for image in row]
     try:
-        write_atomically(path, content.getbuffer())
+        pictures.save(path, pictures.tile(images, len(rows[0]), size=size, gap=0))
     except OSError as error:
         raise OSError(f"{error}; name another file with --picture, or none") from error
     report(f"picture: {path.absolute()}")
 
 
-def choose_codec(config: InspectConfig, folder: Path, report: Callable[[str], None]) -> nn.Module | None:
+def choose_codec(config: InspectConfig, folder: Path, report: Callable[[str], None]) -> "nn.Module | None":
     """The decoder of the picture, None for principal components; says what was chosen, and how to choose another."""
+    from sfd_fast.data.cache.manifest import read_manifest
+    from sfd_fast.files.digest import module_digest
+    from sfd_fast.formats.texture import load_codec
+
     if config.texture_codec not in (AUTO, NONE):
         return load_codec(config.texture_codec)
     hint = "the picture shows principal components; --texture_codec PATH decodes it"
@@ -121,8 +119,14 @@ def choose_codec(config: InspectConfig, folder: Path, report: Callable[[str], No
     return None
 
 
-def describe(folder: Path, paths: list[str], headers: list[Header]) -> list[str]:
+def describe(folder: Path, paths: list[str], headers: "list[Header]") -> list[str]:
     """Counts, tensors, labels and the manifest, as lines."""
+    import numpy as np
+
+    from sfd_fast.data.cache import layout
+    from sfd_fast.data.cache.manifest import read_manifest
+    from sfd_fast.data.cache.shards import map_tensors
+
     first = headers[0].entries
     counts = [next(iter(header.entries.values())).shape[0] for header in headers]
     size = sum(header.size for header in headers)
@@ -154,8 +158,10 @@ def describe(folder: Path, paths: list[str], headers: list[Header]) -> list[str]
     return lines
 
 
-def describe_statistics(statistics: LatentStatistics) -> list[str]:
+def describe_statistics(statistics: "LatentStatistics") -> list[str]:
     """Range of means and standard deviations of both parts."""
+    from sfd_fast.diffusion.statistics import PARTS
+
     lines = []
     for part in PARTS:
         mean, std = getattr(statistics, f"{part}_mean"), getattr(statistics, f"{part}_std")
@@ -167,8 +173,13 @@ def describe_statistics(statistics: LatentStatistics) -> list[str]:
     return lines
 
 
-def verify(folder: Path, paths: list[str], headers: list[Header]) -> None:
+def verify(folder: Path, paths: list[str], headers: "list[Header]") -> None:
     """Raises ValueError naming the first shard with a wrong checksum, or with values that are not finite."""
+    from sfd_fast.data.cache.manifest import read_manifest
+    from sfd_fast.data.cache.shards import map_tensors
+    from sfd_fast.diffusion.statistics import first_not_finite
+    from sfd_fast.files.digest import file_digest
+
     manifest = read_manifest(folder)
     for path, header in zip(paths, headers):
         listed = (manifest or {}).get("shards", {}).get(Path(path).name)
@@ -183,11 +194,13 @@ def verify(folder: Path, paths: list[str], headers: list[Header]) -> None:
                 raise ValueError(f"{path}: '{name}': sample {bad} holds NaN or infinity")
 
 
-def cache_moments(shards: LatentShards, ranks: Ranks | None = None) -> tuple[ChannelMoments, ChannelMoments]:
+def cache_moments(shards: "LatentShards", ranks: Ranks | None = None) -> "tuple[ChannelMoments, ChannelMoments]":
     """Exact moments of all unflipped latents (texture, semantic), the same bits for any number of ranks.
 
     Each rank takes whole shards; the parts are merged in the order of the shards.
     """
+    from sfd_fast.diffusion.statistics import merge_all
+
     ranks = ranks or Ranks()
     mine = {k: shards.shard_moments(k) for k in ranks.mine(len(shards.paths))}
     parts: dict[int, tuple[ChannelMoments, ChannelMoments]] = {}
@@ -197,43 +210,25 @@ def cache_moments(shards: LatentShards, ranks: Ranks | None = None) -> tuple[Cha
     return merge_all(texture for texture, _ in ordered), merge_all(semantic for _, semantic in ordered)
 
 
-def draw(shards: LatentShards, codec: nn.Module | None, num_images: int) -> list[Tensor]:
+def draw(shards: "LatentShards", codec: "nn.Module | None", num_images: int) -> "list[np.ndarray]":
     """First row: images decoded from texture, or its principal components; second row: semantics, likewise."""
+    import torch
+
+    from sfd_fast.models.texture import to_uint8
+    from sfd_fast.pictures import principal_colours
+
     count = min(num_images, len(shards))
     raw = shards.gather(torch.arange(count), torch.zeros(count, dtype=torch.bool))
-    if codec is not None:
-        if codec.latent_channels != shards.texture_channels:
-            raise ValueError(
-                f"the texture codec has {codec.latent_channels} latent channels, the cache {shards.texture_channels}: "
-                "give the codec that it was encoded with, or --texture_codec none"
-            )
-        with torch.no_grad():
-            rows = [to_uint8(codec.decode(raw["texture"].float()))]
+    if codec is None:
+        rows = [principal_colours(raw["texture"].float().numpy())]
     else:
-        rows = [principal_colours(raw["texture"].float())]
+        require(
+            codec.latent_channels == shards.texture_channels,
+            f"the texture codec has {codec.latent_channels} latent channels, the cache {shards.texture_channels}: "
+            "give the codec that it was encoded with, or --texture_codec none",
+        )
+        with torch.no_grad():
+            rows = [to_uint8(codec.decode(raw["texture"].float())).numpy()]
     if shards.semantic_channels:
-        rows.append(principal_colours(raw["semantic"].float()))
+        rows.append(principal_colours(raw["semantic"].float().numpy()))
     return rows
-
-
-def tile(rows: list[Tensor]) -> Image.Image:
-    """Rows of images, each (B, H, W, 3) uint8, enlarged to one size of at least 64 pixels."""
-    size = max(64, *(row.shape[1] for row in rows))
-    canvas = Image.new("RGB", (len(rows[0]) * size, len(rows) * size))
-    for y, row in enumerate(rows):
-        for x, pixels in enumerate(row):
-            image = Image.fromarray(pixels.numpy()).resize((size, size), Image.Resampling.NEAREST)
-            canvas.paste(image, (x * size, y * size))
-    return canvas
-
-
-def principal_colours(latents: Tensor) -> Tensor:
-    """Three principal components over all positions as red, green and blue. (B, C, H, W) -> (B, H, W, 3) uint8."""
-    flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
-    flat = flat - flat.mean(0)
-    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
-    colours = torch.zeros(len(flat), 3)
-    components = flat @ directions[:3].T
-    colours[:, : components.shape[1]] = components
-    colours = colours / (3 * colours.std(0, keepdim=True) + 1e-12) * 0.5 + 0.5
-    return (colours.clamp(0, 1) * 255).to(torch.uint8).view(len(latents), *latents.shape[2:], 3)
