@@ -45,7 +45,11 @@ LIMITED = [
     for mark in unmarked(annotation)[1]
     if isinstance(mark, Range) and kind_of(annotation) is int
 ]
-PATHS = [(c, k) for c, k, a in settings() if PATH in unmarked(a)[1]]
+PATHS = [
+    (command, key)
+    for command, key, annotation in settings()
+    if any(PATH in unmarked(part)[1] for part in (annotation, *typing.get_args(annotation)))
+]
 
 
 def refused(capsys, command, *words):
