@@ -84,7 +84,7 @@ def measure_size(folder: Path) -> list[dict]:
     sizes = {}
     for name, storage, features in (("released", "fp32", True), ("semvae", "bf16", False), ("fp32", "fp32", False)):
         out = folder / name
-        run_encode(EncodeConfig(images=str(tree), out=str(out), storage=storage, features=features, **parts))
+        run_encode(EncodeConfig(images=str(tree), out=str(out), storage=storage, features=features, flip=True, **parts))
         sizes[name] = json.loads((out / "manifest.json").read_text())["bytes_per_image"]
     return [
         row("released cache (fp32, features, both flips)", sizes["released"] / 1e3, "kB/image"),
@@ -146,6 +146,7 @@ def measure_targets(folder: Path, steps: int = 400) -> list[dict]:
     )
     parts = save_parts(folder, width=48, latent_channels=4, levels=3, semvae=semvae)
     common = {"images": str(tree), "image_size": 32, "storage": "fp32", "features": True, "shard_size": 128}
+    common["flip"] = True
     run_encode(EncodeConfig(out=str(folder / "untrained"), **common, **parts))
     train_semvae(LatentShards(folder / "untrained"), parts["semvae"], 600)
     run_encode(EncodeConfig(out=str(folder / "cache"), **common, **parts))
@@ -286,7 +287,8 @@ def measure_encoding(folder: Path, data: list[bytes], decoders: list[str]) -> li
     """
     from sfd_fast.data.encode.encoders import LatentEncoder
     from sfd_fast.data.encode.job import make_cache
-    from sfd_fast.data.images.index import INDEX_FOLDER, open_index
+    from sfd_fast.data.images.index import INDEX_FOLDER
+    from sfd_fast.data.images.opening import open_index
     from sfd_fast.formats.released_model import load_semvae
     from sfd_fast.formats.texture import load_codec
     from sfd_fast.models.vfm import load_vfm

@@ -1,10 +1,14 @@
 """Who this process is among those that work together: ranks of torchrun, deepspeed, or SLURM's srun, or one alone."""
 
+import itertools
 import os
 import pickle
 import re
 import socket
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,8 +18,10 @@ from sfd_fast.config import require
 if TYPE_CHECKING:
     import torch
 
-TIMEOUT = timedelta(days=7)
-"""a rank may wait this long for the slowest one: shards take minutes, a whole data set hours"""
+TIMEOUT = timedelta(minutes=30)
+"""for the ranks to find each other, and for one exchange; meet() waits for the slowest as long as it lives"""
+STALL_S, BEAT_S, POLL_S = 300.0, 5.0, 0.5
+"""after how long a silent rank is said to have stopped; how often it is heard of; how often a waiting rank looks"""
 T = TypeVar("T")
 
 
@@ -126,12 +132,83 @@ class Ranks:
         """This rank's stretch of 0 .. count - 1: stretches in the order of ranks give all items in order."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """While the block runs, the other ranks learn of this one's failure, and notice where it stops."""
+        if self.world_size == 1:
+            yield
+            return
+        store, ended = default_store(), threading.Event()
+
+        def beat() -> None:
+            for number in itertools.count():
+                try:
+                    store.set(f"sfd/beat/{self.rank}", str(number))
+                except RuntimeError:  # rank 0 keeps the store, and has ended
+                    return
+                if ended.wait(BEAT_S):
+                    return
+
+        thread = threading.Thread(target=beat, name="beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException as error:
+            with suppress(RuntimeError):
+                store.compare_set("sfd/failed", "", f"rank {self.rank} failed: {type(error).__name__}: {error}")
+            raise
+        finally:
+            ended.set()
+            thread.join()
+
+    def check(self) -> None:
+        """Raises OSError where another rank has failed."""
+        if self.world_size > 1:
+            try:
+                store = default_store()
+                failed = store.get("sfd/failed").decode() if store.check(["sfd/failed"]) else ""
+            except RuntimeError:
+                raise OSError("rank 0 has ended, which the others meet through; its own message says why") from None
+            if failed:
+                raise OSError(f"{failed.splitlines()[0]}; this rank ({self.rank}) stops too")
+
+    def meet(self) -> None:
+        """Returns when every rank has arrived. Raises OSError where one has failed, or naming one that has stopped."""
+        if self.world_size == 1:
+            return
+        self.check()
+        store = default_store()
+        turn = store.add(f"sfd/turn/{self.rank}", 1)
+        here = [f"sfd/met/{turn}/{rank}" for rank in range(self.world_size)]
+        store.set(here[self.rank], "")
+        beats: dict[int, tuple[bytes, float]] = {}
+        pause = 0.001
+        while not store.check(here):
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_S)
+            self.check()
+            if pause < POLL_S:
+                continue
+            for rank, key in enumerate(here):
+                beat = f"sfd/beat/{rank}"
+                if store.check([key]) or not store.check([beat]):  # who never entered together() has no beat
+                    continue
+                value, now = store.get(beat), time.monotonic()
+                if beats.setdefault(rank, (value, now))[0] != value:
+                    beats[rank] = (value, now)
+                elif now - beats[rank][1] > STALL_S:
+                    raise OSError(
+                        f"rank {rank} of {self.world_size} has been silent for {STALL_S:g} s: it has stopped, or "
+                        "its machine is gone; end the ranks and run the same command again"
+                    )
+
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks, on every rank."""
+        """Every rank's value, in the order of ranks, on every rank. Raises as meet()."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
 
+        self.meet()
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
@@ -139,7 +216,7 @@ class Ranks:
     def on_first(self, work: Callable[[], T]) -> T:
         """Runs work on rank 0; its result, or its exception, reaches every rank, so that none waits in vain.
 
-        An exception is raised as its own kind, where that can be sent.
+        An exception is raised as its own kind, where that can be sent. Raises as meet() where another rank fails.
         """
         if self.world_size == 1:
             return work()
@@ -151,14 +228,19 @@ class Ranks:
                 sent[0] = result = work()
             except Exception as error:
                 failure, sent = error, [None, portable(error)]
+        self.meet()
         dist.broadcast_object_list(sent, src=0)
         if failure is not None or sent[1] is not None:
             raise failure or sent[1]
         return result if self.first else sent[0]
 
-    def barrier(self) -> None:
-        """Returns when every rank has arrived."""
-        self.gather(None)
+
+
+def default_store() -> "torch.distributed.Store":
+    """The key-value store through which the process group was made."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
 
 
 def launch_name(environment: Mapping[str, str] = os.environ) -> str | None:

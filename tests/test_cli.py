@@ -139,7 +139,8 @@ def test_a_word_too_many_is_refused(capsys):
 
 def test_a_missing_cache_is_one_clear_line(tmp_path, capsys):
     error = refused(capsys, "inspect", str(tmp_path / "nowhere"))
-    assert f"{tmp_path / 'nowhere'} does not exist; give a folder of shards" in error and "Errno" not in error
+    message = f"{tmp_path / 'nowhere'} does not exist; a cache is a folder of *.safetensors"
+    assert message in error and "Errno" not in error
 
 
 def test_the_released_data_settings_are_one_flag_below_files_and_flags(tmp_path, capsys):

@@ -17,9 +17,11 @@ class EncodeConfig(CacheOptions):
 
     out: FilePath = "runs/latents"
     texture_codec: FilePath = ""
-    """KL autoencoder: LDM checkpoint, directory saved by diffusers or by us"""
+    """KL autoencoder: LDM checkpoint, directory saved by diffusers or by us. pixels: none, the pixels themselves;
+    pixels:2: squares of 2 x 2 of them folded into channels"""
     semvae: FilePath = ""
-    """SemVAE: our directory, or a released checkpoint; vfm is then the encoder that it was trained with"""
+    """SemVAE: our directory, or a released checkpoint; vfm is then the encoder that it was trained with. Empty: texture
+    alone, without semantic latents"""
     storage: Literal["bf16", "fp16", "fp32"] = "bf16"
     """fp32 is the released caches'"""
     posterior: Literal["sample", "moments"] = "sample"
@@ -38,7 +40,7 @@ def run_encode(config: EncodeConfig) -> None:
     from sfd_fast.models.vfm import load_vfm
     from sfd_fast.ranks import Ranks
 
-    config.require_given("images", "texture_codec", "semvae")
+    config.require_given("images", "texture_codec")
     ranks = Ranks.join()
     device = ranks.device(config.device)
     codec = load_codec(config.texture_codec).to(device)
@@ -46,9 +48,13 @@ def run_encode(config: EncodeConfig) -> None:
         config.image_size % codec.downsampling == 0,
         f"image_size {config.image_size} must be a multiple of the codec's downsampling, {codec.downsampling}",
     )
+    semvae = load_semvae(config.semvae).eval().to(device) if config.semvae else None
+    vfm = None
+    if semvae is not None or config.features:
+        vfm = load_vfm(config.vfm, grid_size=config.image_size // codec.downsampling).to(device)
     encoder = LatentEncoder(
-        load_vfm(config.vfm, grid_size=config.image_size // codec.downsampling).to(device),
-        load_semvae(config.semvae).eval().to(device),
+        vfm,
+        semvae,
         codec,
         image_size=config.image_size,
         dtype=STORAGE[config.storage],

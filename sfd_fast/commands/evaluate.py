@@ -44,12 +44,17 @@ def run_evaluate(config: EvaluateConfig) -> dict:
     ValueError for anything wrong with the images, the reference or the weights, OSError for an output that cannot be
     written, before anything is computed.
     """
+    ranks = Ranks.join()
+    with ranks.together():
+        return evaluated(config, ranks)
+
+
+def evaluated(config: EvaluateConfig, ranks: Ranks) -> dict:
     import torch
 
     from sfd_fast.evaluation.evaluator import Evaluator
     from sfd_fast.evaluation.images import open_images
 
-    ranks = Ranks.join()
     ranks.on_first(lambda: check_writable(Path(config.output)))
     if ranks.world_size > 1:
         ranks.device(config.device)

@@ -45,14 +45,13 @@ def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) ->
     """Prints what config.path holds. Raises ValueError naming the file for whatever is wrong with it."""
     from sfd_fast import pictures
     from sfd_fast.data.cache import layout
-    from sfd_fast.data.cache.remote import local_shards
-    from sfd_fast.data.cache.shards import map_tensors, read_header
+    from sfd_fast.data.cache.remote import open_shards
+    from sfd_fast.data.cache.shards import map_tensors
     from sfd_fast.data.load.latents import LatentShards
     from sfd_fast.diffusion.statistics import SEMANTIC_FILE, TEXTURE_FILE, LatentStatistics
 
     require(bool(config.path), "path is empty: give the folder of a cache: sfd inspect FOLDER")
-    folder, paths = local_shards(config.path, config.cache_folder)
-    headers = [read_header(path) for path in paths]
+    folder, paths, headers = open_shards(config.path, config.cache_folder)
     for line in describe(folder, paths, headers):
         report(line)
     if config.verify:
@@ -96,7 +95,7 @@ def choose_codec(config: InspectConfig, folder: Path, report: Callable[[str], No
     """The decoder of the picture, None for principal components; says what was chosen, and how to choose another."""
     from sfd_fast.data.cache.manifest import read_manifest
     from sfd_fast.files.digest import module_digest
-    from sfd_fast.formats.texture import load_codec
+    from sfd_fast.formats.texture import PIXELS, load_codec
 
     if config.texture_codec not in (AUTO, NONE):
         return load_codec(config.texture_codec)
@@ -107,7 +106,7 @@ def choose_codec(config: InspectConfig, folder: Path, report: Callable[[str], No
         hint = "the picture shows principal components"
     elif not path:
         hint = f"no manifest tells the texture codec: {hint}"
-    elif not Path(path).exists():
+    elif not Path(path).exists() and not PIXELS.fullmatch(path):
         hint = f"the texture codec is not at {path} any more: {hint}"
     else:
         codec = load_codec(path)
@@ -154,8 +153,18 @@ def describe(folder: Path, paths: list[str], headers: "list[Header]") -> list[st
         lines.append(f"    {manifest['dali_failures']} batches were decoded with PIL because DALI failed in them")
     if "semvae_target_cosine" in manifest:
         cosine = manifest["semvae_target_cosine"]
-        lines.append(f"    cosine of `semvae` REPA targets with the true features: {cosine:.4f}")
+        lines.append(f"    cosine of `semvae` REPA targets with the true features: {cosine:.4f} ({meaning(cosine)})")
     return lines
+
+
+def meaning(cosine: float) -> str:
+    """What a cosine between decoded and true features tells of the SemVAE."""
+    if cosine > 0.5:
+        return "1 is perfect, 0 is chance"
+    return (
+        "1 is perfect, 0 is chance: this SemVAE does not know these features; train it longer, or give `sfd encode` "
+        "the vfm that it was trained with"
+    )
 
 
 def describe_statistics(statistics: "LatentStatistics") -> list[str]:

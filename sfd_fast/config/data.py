@@ -27,7 +27,7 @@ class DataConfig(Settings, section="data"):
     normalise_semantic: bool = True
     """the same of the semantic channels"""
     flip: bool = True
-    """flipped and plain latents with probability 1/2"""
+    """flipped and plain latents with probability 1/2, where the cache has both"""
     num_workers: Annotated[Natural, MAY_CHANGE] = 2
     """threads that gather and normalise ahead of the step; the order does not depend on it"""
     texture_codec: Place = ""
@@ -67,4 +67,4 @@ class FeatureDataConfig(Settings, section="data"):
     validation_samples: Natural = 0
     """held-out samples, spread over the whole set"""
     flip: bool = True
-    """flipped and plain features with probability 1/2; needs shards with both, as `sfd features` writes them"""
+    """flipped and plain features with probability 1/2, where the shards have both (`sfd features --flip true`)"""

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from sfd_fast.config.model import ModelConfig
 
 #                                                                         parameters   FID no guidance / guided
+MICRO = ModelConfig(depth=4, hidden_size=128, num_heads=4, repa_hidden=256)     # for a first look on a laptop
+TINY = ModelConfig(depth=8, hidden_size=256, num_heads=4, repa_hidden=512)      # for a small data set on a laptop
 S = ModelConfig(depth=12, hidden_size=384, num_heads=6)
 B = ModelConfig(depth=12, hidden_size=768, num_heads=12)                # 137.6M       10.40 at 400K (paper)
 L = ModelConfig(depth=24, hidden_size=1024, num_heads=16)
@@ -23,8 +25,8 @@ DIGITS = ModelConfig(
 DIGITS_GUIDE = replace(DIGITS, depth=2, repa_depth=1)
 
 PRESETS: dict[str, ModelConfig] = {
-    "S": S, "B": B, "L": L, "XL": XL, "XXL": XXL, "1p6B": H1P6B, "B_GUIDE": B_GUIDE, "DIGITS": DIGITS,
-    "DIGITS_GUIDE": DIGITS_GUIDE,
+    "S": S, "B": B, "L": L, "XL": XL, "XXL": XXL, "1p6B": H1P6B, "B_GUIDE": B_GUIDE, "TINY": TINY, "MICRO": MICRO,
+    "DIGITS": DIGITS, "DIGITS_GUIDE": DIGITS_GUIDE,
 }  # fmt: skip
 
 MODEL_DEFAULTS: dict[str, dict] = {name: {"model": asdict(row)} for name, row in PRESETS.items()}
@@ -34,6 +36,7 @@ FEATURES_DEFAULTS: dict[str, dict] = {
     # what the released SemVAE was trained on: shorter side to 256, centre 224 (docs/METHOD.md 2)
     "imagenet256": {
         "vfm": "dinov2-b", "image_size": 224, "grid_size": 16, "crop": "resize", "flip": False, "storage": "fp16",
+        "background": "released",
     },
 }  # fmt: skip
 """What --preset of `sfd features` fills in."""
@@ -41,6 +44,7 @@ ENCODE_DEFAULTS: dict[str, dict] = {
     # what the released SFD was trained on: ADM crop, both flips, float32 posterior samples (docs/METHOD.md 2 and 6)
     "imagenet256": {
         "vfm": "dinov2-b", "image_size": 256, "crop": "adm", "flip": True, "storage": "fp32", "posterior": "sample",
+        "background": "released",
     },
 }  # fmt: skip
 """What --preset of `sfd encode` fills in."""

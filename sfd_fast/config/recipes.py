@@ -7,6 +7,7 @@ from sfd_fast.config.checks import require
 PUBLISHED = "released configurations, docs/METHOD.md 4 and 5"
 RETRAINING = "released retraining recipe (8 GPUs, FID 3.23 / 1.38), docs/METHOD.md 4"
 OURS = "`sfd demo`, tried over several seeds"
+LIKE_DEMO = "by analogy with `sfd demo`; no run of this size is published"
 ANALOGY = "the released XL's; no run of this size is published"
 
 
@@ -55,8 +56,15 @@ DEMO = {
     "optimizer.final_lr_ratio": 0.0, "optimizer.ema_decay": 0.998, "optimizer.ema_warmup": True,
 }  # fmt: skip
 
+SMALL = {
+    "train.global_batch_size": 64, "run.checkpoint_every": 500, "run.sample_every": 1000, "optimizer.warmup_steps": 100,
+    "optimizer.schedule": "cosine", "optimizer.ema_decay": 0.999, "optimizer.ema_warmup": True,
+}  # fmt: skip
+
 RECIPES: dict[tuple[str, str], Recipe] = {
     # preset       recipe             lr    beta2  lambda  REPA     steps      w    guide            source, extra
+    ("MICRO",   "laptop"):     Recipe(1e-3, 0.99,  0.5, "cos",       10_000, 1.0, "",              LIKE_DEMO, SMALL),
+    ("TINY",    "laptop"):     Recipe(5e-4, 0.99,  0.5, "cos",       30_000, 1.0, "",              LIKE_DEMO, SMALL),
     ("S",       "80ep"):       Recipe(1e-4, 0.999, 1.0, "cos",      400_000, 1.0, "",              ANALOGY),
     ("B",       "80ep"):       Recipe(1e-4, 0.999, 1.0, "cos",      400_000, 1.0, "",              PUBLISHED),
     ("L",       "80ep"):       Recipe(1e-4, 0.999, 1.0, "cos",      400_000, 1.0, "",              ANALOGY),

@@ -21,6 +21,7 @@ def gather_rows(rows: Tensor) -> Tensor | None:
     ranks = Ranks.of_group()
     if ranks.world_size == 1:
         return rows
+    ranks.meet()
     sent = rows.to(_device())
     counts = torch.empty(ranks.world_size, dtype=torch.int64, device=sent.device)
     dist.all_gather(list(counts.split(1)), torch.tensor([len(rows)], device=sent.device))

@@ -103,6 +103,12 @@ class FolderImages(ImageSet):
         )
         if not paths:
             raise ValueError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}), not in its subfolders either")
+        empty = [file for file in paths if file.stat().st_size == 0]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(paths)} images in {path} are empty files, the first is {empty[0]}: write them "
+                "again, or remove them"
+            )
         order = np.random.default_rng(FOLDER_ORDER_SEED).permutation(len(paths))
         self.paths = [paths[i] for i in order]
         self.num_images = len(paths)

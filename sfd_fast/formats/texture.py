@@ -140,13 +140,21 @@ def save_codec(
         replace_marked(path, "diffusers", codec.autoencoder.save_pretrained)
 
 
+PIXELS = re.compile(r"(?:pixels|identity)(?::([1-9]\d?))?")
+"""the names of pixel space, with the edge of the squares that are folded into channels"""
+
+
 def load_codec(path: str | Path) -> Codec:
     """The texture codec of a directory saved by diffusers, of our directory, or of a released LDM file (.ckpt, .pt,
-    .safetensors); frozen, on the CPU.
+    .safetensors), or pixel space (pixels, pixels:2); frozen, on the CPU.
 
     No network attempt. Raises FileNotFoundError, or ValueError for damaged, diverged or foreign weights.
     """
+    pixels = PIXELS.fullmatch(str(path))
     path = Path(path)
+    if pixels and not path.exists():
+        side = int(pixels[1] or 1)
+        return IdentityCodec(3 * side**2, side).eval()
     with naming(path):
         if folder := diffusers_directory(path):
             codec = load_autoencoder(folder)

@@ -39,9 +39,10 @@ def split_held_out(config: SFDConfig) -> tuple[LatentShards, LatentShards | None
     """(training set, held-out set or None): data.validation_path, or data.validation_samples spread over data.path."""
     data = config.data
     require(bool(data.path), "data.path is empty; give the folder of latent shards (`sfd encode` makes them)")
-    shards = LatentShards(data.path, cache_folder=data.cache_folder)
+    options = {"cache_folder": data.cache_folder, "semantic_channels": config.model.semantic_channels}
+    shards = LatentShards(data.path, **options)
     if data.validation_path:
-        return shards, LatentShards(data.validation_path, cache_folder=data.cache_folder)
+        return shards, LatentShards(data.validation_path, **options)
     return shards.divide(data.validation_samples)
 
 
@@ -265,7 +266,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         config.train.global_batch_size,
         config.train.seed,
         statistics=statistics,
-        flip=config.data.flip,
+        flip=config.data.flip and shards.says_flips(),
         features=config.transport.repa_weight > 0 and targets is None,
         num_workers=config.data.num_workers,
     )

@@ -94,7 +94,8 @@ def semvae_job(config: SemVAETrainingConfig) -> Job:
         torch.manual_seed(config.train.seed)
         model = SemVAE(config.semvae)
 
-    data = partial(FeatureLoader, shards, config.train.global_batch_size, config.train.seed, flip=config.data.flip)
+    flip = config.data.flip and shards.says_flips()
+    data = partial(FeatureLoader, shards, config.train.global_batch_size, config.train.seed, flip=flip)
 
     def batches(start_step: int, engine: Engine) -> Iterator[Batch]:
         return iter(data(engine.rank, engine.world_size, start_step, device=engine.device))

@@ -12,17 +12,18 @@ SIZE, GRID = 32, 8
 
 
 def encode_config(parts, out, **more):
-    settings = {"image_size": SIZE, "shard_size": 2, "batch_size": 4, "storage": "fp32", "num_threads": 1}
+    settings = {"image_size": SIZE, "flip": True, "shard_size": 2, "batch_size": 4, "storage": "fp32", "num_threads": 1}
     return EncodeConfig(out=str(out), device="cpu", **(parts | settings | more))
 
 
 def features_config(parts, out, **more):
-    settings = {"image_size": SIZE, "grid_size": GRID, "shard_size": 2, "batch_size": 4, "num_threads": 1}
+    settings = {"image_size": SIZE, "grid_size": GRID, "flip": True, "shard_size": 2, "batch_size": 4, "num_threads": 1}
     return FeaturesConfig(images=parts["images"], vfm=parts["vfm"], out=str(out), device="cpu", **(settings | more))
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name != ".lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def stored(folder):

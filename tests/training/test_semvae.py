@@ -165,13 +165,13 @@ def test_shards_of_another_dtype_do_not_mix(tmp_path):
 
 def test_an_unfinished_folder_of_features_is_refused(tmp_path):
     feature_shard(tmp_path, "a.safetensors")
-    begin(tmp_path, {"kind": "features"})
+    begin(tmp_path, {"kind": "features"}, {})
     with pytest.raises(ValueError, match="is an unfinished cache: run the same command again"):
         FeatureShards(tmp_path)
 
 
 def test_a_missing_folder_of_features_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist; give a folder of shards"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; a cache is a folder"):
         FeatureShards(tmp_path / "nowhere")
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sfd_fast.data.cache import layout
 from sfd_fast.data.cache.manifest import read_manifest
-from sfd_fast.data.cache.remote import local_shards
-from sfd_fast.data.cache.shards import map_tensors, read_header
+from sfd_fast.data.cache.remote import open_shards
+from sfd_fast.data.cache.shards import map_tensors
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ def describe(paths: str | Path | Iterable[str | Path], cache_folder: str | Path 
 
     Raises ValueError where there are no shards or naming a damaged one, FileNotFoundError for what is missing.
     """
-    folder, files = local_shards(paths, cache_folder)
-    entries = read_header(files[0]).entries
+    folder, files, headers = open_shards(paths, cache_folder)
+    entries = headers[0].entries
     manifest = read_manifest(folder) or {}
     shapes = {name: entry.shape[1:] for name, entry in entries.items()}
     composite = layout.composite_keys(shapes)
@@ -45,11 +45,7 @@ def describe(paths: str | Path | Iterable[str | Path], cache_folder: str | Path 
         per_class = manifest["class_counts"]
         classes, trained = len(per_class), tuple(i for i, count in enumerate(per_class) if count)
     else:
-        classes, trained = 1 + max((largest_label(path) for path in files), default=-1), None
+        labels = [map_tensors(path, header).get(layout.LABELS) for path, header in zip(files, headers)]
+        largest = max(layout.largest_label(path, part) for path, part in zip(files, labels) if part is not None)
+        classes, trained = 1 + largest, None
     return CacheSizes(counts[0], sum(counts[1:]), grid, classes, trained, width)
-
-
-def largest_label(path: str) -> int:
-    """Of one shard; -1 where it has none."""
-    labels = map_tensors(path, read_header(path)).get(layout.LABELS)
-    return -1 if labels is None or not len(labels) else int(labels.max())

@@ -16,6 +16,10 @@ PCA = "latents_dino"
 SEMANTIC = "latents_sv"
 FEATURES = "feats_dino"
 FLIP = "_flip"
+DIMENSIONS = {LABELS: 1, TEXTURE: 4, TEXTURE_MEAN: 4, TEXTURE_LOGVAR: 4, PCA: 4, SEMANTIC: 4, FEATURES: 4}
+"""of the tensors of a latent shard, samples first"""
+MAX_CLASSES = 100_000
+"""labels at or above it are taken for a mistake; ImageNet-21k has 21,841 classes"""
 
 
 def composite_keys(names: Iterable[str]) -> list[str]:
@@ -54,6 +58,13 @@ def check_alike(paths: list[str], headers: list[Header]) -> None:
                 f"{paths[0]} has no tensor '{names[0]}'; it holds {', '.join(first.entries) or 'nothing'}. A latent "
                 "shard needs at least labels and latents"
             )
+    for name, entry in first.entries.items():
+        wanted = DIMENSIONS.get(name.removesuffix(FLIP))
+        if wanted and (len(entry.shape) != wanted or entry.dtype.is_floating_point == (name == LABELS)):
+            raise ValueError(
+                f"{paths[0]}: '{name}' is {entry.dtype} of shape {entry.shape}; it must have {wanted} dimension(s), "
+                f"{'whole numbers' if name == LABELS else 'floating point'}"
+            )
     parts = [first.entries[key] for key in composite_keys(first.entries)]
     if any(entry.dtype != parts[0].dtype or entry.shape[2:] != parts[0].shape[2:] for entry in parts):
         raise ValueError(
@@ -75,6 +86,17 @@ def check_alike(paths: list[str], headers: list[Header]) -> None:
             if entry.shape[0] != count:
                 raise ValueError(f"{path}: '{name}' has {entry.shape[0]} samples but there are {count} labels")
         check_settings(path, header, paths[0], first)
+
+
+def largest_label(path: str, labels: Tensor) -> int:
+    """Of one shard; -1 where it has none. Raises ValueError naming a label that is no class number."""
+    if not len(labels):
+        return -1
+    low, high = (int(end) for end in labels.aminmax())
+    for label in (low, high):
+        if not 0 <= label < MAX_CLASSES:
+            raise ValueError(f"{path} has label {label}: labels are whole numbers from 0 to {MAX_CLASSES - 1}")
+    return high
 
 
 def check_settings(path: str, header: Header, first_path: str, first: Header) -> None:

@@ -1,19 +1,23 @@
 """The manifest of a cache: what it was made from and of, so that a mixed-up or unfinished cache is refused."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from sfd_fast.data.cache.shards import write_json
+from sfd_fast.config import require
+from sfd_fast.data.cache.shards import Header, write_json
 from sfd_fast.files.digest import settings_digest
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+OF_IMAGES = ("images", "num_images")
+"""settings that an update changes; a shard's fingerprint leaves them out"""
 
 
 def read_manifest(folder: str | Path) -> dict | None:
     """The manifest of a folder, None where it has none.
 
-    Raises ValueError naming a manifest that is not JSON, or of another format.
+    Raises ValueError naming a manifest that is damaged, or of another format.
     """
     path = Path(folder, MANIFEST)
     if not path.is_file():
@@ -21,7 +25,9 @@ def read_manifest(folder: str | Path) -> dict | None:
     try:
         manifest = json.loads(path.read_text())
         found = manifest["format"]
-    except (ValueError, TypeError, KeyError) as error:
+        if found == FORMAT:
+            check_shape(manifest)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}): copy it again, or delete it and run the command "
             "that made the cache again, which then encodes every shard again"
@@ -34,31 +40,49 @@ def read_manifest(folder: str | Path) -> dict | None:
     return manifest
 
 
-def begin(folder: str | Path, settings: dict, sources: dict[str, str] | None = None) -> dict:
+def check_shape(manifest: dict) -> None:
+    """Raises ValueError or KeyError where the manifest does not hold what every one holds."""
+    groups = ("settings", "sources", "statistics", "shards", "previous")
+    for name in groups:
+        require(isinstance(manifest.get(name, {}), dict), f"'{name}' is no group")
+    counts = manifest.get("class_counts", [])
+    whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+    require(whole, "'class_counts' are no counts")
+    for name, row in [*manifest.get("shards", {}).items(), *manifest.get("previous", {}).items()]:
+        require(Path(name).name == name, f"'{name}' is no file's name")
+        require(type(row["bytes"]) is int and type(row.get("sha256", "")) is str, f"'{name}' has no size")
+    require(not manifest.get("complete") or "shards" in manifest, "'shards' is missing")
+
+
+def begin(folder: str | Path, settings: dict, sources: dict[str, str], *, update: bool = False) -> dict:
     """Claims a folder for these settings and returns its manifest: a new one, or that of the run to continue.
 
     sources: where images and encoders were read, for people and `sfd inspect`; they may move, so they are not compared.
+    update: other images are allowed; the manifest is then one of an unfinished cache that lists the shards before.
     Raises ValueError naming what differs where the folder belongs to a run with other settings.
     """
     manifest = read_manifest(folder)
-    if manifest is None:
-        manifest = {
-            "format": FORMAT,
-            "complete": False,
-            "settings": settings,
-            "sources": sources or {},
-            "fingerprint": settings_digest(settings),
-        }
-        write_json(Path(folder, MANIFEST), manifest)
+    old = {} if manifest is None else manifest["settings"]
+    keys = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
+    if manifest is not None and not keys:
         return manifest
-    if manifest["settings"] != settings:
-        old = manifest["settings"]
-        keys = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
+    if manifest is not None and not (update and set(keys) <= set(OF_IMAGES)):
         raise ValueError(
             f"{folder} holds a cache of other settings: "
-            + "; ".join(f"{k} is {old.get(k)!r} there, {settings.get(k)!r} now" for k in keys)
-            + ". Use the same settings to continue it, or another output folder"
+            + "; ".join(f"{key} is {old.get(key)!r} there, {settings.get(key)!r} now" for key in keys)
+            + ". Use the same settings to continue it (--update for other images), or another output folder"
         )
+    before = manifest or {}
+    manifest = {
+        "format": FORMAT,
+        "complete": False,
+        "settings": settings,
+        "sources": sources,
+        "fingerprint": settings_digest({key: value for key, value in settings.items() if key not in OF_IMAGES}),
+    }
+    if before:
+        manifest["previous"] = before.get("shards", before.get("previous", {}))
+    write_json(Path(folder, MANIFEST), manifest)
     return manifest
 
 
@@ -92,3 +116,28 @@ def check_complete(folder: str | Path, names: list[str]) -> dict | None:
             "caches must not share a folder"
         )
     return manifest
+
+
+def check_shards(folder: str | Path, manifest: dict | None, paths: Sequence[str], headers: Sequence[Header]) -> None:
+    """Raises ValueError where the headers of a folder's shards do not tell what its manifest lists, in its order.
+
+    Shards that were swapped, copied over each other, or made with other settings have sizes that agree, and are found.
+    """
+    if manifest is None or len(paths) != len(manifest["shards"]):  # shards that were given one by one
+        return
+    start = 0
+    for path, header in zip(paths, headers):
+        found = (header.metadata.get("fingerprint"), header.metadata.get("first_image"))
+        row = manifest["shards"][Path(path).name]
+        count = next((entry.shape[0] for entry in header.entries.values() if entry.shape), 0)
+        if "fingerprint" in manifest and found != (manifest["fingerprint"], start):
+            raise ValueError(
+                f"{path} is not the shard that {Path(folder, MANIFEST)} lists under its name (it begins with image "
+                f"{found[1]}, not {start}, or is of other settings): shards were swapped or mixed; copy them again, or "
+                "run the command that made the cache again with --verify"
+            )
+        if count != row.get("count", count):
+            raise ValueError(f"{path} holds {count} samples, its manifest says {row['count']}: copy it again")
+        start += count
+    if start != manifest.get("count", start):
+        raise ValueError(f"{folder} holds {start} samples, its manifest says {manifest['count']}: copy it again")

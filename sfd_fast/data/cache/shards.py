@@ -7,7 +7,7 @@ N samples of a shard.
 import json
 import math
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfd_fast.config import require
 from sfd_fast.files.atomic import AtomicFile, write_atomically
+from sfd_fast.files.messages import first_line
 
 METADATA_KEY = "sfd"
 """The only metadata key. Several keys are written in a different order by different processes."""
 
+MAX_HEADER = 100_000_000
+"""bytes; the limit of safetensors itself"""
 PAGE = 4096
 """bytes of a memory page"""
 BORDER = 4 * PAGE
@@ -54,7 +58,7 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """The tensors and metadata of a shard, checked against the file's size.
+    """The tensors and metadata of a shard, checked against each other and the file's size.
 
     Raises FileNotFoundError for a missing file, ValueError (naming the file) for one that is truncated or no shard.
     """
@@ -62,29 +66,41 @@ def read_header(path: str | Path) -> Header:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= size - 8:
+        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
             raise ValueError(f"{path} is no safetensors file or is truncated: {size} bytes, a header of {length}")
-        try:
-            table = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file: its header is not JSON ({error})") from None
-    metadata = table.pop("__metadata__", {})
-    entries = {}
-    for name, row in table.items():
-        if row["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: tensor '{name}' has dtype {row['dtype']}; supported: {', '.join(DTYPES)}")
-        dtype, shape = DTYPES[row["dtype"]], tuple(row["shape"])
-        begin, end = (8 + length + offset for offset in row["data_offsets"])
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: tensor '{name}' of shape {shape} does not fill its {end - begin} bytes")
-        entries[name] = Entry(dtype, shape, begin, end)
-    expected = max((entry.end for entry in entries.values()), default=8 + length)
-    if size != expected:
+        text = file.read(length)
+    try:
+        table = json.loads(text)
+        metadata = table.pop("__metadata__", {})
+        entries = {name: _entry(row, 8 + length) for name, row in table.items()}
+        metadata = json.loads(metadata.get(METADATA_KEY, "{}"))
+        require(isinstance(metadata, dict), f"its metadata '{METADATA_KEY}' is no group")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is truncated or damaged: {size} bytes, its header describes {expected}; copy it again, or run the "
+            f"{path} is no safetensors file, or of a kind that is not read here: its header is wrong "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from None
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise ValueError(f"{path} is damaged: tensor '{name}' begins at byte {entry.begin}, not at {end}")
+        end = entry.end
+    if size != end:
+        raise ValueError(
+            f"{path} is truncated or damaged: {size} bytes, its header describes {end}; copy it again, or run the "
             "command that made it again: that encodes only shards that are missing or damaged"
         )
-    return Header(entries, json.loads(metadata.get(METADATA_KEY, "{}")), size)
+    return Header(entries, metadata, size)
+
+
+def _entry(row: dict, start: int) -> Entry:
+    """A row of a header's table. Raises ValueError, TypeError or KeyError where it is wrong."""
+    require(row["dtype"] in DTYPES, f"dtype {row['dtype']}; supported: {', '.join(DTYPES)}")
+    dtype, shape = DTYPES[row["dtype"]], tuple(row["shape"])
+    begin, end = row["data_offsets"]
+    require(all(type(n) is int and n >= 0 for n in (*shape, begin, end)), f"shape {shape} at {begin} to {end}")
+    require(end - begin == math.prod(shape) * dtype.itemsize, f"shape {shape} does not fill its {end - begin} bytes")
+    return Entry(dtype, shape, start + begin, start + end)
 
 
 def map_tensors(path: str | Path, header: Header) -> dict[str, Tensor]:
@@ -220,25 +236,3 @@ def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
 def write_json(path: str | Path, content: Mapping) -> None:
     """Sorted JSON, written atomically. Raises OSError naming the file where the disk is full."""
     write_atomically(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def shard_paths(paths: str | Path | Iterable[str | Path]) -> list[str]:
-    """Local shard files named by a folder, a file, or a list of both; a folder's files in the order of their names.
-
-    Raises ValueError where there is none, FileNotFoundError for a path that does not exist.
-    """
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
-    found: list[str] = []
-    for path in map(Path, given):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path.absolute()} does not exist; a cache is a folder of *.safetensors shards, a released one or one "
-                "made by `sfd features` or `sfd encode`"
-            )
-        found += sorted(str(p) for p in path.glob("*.safetensors")) if path.is_dir() else [str(path)]
-    if not found:
-        raise ValueError(
-            f"no *.safetensors shards in {', '.join(map(str, given))}; make them with `sfd encode`, or give the folder "
-            "of a released cache"
-        )
-    return found

@@ -48,17 +48,16 @@ class LatentEncoder:
 
     Texture: a sample of the codec's posterior by (seed, image number), or with posterior="moments" its mean and
     logvar (latents_mean, latents_logvar), from which the loader samples anew at every visit. Semantics: a sample of
-    SemVAE's posterior. A mirrored image draws its own noise.
+    SemVAE's posterior, or none where semvae is None. A mirrored image draws its own noise. vfm: needed for SemVAE and
+    for features.
     """
 
     kind = "latents"
-    parts = ("vfm", "semvae", "texture_codec")
-    """options of the command that name encoders"""
 
     def __init__(
         self,
-        vfm: VFM,
-        semvae: nn.Module,
+        vfm: VFM | None,
+        semvae: nn.Module | None,
         codec: nn.Module,
         *,
         image_size: int,
@@ -71,7 +70,9 @@ class LatentEncoder:
         self.vfm, self.semvae, self.codec = vfm, semvae, codec
         self.dtype, self.flip, self.posterior, self.features, self.seed = dtype, flip, posterior, features, seed
         self.grid = image_size // codec.downsampling
-        if semvae.config.feature_channels != vfm.width:
+        self.parts = ("texture_codec", *(["vfm"] if vfm else []), *(["semvae"] if semvae else []))
+        """options of the command that name encoders"""
+        if semvae is not None and semvae.config.feature_channels != vfm.width:
             raise ValueError(
                 f"the SemVAE was trained on features of width {semvae.config.feature_channels}, the VFM gives "
                 f"{vfm.width}: use the VFM that SemVAE was trained with"
@@ -79,9 +80,9 @@ class LatentEncoder:
 
     def settings(self) -> dict:
         return {
-            "vfm": module_digest(self.vfm),
-            "vfm_width": self.vfm.width,
-            "semvae": module_digest(self.semvae),
+            "vfm": module_digest(self.vfm) if self.vfm else None,
+            "vfm_width": self.vfm.width if self.vfm else None,
+            "semvae": module_digest(self.semvae) if self.semvae else None,
             "texture_codec": module_digest(self.codec),
             "posterior": self.posterior,
             "features": self.features,
@@ -95,17 +96,18 @@ class LatentEncoder:
         for suffix in suffixes(self.flip):
             for name in of_texture:
                 layout[name + suffix] = (self.dtype, (self.codec.latent_channels, self.grid, self.grid))
-            layout[SEMANTIC + suffix] = (self.dtype, (self.semvae.config.latent_channels, self.grid, self.grid))
+            if self.semvae is not None:
+                layout[SEMANTIC + suffix] = (self.dtype, (self.semvae.config.latent_channels, self.grid, self.grid))
             if self.features:
                 layout[FEATURES + suffix] = (torch.float16, (self.vfm.width, self.grid, self.grid))
         return layout
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Rows, Tensor]:
+    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Rows, Tensor | None]:
         """images: (B, S, S, 3) uint8 on the encoders' device; ids: (B,) int64 numbers of the images.
 
         Returns the rows of the shard in their stored dtype, and the mean token cosine between y* and its
-        reconstruction from the stored semantic latent, (B,) per flip in turn: (1, B) or (2, B).
+        reconstruction from the stored semantic latent, (B,) per flip in turn: (1, B) or (2, B); None without SemVAE.
         """
         rows: Rows = {}
         cosines = []
@@ -121,15 +123,18 @@ class LatentEncoder:
                 rows[TEXTURE_MEAN + suffix], rows[TEXTURE_LOGVAR + suffix] = texture
             else:
                 rows[TEXTURE + suffix] = self._sample(*texture, ids, texture_noise)
+            if self.vfm is None:
+                continue
             features = self.vfm.features(view)
-            mean, logvar = (feature_map(part) for part in self.semvae.encode(features))
-            semantic = self._sample(mean, logvar, ids, semantic_noise).to(self.dtype)
-            rows[SEMANTIC + suffix] = semantic
-            decoded = self.semvae.decode(feature_tokens(semantic.float()))
-            cosines.append(1 - feature_alignment_loss(decoded.float(), features.float())[1])
             if self.features:
                 rows[FEATURES + suffix] = feature_map(features)
-        return rows, torch.stack(cosines)
+            if self.semvae is not None:
+                mean, logvar = (feature_map(part) for part in self.semvae.encode(features))
+                semantic = self._sample(mean, logvar, ids, semantic_noise).to(self.dtype)
+                rows[SEMANTIC + suffix] = semantic
+                decoded = self.semvae.decode(feature_tokens(semantic.float()))
+                cosines.append(1 - feature_alignment_loss(decoded.float(), features.float())[1])
+        return rows, torch.stack(cosines) if cosines else None
 
     def _sample(self, mean: Tensor, logvar: Tensor, ids: Tensor, number: int) -> Tensor:
         """A sample of the posterior by (seed, image number) and a number of random_numbers.py."""

@@ -8,19 +8,21 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sfd_fast.data.cache import layout
-from sfd_fast.data.cache.manifest import MANIFEST, begin
+from sfd_fast.data.cache.manifest import MANIFEST, begin, read_manifest
 from sfd_fast.data.cache.shards import ShardWriter, map_tensors, read_header, write_json
 from sfd_fast.data.encode.encoders import FeatureEncoder, LatentEncoder
-from sfd_fast.data.encode.options import CacheOptions
+from sfd_fast.data.encode.options import RELEASED, CacheOptions
 from sfd_fast.data.images.batches import decoded_batches
-from sfd_fast.data.images.index import INDEX_FOLDER, ImageIndex, open_index
+from sfd_fast.data.images.decode import colour
+from sfd_fast.data.images.index import INDEX_FOLDER, ImageIndex
+from sfd_fast.data.images.opening import open_index
 from sfd_fast.data.progress import Progress
 from sfd_fast.diffusion.statistics import (
     FILES,
@@ -32,11 +34,14 @@ from sfd_fast.diffusion.statistics import (
 )
 from sfd_fast.files.atomic import sweep
 from sfd_fast.files.digest import file_digest
-from sfd_fast.ranks import Ranks
+from sfd_fast.files.lock import FolderLock
+from sfd_fast.ranks import Ranks, launch_name
 
 Report = Callable[[str], None]
 
 
+ROW = ("count", "bytes", "sha256", "images", "cosine", "dali_failures")
+"""what the manifest keeps of a shard's record"""
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -48,18 +53,43 @@ def make_cache(
     Images are numbered by the screened index. Shard k holds the images k * shard_size and on, whatever the number of
     ranks, and is encoded in batches of one fixed size (the last one padded), so every run gives the same bytes. Run
     again over a finished folder, it encodes only shards that are missing or damaged.
+    Raises BlockingIOError where another command works in the folder.
     """
     out = Path(config.out)
+    advice = "choose another folder with --out"
+    command = "sfd features" if encoder.kind == "features" else "sfd encode"
+    with (
+        FolderLock(out, command=command, launch=launch_name(), advice=advice, clean=lambda: sweep(out)),
+        ranks.together(),
+    ):
+        begin_cache(config, encoder, ranks, report).run(ranks, report)
+
+
+def begin_cache(
+    config: CacheOptions, encoder: FeatureEncoder | LatentEncoder, ranks: Ranks, report: Report
+) -> "CacheJob":
+    """The images' index and the folder's manifest, opened or made."""
+    out = Path(config.out)
     num_threads = config.num_threads or os.cpu_count() or 1
+    device = ranks.device(config.device)
     index = open_index(
-        config.images, out / INDEX_FOLDER, on_bad=config.on_bad, num_threads=num_threads, ranks=ranks, report=report
-    )
+        config.images, out / INDEX_FOLDER, on_bad=config.on_bad, num_threads=num_threads, ranks=ranks, report=report,
+        update=config.update,
+    )  # fmt: skip
+    if ranks.first:
+        for line in traits_of(index, config.background):
+            report(line)
+    if not config.shard_size:
+        begun = ranks.on_first(lambda: read_manifest(out)) or {}
+        usual = 1024 if device.type == "cuda" else 64
+        config = replace(config, shard_size=begun.get("settings", {}).get("shard_size", usual))
     settings = {
         "kind": encoder.kind,
         "images": index.fingerprint(),
         "num_images": len(index),
         "image_size": config.image_size,
         "crop": config.crop,
+        "background": config.background,
         "decoder": config.decoder,
         "flip": config.flip,
         "storage": config.storage,
@@ -67,12 +97,19 @@ def make_cache(
         "shard_size": config.shard_size,
     } | encoder.settings()
     sources = {name: located(getattr(config, name)) for name in (*encoder.parts, "images")}
-    manifest = ranks.on_first(lambda: begin(out, settings, sources))
-    job = CacheJob(out, index, encoder, manifest["fingerprint"], config, num_threads, ranks.device(config.device))
-    if manifest["complete"]:
-        job.repair(manifest, ranks, report)
-    else:
-        job.complete(manifest, ranks, report)
+    manifest = ranks.on_first(lambda: begin(out, settings, sources, update=config.update))
+    return CacheJob(out, index, encoder, manifest, config, num_threads, device)
+
+
+def traits_of(index: ImageIndex, background: str) -> list[str]:
+    """What to say of images that people and decoders see differently; nothing where there are none."""
+    counts = {trait: count for trait, count in index.counts_of_traits().items() if count}
+    if not counts:
+        return []
+    found = ", ".join(f"{count} {trait}" for trait, count in counts.items())
+    if background == RELEASED:
+        return [f"images {found}: read as the released trainers do, EXIF ignored, transparency dropped, 16 bits cut"]
+    return [f"images {found}: turned, put on {background}, scaled to 8 bits (--background)"]
 
 
 def located(source: str) -> str:
@@ -87,7 +124,8 @@ class CacheJob:
     out: Path
     index: ImageIndex
     encoder: FeatureEncoder | LatentEncoder
-    fingerprint: str
+    manifest: dict
+    """as it was when this run began"""
     config: CacheOptions
     num_threads: int
     device: torch.device
@@ -109,9 +147,15 @@ class CacheJob:
         return range(k * self.config.shard_size, min((k + 1) * self.config.shard_size, len(self.index)))
 
     def recorded(self, k: int) -> dict | None:
-        """The record of a shard that this or an earlier run finished, None where there is none."""
+        """The record of a shard that this or an earlier run made of the same images, None where there is none."""
         path = self.record_path(k)
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text())
+            return record if record["images"] == self.index.fingerprint(self.images(k)) else None
+        except (ValueError, KeyError, TypeError):  # damaged: the shard is encoded again
+            return None
 
     def is_whole(self, k: int, row: dict | None) -> bool:
         """Whether shard k has the size, and if asked for the checksum, of `row` (its record, or of the manifest)."""
@@ -122,8 +166,6 @@ class CacheJob:
 
     def encode_missing(self, row_of: Callable[[int], dict | None], ranks: Ranks, report: Report) -> list[int]:
         """Encodes, divided over the ranks, all shards that are not as row_of(k) says; returns once all are there."""
-        if ranks.first:
-            sweep(self.out)  # nobody writes before the ranks have met below; each file claims a whole shard of the disk
         mine = [k for k in ranks.mine(self.num_shards) if not self.is_whole(k, row_of(k))]
         missing = sorted(k for share in ranks.gather(mine) for k in share)
         if missing and ranks.first and len(missing) < self.num_shards:
@@ -132,13 +174,29 @@ class CacheJob:
                 f"first is {self.path(missing[0]).name}"
             )
         self.encode_shards([missing[i] for i in ranks.mine(len(missing))], ranks, report)
-        ranks.barrier()
+        ranks.meet()
         return missing
 
-    def complete(self, manifest: dict, ranks: Ranks, report: Report) -> None:
-        """Encodes what is not there yet, and finishes."""
+    def run(self, ranks: Ranks, report: Report) -> None:
+        """Encodes what is not there yet, or repairs what is finished."""
+        if self.manifest["complete"]:
+            self.repair(self.manifest, ranks, report)
+            return
+        for k in ranks.mine(self.num_shards):
+            self.adopt(k)
+        ranks.meet()
         self.encode_missing(self.recorded, ranks, report)
-        ranks.on_first(lambda: self.finish(manifest, report))
+        ranks.on_first(lambda: self.finish(self.manifest, report))
+
+    def adopt(self, k: int) -> None:
+        """Takes a shard over from the cache as it was before an update, where its images are the same."""
+        row = self.manifest.get("previous", {}).get(self.path(k).name)
+        if row is None or self.recorded(k) is not None or not self.is_whole(k, row):
+            return
+        if row["images"] == self.index.fingerprint(self.images(k)):
+            record = self.record(k, row.get("cosine"))
+            if record["sha256"] == row["sha256"]:
+                write_json(self.record_path(k), record | {key: row[key] for key in ("dali_failures",) if key in row})
 
     def repair(self, manifest: dict, ranks: Ranks, report: Report) -> None:
         """Encodes those shards of a finished cache again that are missing or damaged, to the bytes that it lists.
@@ -167,9 +225,9 @@ class CacheJob:
                     f"instead of {sha256[:12]}...): this machine or these library versions round differently. Repair "
                     "the cache where it was made, copy the shard from there, or encode everything into another folder"
                 )
-        if self.encoder.kind == "latents" and not all((self.out / name).is_file() for name in FILES):
-            texture, semantic = (manifest["statistics"][part] for part in PARTS)
-            values = (texture["mean"], texture["std"], semantic["mean"], semantic["std"])
+        listed = manifest.get("statistics", {})
+        if any(listed[part]["mean"] and not (self.out / name).is_file() for part, name in zip(PARTS, FILES) if listed):
+            values = (listed[part][name] for part in PARTS for name in ("mean", "std"))
             LatentStatistics(*map(torch.tensor, values)).save(self.out)
             report(f"{self.out}: statistics written again from the manifest")
         self.tidy()
@@ -179,6 +237,10 @@ class CacheJob:
         """Removes what a finished cache does not need: records, and temporary files of killed processes."""
         for path in self.out.glob("shard-*.json"):
             path.unlink()
+        kept = {self.path(k).name for k in range(self.num_shards)}
+        for name in self.manifest.get("previous", {}):  # an update may need fewer shards
+            if name not in kept:
+                (self.out / name).unlink(missing_ok=True)
         for folder in (self.out, self.out / INDEX_FOLDER):
             sweep(folder)
 
@@ -190,6 +252,7 @@ class CacheJob:
             [list(batch) for _, batch in batches],
             self.config.image_size,
             crop=self.config.crop,
+            background=None if self.config.background == RELEASED else colour(self.config.background),
             decoder=self.config.decoder,
             device=self.device,
             num_threads=self.num_threads,
@@ -197,14 +260,15 @@ class CacheJob:
         )
         progress = Progress("encoding", sum(len(self.images(k)) for k in shards), ranks, report)
         for k in shards:
+            ranks.check()
             self.encode_shard(k, decoded, progress)
 
     def encode_shard(self, k: int, decoded: Iterator[Tensor], progress: Progress) -> None:
         images = self.images(k)
         tensors = {name: (dtype, (len(images), *shape)) for name, (dtype, shape) in self.encoder.layout().items()}
         tensors[layout.LABELS] = (torch.int64, (len(images),))
-        cosine = 0.0
-        metadata = {"fingerprint": self.fingerprint, "first_image": images.start}
+        cosine = None
+        metadata = {"fingerprint": self.manifest["fingerprint"], "first_image": images.start}
         with ShardWriter(self.path(k), tensors, metadata) as writer:
             labels = torch.from_numpy(self.index.labels[images.start : images.stop].astype("int64"))
             writer.write(layout.LABELS, 0, labels)
@@ -213,7 +277,7 @@ class CacheJob:
                 for name, values in rows.items():
                     writer.write(name, batch.start - images.start, values[: len(batch)])
                 if cosines is not None:
-                    cosine += float(cosines[:, : len(batch)].double().mean(0).sum())
+                    cosine = (cosine or 0.0) + float(cosines[:, : len(batch)].double().mean(0).sum())
                 progress.add(len(batch))
         write_json(self.record_path(k), self.record(k, cosine))
 
@@ -226,7 +290,7 @@ class CacheJob:
         with torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext():
             return self.encoder(pixels.to(self.device), ids.to(self.device))
 
-    def record(self, k: int, cosine: float) -> dict:
+    def record(self, k: int, cosine: float | None) -> dict:
         """Count, checksum and statistics of a written shard, from what the file holds.
 
         Raises ValueError naming the image whose latents are not finite.
@@ -240,12 +304,15 @@ class CacheJob:
                     f"{path}: '{name}' of {self.index.describe(self.images(k)[bad])} holds NaN or infinity. Use "
                     "precision fp32, storage bf16 or fp32 (fp16 ends at 65504), and check the encoder's weights"
                 )
-        record = {"count": len(self.images(k)), "bytes": path.stat().st_size, "sha256": file_digest(path)}
+        images = self.images(k)
+        record = {"count": len(images), "bytes": path.stat().st_size, "sha256": file_digest(path)}
+        record["images"] = self.index.fingerprint(images)
         if self.encoder.kind == "latents":
             record |= {part: moments.to_json() for part, moments in zip(PARTS, layout.moments(tensors))}
+        if cosine is not None:
             record["cosine"] = cosine
         if self.config.decoder == "dali":
-            record["dali_failures"] = sum(image in self.images(k) for image in self.failed)
+            record["dali_failures"] = sum(image in images for image in self.failed)
         return record
 
     def finish(self, manifest: dict, report: Report) -> None:
@@ -253,12 +320,12 @@ class CacheJob:
         records = {self.path(k).name: self.recorded(k) for k in range(self.num_shards)}
         labels = torch.from_numpy(self.index.labels.astype("int64"))
         per_class = torch.bincount(labels, minlength=len(self.index.classes)).tolist()
-        manifest = manifest | {
+        manifest = {key: value for key, value in manifest.items() if key != "previous"} | {
             "complete": True,
             "count": len(self.index),
             "classes": self.index.classes,
             "class_counts": per_class,
-            "shards": {name: {key: r[key] for key in ("count", "bytes", "sha256")} for name, r in records.items()},
+            "shards": {name: {key: r[key] for key in ROW if key in r} for name, r in records.items()},
             "bytes_per_image": sum(r["bytes"] for r in records.values()) / len(self.index),
         }
         if self.encoder.kind == "latents":
@@ -268,7 +335,8 @@ class CacheJob:
                 part: {"count": m.count, "mean": m.mean.tolist(), "std": m.std().tolist()}
                 for part, m in zip(PARTS, moments)
             }
-            manifest["semvae_target_cosine"] = sum(r["cosine"] for r in records.values()) / len(self.index)
+            if all("cosine" in r for r in records.values()):
+                manifest["semvae_target_cosine"] = sum(r["cosine"] for r in records.values()) / len(self.index)
         if self.config.decoder == "dali":
             manifest["dali_failures"] = sum(r["dali_failures"] for r in records.values())
         write_json(self.out / MANIFEST, manifest)

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sfd_fast.data.images.decode import read_batches
+from sfd_fast.data.images.decode import Colour, read_batches
 from sfd_fast.data.images.index import ImageIndex
 
 Decoder = Literal["pil", "dali"]
@@ -18,12 +18,15 @@ def decoded_batches(
     size: int,
     *,
     crop: str = "adm",
+    background: Colour | None = None,
     decoder: Decoder = "pil",
     device: torch.device | str = "cpu",
     num_threads: int = 2,
     on_failure: Callable[[list[int]], None] = lambda batch: None,
 ) -> Iterator[Tensor]:
     """The images of every batch, (B, S, S, 3) uint8, in the order given, decoded ahead of their use.
+
+    background: as in sfd_fast.data.images.decode.decode.
 
     pil: exact, on the CPU. dali: on `device`, within the difference that sfd_fast.data.images.dali.measure tells;
     on_failure gets the numbers of a batch in which DALI failed, before the batch (decoded with PIL) is handed out.
@@ -32,6 +35,7 @@ def decoded_batches(
         from sfd_fast.data.images.dali import read_batches_dali
 
         return read_batches_dali(
-            index, batches, size, crop=crop, device=device, num_threads=num_threads, on_failure=on_failure
-        )
-    return read_batches(index.read, batches, size, crop=crop, num_threads=num_threads)
+            index, batches, size, crop=crop, background=background, device=device, num_threads=num_threads,
+            on_failure=on_failure,
+        )  # fmt: skip
+    return read_batches(index.read, batches, size, crop=crop, background=background, num_threads=num_threads)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd_fast.data.images.decode import GEOMETRIES, Geometry, decode, load, square, to_tensor
+from sfd_fast.data.images.decode import GEOMETRIES, Colour, Geometry, decode, load, square, to_tensor
 from sfd_fast.data.images.index import ImageIndex
 from sfd_fast.files.ahead import ahead
 
@@ -47,12 +47,14 @@ class DaliDecoder:
         size: int,
         *,
         crop: str = "adm",
+        background: Colour | None = None,
         batch_size: int,
         max_halvings: int,
         device: torch.device | str = "cpu",
         num_threads: int = 2,
     ):
-        self.size, self.crop, self.batch_size, self.max_halvings = size, crop, batch_size, max_halvings
+        self.size, self.crop, self.background = size, crop, background
+        self.batch_size, self.max_halvings = batch_size, max_halvings
         self.device, self.num_threads = torch.device(device), num_threads
         self.failures = 0
         """batches that were decoded with PIL because DALI failed"""
@@ -110,7 +112,7 @@ class DaliDecoder:
                     )  # fmt: skip
         for i in rest:
             try:
-                out[i] = load(data[i], self.size, self.crop).to(self.device)
+                out[i] = load(data[i], self.size, self.crop, self.background).to(self.device)
             except (OSError, ValueError) as error:
                 raise OSError(f"neither DALI nor PIL can decode {describe(i)}: {error}") from error
         return out
@@ -216,6 +218,7 @@ def read_batches_dali(
     size: int,
     *,
     crop: str = "adm",
+    background: Colour | None = None,
     device: torch.device | str = "cpu",
     num_threads: int = 2,
     on_failure: Callable[[list[int]], None] = lambda batch: None,
@@ -231,6 +234,7 @@ def read_batches_dali(
     decoder = DaliDecoder(
         size,
         crop=crop,
+        background=background,
         batch_size=max(map(len, batches)),
         max_halvings=max_halvings(index, size, crop),
         device=device,

@@ -4,6 +4,7 @@ Letters: B images of a batch, S edge of the square crop.
 """
 
 import io
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,30 +12,70 @@ from itertools import islice
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sfd_fast.files.ahead import ahead
 
+THIN = 32
+"""an image whose edges differ by more than this factor is cropped before it is enlarged"""
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 
 
-def decode(data: bytes) -> Image.Image:
-    """The RGB image of a file's bytes: `Image.open(file).convert("RGB")`, which is what the released trainers do.
+Colour = tuple[int, int, int]
+DAMAGE = (SyntaxError, EOFError, IndexError, TypeError, struct.error, Image.DecompressionBombError)
+"""what PIL raises for some damaged files"""
+ROTATED, TRANSPARENT, DEEP = "rotated by EXIF", "transparent", "of 16 bits"
+"""traits of images that decoders show differently"""
 
-    That is: CMYK, palette, grey and 16-bit images through PIL's conversion (16-bit values above 255 saturate), the
-    first frame of an animation, transparency dropped, EXIF orientation ignored. Raises OSError or ValueError where the
-    bytes are damaged or truncated.
+
+def colour(name: str) -> Colour:
+    """Red, green and blue of a colour's name or #rrggbb. Raises ValueError naming an unknown one."""
+    try:
+        return ImageColor.getrgb(name)[:3]
+    except ValueError:
+        raise ValueError(f"background '{name}' is no colour: give a name (white, black) or #rrggbb") from None
+
+
+def decode(data: bytes, background: Colour | None = None) -> Image.Image:
+    """The RGB image of a file's bytes, the first frame of an animation.
+
+    background: as people see the image: turned as EXIF says, transparency on that colour, 16 bits scaled to 8. None:
+    `Image.open(file).convert("RGB")`, what the released trainers do: EXIF ignored, transparency dropped, values of 16
+    bits above 255 saturated. CMYK, palette and grey images become RGB by PIL's conversion in both.
+    Raises OSError or ValueError where the bytes are damaged or truncated.
     """
+    return decode_with_traits(data, background)[0]
+
+
+def decode_with_traits(data: bytes, background: Colour | None = None) -> tuple[Image.Image, set[str]]:
+    """The image, and which of the traits above it was shown by; none where background is None."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            return (image.convert("RGB"), set()) if background is None else shown(image, background)
     except UnidentifiedImageError:
         # PIL's message holds an address in memory, and reports of damage should not differ from run to run
         raise OSError("it is no image that PIL can identify") from None
-    except (SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        # PIL raises these for some damaged files
+    except DAMAGE as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def shown(image: Image.Image, background: Colour) -> tuple[Image.Image, set[str]]:
+    """An open image as people see it, and its traits."""
+    traits = set()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
+        image = ImageOps.exif_transpose(image)
+        traits.add(ROTATED)
+    if image.mode.startswith("I"):  # PIL's 16-bit grey
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        traits.add(DEEP)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            traits.add(TRANSPARENT)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+    return image.convert("RGB"), traits
 
 
 @dataclass(frozen=True)
@@ -80,12 +121,25 @@ GEOMETRIES: dict[str, Callable[[int, int, int], Geometry]] = {"adm": adm_geometr
 
 
 def square(image: Image.Image, size: int, crop: str = "adm") -> Image.Image:
-    """The size x size crop of an image by the rule called `crop`; adm equals the released one pixel for pixel."""
+    """The size x size crop of an image by the rule called `crop`; adm equals the released one pixel for pixel.
+
+    Of an image more than THIN times as long as wide only the part that is shown is enlarged.
+    """
     geometry = GEOMETRIES[crop](*image.size, size)
     for halved in geometry.halvings:
         image = image.resize(halved, resample=Image.Resampling.BOX)
+    if is_thin(geometry.resized):
+        across, down = (edge / resized for edge, resized in zip(image.size, geometry.resized))
+        left, top = geometry.left * across, geometry.top * down
+        box = (left, top, min(left + size * across, image.width), min(top + size * down, image.height))
+        return image.resize((size, size), resample=Image.Resampling.BICUBIC, box=box)
     image = image.resize(geometry.resized, resample=Image.Resampling.BICUBIC)
     return image.crop((geometry.left, geometry.top, geometry.left + size, geometry.top + size))
+
+
+def is_thin(size: tuple[int, int]) -> bool:
+    """Whether an image of that size is so long that enlarging all of it would be a waste of memory."""
+    return max(size) > THIN * min(size)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -93,9 +147,9 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image))
 
 
-def load(data: bytes, size: int, crop: str = "adm") -> Tensor:
-    """Decoded and cropped, (size, size, 3) uint8."""
-    return to_tensor(square(decode(data), size, crop))
+def load(data: bytes, size: int, crop: str = "adm", background: Colour | None = None) -> Tensor:
+    """Decoded and cropped, (size, size, 3) uint8; background as in decode."""
+    return to_tensor(square(decode(data, background), size, crop))
 
 
 def flip_images(images: Tensor) -> Tensor:
@@ -114,6 +168,7 @@ def read_batches(
     size: int,
     *,
     crop: str = "adm",
+    background: Colour | None = None,
     num_threads: int = 2,
     num_ahead: int = 2,
 ) -> Iterator[Tensor]:
@@ -124,7 +179,10 @@ def read_batches(
     """
     depth = num_ahead * max(map(len, batches), default=0)
     numbers = (number for batch in batches for number in batch)
-    work = ahead(lambda i: load(read(i), size, crop), numbers, num_threads=max(num_threads, 1), depth=depth)
-    with closing(work) as images:
+
+    def work(number: int) -> Tensor:
+        return load(read(number), size, crop, background)
+
+    with closing(ahead(work, numbers, num_threads=max(num_threads, 1), depth=depth)) as images:
         for batch in batches:
             yield torch.stack(list(islice(images, len(batch))))

@@ -5,17 +5,15 @@ Later runs read the index instead of walking the source, and notice files that c
 
 import json
 import zlib
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from sfd_fast.config import require
 from sfd_fast.data.cache.shards import map_tensors, read_header
-from sfd_fast.data.images.screening import COLUMNS, REPORT_FILE, empty_classes, screen
+from sfd_fast.data.images.screening import COLUMNS, TRAITS, Finding
 from sfd_fast.data.images.sources import Reader
-from sfd_fast.ranks import Ranks
 
 INDEX_FOLDER = "index"
 """within the folder of a cache"""
@@ -28,6 +26,7 @@ class ImageIndex:
     def __init__(self, columns: dict[str, np.ndarray], names: bytes, metadata: dict):
         self.labels, self.widths, self.heights = columns["labels"], columns["widths"], columns["heights"]
         self.containers, self.offsets, self.sizes = columns["containers"], columns["offsets"], columns["sizes"]
+        self.times, self.traits = columns["times"], columns["traits"]
         self.checksums, self.plain = columns["checksums"], columns["plain"].astype(bool)
         self._names, self._ends = names, columns["name_ends"]
         self.metadata, self.classes = metadata, metadata["classes"]
@@ -44,6 +43,16 @@ class ImageIndex:
         """Where image i is, for messages."""
         return self._reader.describe(self.key(i), int(self.containers[i]))
 
+    def finding(self, i: int) -> Finding:
+        """What screening learnt of image i."""
+        traits = tuple(trait for bit, trait in enumerate(TRAITS) if self.traits[i] >> bit & 1)
+        numbers = (int(column[i]) for column in (self.widths, self.heights, self.sizes, self.checksums))
+        return Finding(*numbers, bool(self.plain[i]), "", traits)
+
+    def counts_of_traits(self) -> dict[str, int]:
+        """How many images have each trait in which decoders differ."""
+        return {trait: int((self.traits >> bit & 1).sum()) for bit, trait in enumerate(TRAITS)}
+
     def read(self, i: int) -> bytes:
         """Encoded bytes of image i. Raises OSError naming the file where it is gone or changed since screening."""
         try:
@@ -52,21 +61,26 @@ class ImageIndex:
             raise OSError(f"{self.describe(i)} cannot be read any more: {error}") from error
         if zlib.crc32(data) != self.checksums[i]:
             raise OSError(
-                f"{self.describe(i)} changed since it was screened ({len(data)} bytes, {self.sizes[i]} then): delete "
-                f"the index ({INDEX_FILE}) to screen the images again"
+                f"{self.describe(i)} changed since it was screened ({len(data)} bytes, {self.sizes[i]} then): "
+                "run the command again with --update"
             )
         return data
 
-    def fingerprint(self) -> str:
-        """SHA-256 over names, labels and checksums: the same images in the same order, wherever they lie."""
+    def fingerprint(self, images: range | None = None) -> str:
+        """SHA-256 over names, labels and checksums of all or some consecutive images, wherever they lie."""
+        chosen = range(len(self)) if images is None else images
+        part = slice(chosen.start, chosen.stop)
+        first = int(self._ends[chosen.start - 1]) if chosen.start else 0
+        ends = self._ends[part]
         digest = sha256(json.dumps(self.classes).encode())
-        for part in (self._names, self._ends, self.labels, self.checksums):
-            digest.update(np.ascontiguousarray(part).tobytes())
+        names = self._names[first : int(ends[-1]) if len(ends) else first]
+        for column in (names, ends - first, self.labels[part], self.checksums[part]):
+            digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()
 
     def at(self, source: str | Path) -> "ImageIndex":
         """This index of the same images at another place; each is checked when it is read."""
-        root = _root(source)
+        root = absolute(source)
         moved = [str(Path(root, Path(name).name)) for name in self.metadata["containers"]]
         columns = {name: getattr(self, name) for name in COLUMNS} | {"name_ends": self._ends}
         return ImageIndex(columns, self._names, self.metadata | {"root": root, "containers": moved})
@@ -76,58 +90,33 @@ class ImageIndex:
         """Raises ValueError naming a damaged file."""
         try:
             header = read_header(path)
-        except ValueError as error:
+            columns = {name: value.numpy() for name, value in map_tensors(path, header).items()}
+            return cls(columns, columns.pop("names"), header.metadata).checked()
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(
-                f"the index of the images is damaged ({str(error).split(';')[0]}): delete {path}, and the next run "
-                "screens the images again"
+                f"the index of the images is damaged ({type(error).__name__}: {str(error).split(';')[0]}): delete "
+                f"{path}, and the next run screens the images again"
             ) from None
-        columns = {name: value.numpy() for name, value in map_tensors(path, header).items()}
-        return cls(columns, columns.pop("names"), header.metadata)
+
+    def checked(self) -> "ImageIndex":
+        """Raises ValueError where columns contradict each other."""
+        count, ends = len(self.labels), self._ends
+        require(count > 0, "it has no images")
+        require(all(len(getattr(self, name)) == count for name in COLUMNS) and len(ends) == count, "columns differ")
+        whole = ends[-1] == len(self._names) and ends[0] >= 0 and (np.diff(ends) >= 0).all()
+        require(bool(whole), "the ends of names do not rise to their length")
+        for name, column, limit in (
+            ("label", self.labels, len(self.classes)), ("container", self.containers, self._num_containers()),
+        ):  # fmt: skip
+            require(column.min() >= 0 and column.max() < limit, f"a {name} is not below {limit}")
+        for name, kind in (("root", str), ("unreadable", int), ("skipped", list), ("stamps", dict), ("classes", list)):
+            require(type(self.metadata[name]) is kind, f"'{name}' is wrong")
+        return self
+
+    def _num_containers(self) -> int:
+        return max(len(self.metadata["containers"]), 1)
 
 
-def open_index(
-    source: str | Path,
-    folder: str | Path,
-    *,
-    on_bad: Literal["skip", "fail"] = "skip",
-    num_threads: int = 2,
-    ranks: Ranks | None = None,
-    report: Callable[[str], None] = print,
-) -> ImageIndex:
-    """The index of a source, kept in `folder`; screens the source where there is none yet.
-
-    Unreadable images are listed with the reason in unreadable.json: skipped, or fatal with on_bad="fail". Likewise
-    classes without images, where labels come from tar shards or a dataset.
-    Raises ValueError for unreadable images where they are fatal, for a class that has no readable image, and for an
-    index that belongs to another source.
-    """
-    ranks = ranks or Ranks()
-    path = Path(folder, INDEX_FILE)
-    present = ranks.gather(path.is_file())
-    if not all(present):
-        screen(_root(source), path, num_threads=num_threads, ranks=ranks, report=report)
-    index = ImageIndex.load(path)
-    if index.metadata["root"] != _root(source):
-        raise ValueError(
-            f"{path} is the index of {index.metadata['root']}, not of {source}: use another output folder, or delete "
-            "the index if the images only moved"
-        )
-    if on_bad == "fail" and index.metadata["unreadable"]:
-        _refuse(index.metadata["unreadable"], path.with_name(REPORT_FILE))
-    empty = empty_classes(index.labels, index.classes, index.metadata["root"])
-    if on_bad == "fail" and empty:
-        raise ValueError(f"{empty}. Complete the images, or pass on_bad=skip")
-    return index
-
-
-def _root(source: str | Path) -> str:
+def absolute(source: str | Path) -> str:
+    """A source's absolute path; an address as it is."""
     return str(source) if "://" in str(source) else str(Path(source).resolve())
-
-
-def _refuse(count: int, report: Path) -> None:
-    bad = json.loads(report.read_text())
-    name, reason = next(iter(bad.items()))
-    raise ValueError(
-        f"{count} images are unreadable, the first is {name} ({reason}); all are listed in {report}. Repair or remove "
-        "them and delete the index, or pass on_bad=skip"
-    )

@@ -6,6 +6,7 @@ Divided over the ranks. A screening that was killed continues: findings are kept
 import dataclasses
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from sfd_fast.data.cache.shards import ShardWriter, write_json
-from sfd_fast.data.images.decode import decode
-from sfd_fast.data.images.sources import Reader, Scan, scan
+from sfd_fast.data.images.decode import DEEP, ROTATED, TRANSPARENT, decode_with_traits, is_thin
+from sfd_fast.data.images.listing import Scan
+from sfd_fast.data.images.sources import Reader
+from sfd_fast.data.images.tables import written
 from sfd_fast.data.progress import Progress
 from sfd_fast.files.atomic import TEMPORARY
 from sfd_fast.ranks import Ranks
@@ -29,8 +32,11 @@ SCREEN_BLOCK = 256
 """images handed to the threads at a time: what a killed screening may have to repeat"""
 COLUMNS = {
     "labels": torch.int32, "widths": torch.int32, "heights": torch.int32, "containers": torch.int32,
-    "offsets": torch.int64, "sizes": torch.int64, "checksums": torch.int64, "plain": torch.uint8,
+    "offsets": torch.int64, "sizes": torch.int64, "times": torch.int64, "checksums": torch.int64,
+    "plain": torch.uint8, "traits": torch.uint8,
 }  # fmt: skip
+TRAITS = (ROTATED, TRANSPARENT, DEEP)
+"""in the order of their bits in the column `traits`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +51,19 @@ class Finding:
     plain: bool = False
     """a still 8-bit RGB or grey JPEG or PNG without transparency: every decoder agrees on what it shows"""
     error: str = ""
+    traits: tuple[str, ...] = ()
+    """in which decoders differ, of sfd_fast.data.images.decode"""
 
 
 def examine(data: bytes) -> Finding:
     """Decodes an image fully. An error is a finding, not an exception."""
     try:
-        image = decode(data)
-        plain = is_plain(data)
+        image, traits = decode_with_traits(data, (255, 255, 255))
+        plain = not traits and not is_thin(image.size) and is_plain(data)
     except Exception as error:  # damaged files raise nearly anything within PIL: TypeError, struct.error, MemoryError
         what = [] if isinstance(error, OSError) and str(error) else [type(error).__name__]
         return Finding(size=len(data), error=": ".join([*what, *filter(None, [str(error)])]))
-    return Finding(image.width, image.height, len(data), zlib.crc32(data), plain)
+    return Finding(image.width, image.height, len(data), zlib.crc32(data), plain, "", tuple(sorted(traits)))
 
 
 def is_plain(data: bytes) -> bool:
@@ -76,7 +84,8 @@ class Journals:
     """
 
     def __init__(self, folder: Path, found: Scan):
-        listing = json.dumps([found.kind, found.root, found.containers, found.keys, found.offsets, found.sizes])
+        places = [found.container, found.offsets, found.sizes, found.times]
+        listing = json.dumps([found.kind, found.root, found.containers, found.keys, *places])
         self.folder, self.name = folder, f"{TEMPORARY}screened-{sha256(listing.encode()).hexdigest()[:16]}"
 
     def read(self) -> dict[int, Finding]:
@@ -107,9 +116,19 @@ class Journals:
             path.unlink(missing_ok=True)
 
 
-def screen(source: str, path: Path, *, num_threads: int, ranks: Ranks, report: Callable[[str], None]) -> None:
-    """Decodes every image of the source once, divided over the ranks, and writes index and report (rank 0)."""
-    found = scan(source)
+def screen(
+    found: Scan,
+    path: Path,
+    *,
+    num_threads: int,
+    ranks: Ranks,
+    report: Callable[[str], None],
+    known: dict[int, Finding] | None = None,
+) -> None:
+    """Decodes every image once, divided over the ranks, and writes index and report (rank 0).
+
+    known: what is known already of some of them, by their number.
+    """
     reader = Reader(found.kind, found.root, found.containers)
 
     def look(i: int) -> Finding:
@@ -122,9 +141,9 @@ def screen(source: str, path: Path, *, num_threads: int, ranks: Ranks, report: C
         for note in (*found.notes, *filter(None, [empty_classes(found.labels, found.classes, found.root)])):
             report(note)
     journals = Journals(path.parent, found)
-    known = ranks.gather(journals.read() if ranks.first else {})[0]
+    known = (known or {}) | ranks.gather(journals.read() if ranks.first else {})[0]
     if known and ranks.first:
-        report(f"screening: {len(known)} of {len(found.keys)} images were screened by a run before")
+        report(f"screening: {len(known)} of {len(found.keys)} images are known from a run before")
     left = [i for i in range(len(found.keys)) if i not in known]
     mine, findings = [left[j] for j in ranks.mine(len(left))], {}
     progress = Progress("screening", len(mine), ranks, report)
@@ -140,14 +159,15 @@ def screen(source: str, path: Path, *, num_threads: int, ranks: Ranks, report: C
 
     def finish() -> None:
         ordered = [known[i] for i in range(len(found.keys))]
-        bad = {
+        bad = found.unreadable | {
             reader.describe(key, container): finding.error
             for key, container, finding in zip(found.keys, found.container, ordered)
             if finding.error
         }
         write_json(path.with_name(REPORT_FILE), bad)
         if bad:
-            report(f"{len(bad)} of {len(ordered)} images are unreadable, listed in {path.with_name(REPORT_FILE)}")
+            count = len(ordered) + len(found.unreadable)
+            report(f"{len(bad)} of {count} images are unreadable, listed in {path.with_name(REPORT_FILE)}")
         write_index(path, found, ordered)
         journals.remove()
 
@@ -162,6 +182,13 @@ def empty_classes(labels: Sequence[int], classes: Sequence[str], root: str) -> s
         return ""
     shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
     return f"{len(empty)} of {len(classes)} classes of {root} have no images: {shown}"
+
+
+def stamps(kind: str, root: str, containers: Sequence[str]) -> dict[str, int]:
+    """When the files that hold the images were last written, ns; nothing for folders, where each image has its own."""
+    if kind == "dataset":
+        return {root: written(root)}
+    return {os.path.basename(path): os.stat(path).st_mtime_ns for path in containers}
 
 
 def write_index(path: Path, found: Scan, findings: Sequence[Finding]) -> None:
@@ -180,8 +207,11 @@ def write_index(path: Path, found: Scan, findings: Sequence[Finding]) -> None:
         "offsets": [found.offsets[i] for i in good],
         "sizes": [findings[i].size for i in good],
         "checksums": [findings[i].checksum for i in good],
+        "times": [found.times[i] for i in good],
         "plain": [findings[i].plain for i in good],
+        "traits": [sum(1 << TRAITS.index(trait) for trait in findings[i].traits) for i in good],
     }
+    tars = [os.path.basename(path) for path in found.containers] or [""]
     tensors: dict[str, Tensor] = {name: torch.tensor(column, dtype=COLUMNS[name]) for name, column in columns.items()}
     tensors["name_ends"] = torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0)
     tensors["names"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
@@ -190,7 +220,13 @@ def write_index(path: Path, found: Scan, findings: Sequence[Finding]) -> None:
         "root": found.root,
         "classes": found.classes,
         "containers": found.containers,
-        "unreadable": len(findings) - len(good),
+        "unreadable": len(findings) - len(good) + len(found.unreadable),
+        "skipped": [
+            [tars[found.container[i]], found.keys[i], found.sizes[i], found.times[i]]
+            for i, finding in enumerate(findings)
+            if finding.error
+        ],
+        "stamps": stamps(found.kind, found.root, found.containers),
     }
     with ShardWriter(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata) as writer:
         for name, tensor in tensors.items():

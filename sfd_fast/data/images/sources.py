@@ -3,46 +3,25 @@
 Scanning lists the images without decoding any; a Reader fetches the encoded bytes of one of them.
 """
 
-import json
 import os
-import tarfile
+import stat
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sfd_fast.data.images.decode import EXTENSIONS
-
-HUB = "hf://"
-
-
-@dataclass
-class Scan:
-    """The images of a source, in a fixed order; parallel lists of equal length."""
-
-    kind: str
-    """folder, tar or dataset"""
-    root: str
-    classes: list[str]
-    containers: list[str] = field(default_factory=list)
-    """tar files that `container` numbers"""
-    keys: list[str] = field(default_factory=list)
-    """name of each image: path below root, member of its tar file, or row number"""
-    labels: list[int] = field(default_factory=list)
-    container: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    """first byte within the tar file"""
-    sizes: list[int] = field(default_factory=list)
-    """encoded bytes; 0 where only reading tells"""
-    notes: list[str] = field(default_factory=list)
-    """what the user should know, for example of ignored files"""
+from sfd_fast.data.images.listing import NO_CLASS, Scan, is_hidden
+from sfd_fast.data.images.tables import HUB, column, is_dataset, open_dataset, scan_dataset
+from sfd_fast.data.images.tars import scan_tars
 
 
 def scan(path: str | Path) -> Scan:
-    """Lists the images of a source; the kind is recognised from what is there.
+    """Lists the images of a source; the kind is recognised from what is there. Hidden names are passed over.
 
     A folder with *.tar files and no class folders, or one such file: WebDataset. A folder saved by `datasets` or with
-    *.parquet files, or hf://ORGANISATION/NAME: a Hugging Face dataset. Any other folder: one sub-folder per class.
+    *.parquet files, or hf://ORGANISATION/NAME: a Hugging Face dataset. Any other folder: one sub-folder per class, or
+    images alone, which are then of one class.
     Raises FileNotFoundError for a missing path, ValueError for a source without images, or a class without any.
     """
     if str(path).startswith(HUB):
@@ -53,10 +32,10 @@ def scan(path: str | Path) -> Scan:
             f"{root} does not exist; images are a folder with one sub-folder per class, *.tar shards (WebDataset), or "
             "a saved Hugging Face dataset"
         )
-    tars = sorted(path.name for path in root.glob("*.tar"))
-    if root.is_file() or (tars and not has_class_folders(root)):
+    tars = [] if root.is_file() else sorted(path.name for path in root.glob("*.tar") if not is_hidden(path.name))
+    if root.is_file() or (tars and not any(walk(folder) for folder in class_folders(root))):
         return scan_tars(root)
-    if (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file() or any(root.glob("*.parquet")):
+    if is_dataset(root):
         return scan_dataset(str(root))
     found = scan_folder(root)
     if tars:
@@ -64,149 +43,77 @@ def scan(path: str | Path) -> Scan:
     return found
 
 
-def has_class_folders(root: Path) -> bool:
-    """Whether a sub-folder holds an image, at any depth."""
-    folders = (entry.path for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    return any(
-        file.lower().endswith(EXTENSIONS)
-        for folder in folders
-        for _, _, files in os.walk(folder, followlinks=True)
-        for file in files
-    )
+def class_folders(root: Path) -> list[Path]:
+    """In the order of their labels: by number where all names are numbers, else by name."""
+    names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)]
+    numeric = all(name.isascii() and name.isdecimal() for name in names)
+    return [root / name for name in sorted(names, key=lambda name: (int(name), name) if numeric else name)]
+
+
+def walk(folder: Path, *, deep: bool = True) -> list[str]:
+    """Image files below a folder (deep=False: in it), sorted folder by folder; links are followed, never in circles."""
+    return list(_walk(str(folder), deep, set()))
+
+
+def _walk(folder: str, deep: bool, above: set[tuple[int, int]]) -> Iterator[str]:
+    status = os.stat(folder)
+    place = (status.st_dev, status.st_ino)
+    if place in above:
+        return
+    with os.scandir(folder) as entries:
+        found = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
+    folders = [entry for entry in found if entry.is_dir()]
+    for entry in found:
+        if not entry.is_dir() and entry.name.lower().endswith(EXTENSIONS):
+            yield entry.path
+    if deep:
+        for entry in folders:
+            yield from _walk(entry.path, deep, above | {place})
 
 
 def scan_folder(root: Path) -> Scan:
-    """One class per sub-folder of root, labels in the order of their sorted names; deeper folders belong to it."""
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise ValueError(f"{root} has no sub-folders: one folder per class is expected, with images in it")
-    result = Scan("folder", str(root), classes)
-    for label, name in enumerate(classes):
-        before = len(result.keys)
-        for folder, folders, files in os.walk(root / name, followlinks=True):
-            folders.sort()
-            for file in sorted(files):
-                if file.lower().endswith(EXTENSIONS):
-                    full = os.path.join(folder, file)
-                    result.keys.append(os.path.relpath(full, root))
-                    # a dangling link is found, and listed, when it is read
-                    result.sizes.append(os.path.getsize(full) if os.path.exists(full) else 0)
-        count = len(result.keys) - before
-        if count == 0:
+    """One class per sub-folder of root, deeper folders belong to it; images without sub-folders are of one class."""
+    folders = class_folders(root)
+    loose = walk(root, deep=False)
+    if not folders and not loose:
+        raise ValueError(f"{root} has no sub-folders: one folder per class is expected, with images in it, or images")
+    result = Scan("folder", str(root), [folder.name for folder in folders] or [NO_CLASS])
+    special = []
+    if not folders:
+        result.notes.append(f"{root} has no sub-folders: all of its images are of one class")
+    elif loose:
+        result.notes.append(
+            f"{root}: {len(loose)} images, such as {os.path.basename(loose[0])}, lie in no class folder: left out"
+        )
+    for label, folder in enumerate(folders or [root]):
+        before = len(result.keys) + len(result.unreadable)
+        for path in loose if not folders else walk(folder):
+            size = time = 0
+            # a dangling link is found, and listed, when it is read
+            if os.path.exists(path):
+                status = os.stat(path)
+                if not stat.S_ISREG(status.st_mode):
+                    special.append(path)
+                    continue
+                size, time = status.st_size, status.st_mtime_ns
+            result.add(os.path.relpath(path, root), label, size=size, time=time)
+        if len(result.keys) + len(result.unreadable) == before:
             raise ValueError(
-                f"class folder {root / name} holds no images ({', '.join(EXTENSIONS)}): remove the folder, or fill it"
+                f"class folder {folder} holds no images ({', '.join(EXTENSIONS)}): remove the folder, or fill it"
             )
-        result.labels += [label] * count
-    result.container = [0] * len(result.keys)
-    result.offsets = [0] * len(result.keys)
+    if special:
+        result.notes.append(f"{root}: {len(special)} names are pipes, sockets or devices, the first is {special[0]}: "
+                            "left out")  # fmt: skip
     return result
 
 
-def scan_tars(root: Path) -> Scan:
-    """WebDataset shards: members of one sample share the name up to its first dot; the label is in .cls or .json.
-
-    Raises ValueError naming tar and sample where a label is missing, the tar is truncated, or two images share a name.
-    """
-    tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
-    result = Scan("tar", str(root), [], [str(path) for path in tars])
-    for number, path in enumerate(tars):
-        images: dict[str, tuple[str, int, int]] = {}
-        labels: dict[str, int] = {}
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    if member.isfile():
-                        _tar_member(path, archive, member, images, labels)
-        except tarfile.ReadError as error:
-            raise ValueError(f"{path} is no plain tar file or is truncated: {error}") from None
-        for sample, (name, offset, size) in images.items():
-            if sample not in labels:
-                raise ValueError(f"{path}: sample '{sample}' has no label (.cls, or .json with label or cls)")
-            result.keys.append(name)
-            result.labels.append(labels[sample])
-            result.container.append(number)
-            result.offsets.append(offset)
-            result.sizes.append(size)
-    if not result.keys:
-        raise ValueError(f"{root}: the tar files hold no images ({', '.join(EXTENSIONS)})")
-    result.classes = [str(label) for label in range(max(result.labels) + 1)]
-    return result
-
-
-def _tar_member(
-    path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, images: dict, labels: dict[str, int]
-) -> None:
-    folder, base = os.path.split(member.name)
-    stem, _, extension = base.partition(".")
-    sample, extension = f"{folder}/{stem}" if folder else stem, "." + extension.lower()
-    if extension.endswith(EXTENSIONS):
-        if sample in images:
-            raise ValueError(f"{path}: sample '{sample}' has two images, '{images[sample][0]}' and '{member.name}'")
-        images[sample] = (member.name, member.offset_data, member.size)
-    elif extension in (".cls", ".json"):
-        try:
-            labels[sample] = _label(extension, archive.extractfile(member).read().decode())
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: label of sample '{sample}' in '{member.name}' is unreadable: {error}") from None
-
-
-def _label(extension: str, content: str) -> int:
-    """The class number in a .cls or .json member."""
-    if extension == ".cls":
-        label = int(content)
-    else:
-        values = json.loads(content)
-        found = [values[key] for key in ("label", "cls") if key in values] if isinstance(values, dict) else []
-        if not found:
-            raise ValueError("it has neither 'label' nor 'cls'")
-        label = int(found[0])
-    if label < 0:
-        raise ValueError(f"{label} is negative")
-    return label
-
-
-def scan_dataset(address: str) -> Scan:
-    """Rows of a Hugging Face dataset: its image column, and its label column (a ClassLabel or integers)."""
-    rows = open_dataset(address)
-    labels = rows[_column(rows, "label", address)]
-    feature = rows.features[_column(rows, "label", address)]
-    classes = list(feature.names) if hasattr(feature, "names") else [str(i) for i in range(max(labels) + 1)]
-    count = len(rows)
-    return Scan(
-        "dataset", address, classes, [], [str(i) for i in range(count)], [int(label) for label in labels],
-        [0] * count, [0] * count, [0] * count,
-    )  # fmt: skip
-
-
-def open_dataset(address: str) -> Any:
-    """The train split of a saved dataset, of a folder of Parquet files, or of the hub, images left encoded."""
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(f"{address} is a Hugging Face dataset: pip install datasets") from None
-    if address.startswith(HUB):
-        rows = datasets.load_dataset(address.removeprefix(HUB), split="train")
-    elif files := sorted(str(path) for path in Path(address).glob("*.parquet")):
-        rows = datasets.Dataset.from_parquet(files)
-    else:
-        rows = datasets.load_from_disk(address)
-    if isinstance(rows, datasets.DatasetDict):
-        if "train" not in rows:
-            raise ValueError(f"{address} has the splits {', '.join(rows)} and no 'train': give one split's folder")
-        rows = rows["train"]
-    return rows.cast_column(_column(rows, "image", address), datasets.Image(decode=False))
-
-
-def _column(rows: Any, wanted: str, address: str) -> str:
-    import datasets
-
-    kinds = {"image": datasets.Image, "label": datasets.ClassLabel}
-    for name, feature in rows.features.items():
-        if isinstance(feature, kinds[wanted]):
-            return name
-    if wanted in rows.features:
-        return wanted
-    raise ValueError(f"{address} has no {wanted} column; its columns are {', '.join(rows.features)}")
+def read_regular(path: str) -> bytes:
+    """The bytes of a file. OSError where it is no regular file: a pipe would wait for a writer."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(number, "rb") as file:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise OSError("it is no regular file")
+        return file.read()
 
 
 class Reader:
@@ -221,8 +128,7 @@ class Reader:
     def read(self, key: str, container: int, offset: int, size: int) -> bytes:
         """Raises OSError naming the file where it cannot be read."""
         if self.kind == "folder":
-            with open(os.path.join(self.root, key), "rb") as file:
-                return file.read()
+            return read_regular(os.path.join(self.root, key))
         if self.kind == "tar":
             with self._lock:
                 if container not in self._files:
@@ -231,14 +137,13 @@ class Reader:
         with self._lock:
             if self._rows is None:
                 self._rows = open_dataset(self.root)
-                self._image = _column(self._rows, "image", self.root)
+                self._image = column(self._rows, "image")
             value = self._rows[int(key)][self._image]
         if value is None:
             raise OSError(f"{self.root}: row {key} has no image")
         if value["bytes"] is not None:
             return value["bytes"]
-        with open(value["path"], "rb") as file:
-            return file.read()
+        return read_regular(value["path"])
 
     def describe(self, key: str, container: int) -> str:
         """A name of the image that tells a person where it is."""

@@ -3,6 +3,7 @@
 Letters: B batch, N samples of the set, F width of a feature, h, w its grid.
 """
 
+import logging
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -11,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfd_fast.config import require
 from sfd_fast.data.cache import layout
-from sfd_fast.data.cache.remote import local_shards
-from sfd_fast.data.cache.shards import Header, map_tensors, read_header
+from sfd_fast.data.cache.remote import open_shards
+from sfd_fast.data.cache.shards import Header, map_tensors
 from sfd_fast.data.load.held_out import Part, SampleSet
 from sfd_fast.data.load.order import flips, shuffled_indices
 from sfd_fast.diffusion.statistics import first_not_finite
 from sfd_fast.diffusion.transport import feature_tokens
 from sfd_fast.files.ahead import ahead
 
+log = logging.getLogger(__name__)
 KEY, FLIPPED = layout.FEATURES, layout.FEATURES + layout.FLIP
 RELEASED = "patch_tokens"
 """(N, tokens, F), without flips: in the authors' own files for SemVAE, features_NUMBERsamples.safetensors"""
@@ -39,13 +42,13 @@ class FeatureShards(SampleSet):
     """
 
     def __init__(self, path: str | Path, *, cache_folder: str | Path | None = None):
-        _, self.paths = local_shards(path, cache_folder)
-        headers = [read_header(file) for file in self.paths]
+        self.folder, self.paths, headers = open_shards(path, cache_folder)
         for file, header in zip(self.paths, headers):
             key = key_of(header)
             if key not in header.entries or key != key_of(headers[0]):
                 held = ", ".join(header.entries) or "nothing"
                 raise ValueError(f"{file} has no tensor '{KEY}', it holds {held}; `sfd features` makes such shards")
+            require(len(header.entries[key].shape) in (3, 4), f"{file}: '{key}' must be (N, tokens, F) or (N, F, h, w)")
             here, there = ((h.entries[key].shape[1:], h.entries[key].dtype) for h in (header, headers[0]))
             if here != there:
                 raise ValueError(
@@ -57,7 +60,15 @@ class FeatureShards(SampleSet):
         self.flipped = [tensors.get(FLIPPED) for tensors in maps]
         self.ends = np.cumsum([len(t) for t in self.plain])
         self._part = Part(0, int(self.ends[-1]))
+        require(len(self) > 0, f"{self.folder} is a cache of no samples: encode images into it (`sfd features`)")
         self.channels = feature_tokens(self.plain[0][:0]).shape[-1]
+
+    def says_flips(self) -> bool:
+        """Whether all shards have mirrored features; says once where none has."""
+        if all(flipped is None for flipped in self.flipped):
+            log.info("%s has no mirrored features: plain ones alone are shown", self.folder)
+            return False
+        return True
 
     def require_flips(self) -> None:
         """Raises ValueError naming the first shard without flipped features."""

@@ -3,6 +3,7 @@
 Letters: N samples of the set, B samples of a gather, C channels, H, W, F width and h, w grid of features.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,23 +13,25 @@ import torch
 from torch import Tensor
 
 from sfd_fast.data.cache import layout
-from sfd_fast.data.cache.remote import local_shards
-from sfd_fast.data.cache.shards import map_tensors, read_header
+from sfd_fast.data.cache.manifest import read_manifest
+from sfd_fast.data.cache.remote import open_shards
+from sfd_fast.data.cache.shards import map_tensors
 from sfd_fast.data.load.held_out import Part, SampleSet
 from sfd_fast.data.load.rows import MappedMemory, Places, RowTable, RunTable
-from sfd_fast.diffusion.statistics import ChannelMoments, LatentStatistics, first_not_finite
+from sfd_fast.diffusion.statistics import FILES, PARTS, ChannelMoments, LatentStatistics, first_not_finite
 from sfd_fast.diffusion.transport import split_latents
 
 Batch = dict[str, Tensor]
+log = logging.getLogger(__name__)
 
 
 class LatentShards(SampleSet):
     """A cache of latents, of the released layout or ours (docs/METHOD.md 6): the same safetensors files.
 
     paths: a folder, files, or a list of them; fsspec addresses (s3://, gs://, hf://, memory://) are copied into
-    `cache_folder` first. semantic_channels: how many of the last channels are semantic, which only a cache with both
-    PCA and SemVAE latents leaves open; all of both, where it is not given. Memory: the page cache, and nothing per
-    sample.
+    `cache_folder` first. semantic_channels: how many of the last channels the model calls semantic: a cache of both PCA
+    and SemVAE latents leaves open whether PCA counts as such, which it does otherwise. Memory: the page cache, and
+    nothing per sample.
     Raises ValueError naming the file where a shard is truncated, or differs from the first in keys, shapes or dtypes;
     FileNotFoundError where a file of the manifest is missing.
     """
@@ -40,14 +43,15 @@ class LatentShards(SampleSet):
         cache_folder: str | Path | None = None,
         semantic_channels: int | None = None,
     ):
-        self.folder, self.paths = local_shards(paths, cache_folder)
-        headers = [read_header(path) for path in self.paths]
+        self.folder, self.paths, headers = open_shards(paths, cache_folder)
         layout.check_alike(self.paths, headers)
         self.metadata = headers[0].metadata
         first = headers[0].entries
         self._ends = np.cumsum([header.entries[layout.LABELS].shape[0] for header in headers])
         self._starts = np.concatenate([[0], self._ends[:-1]])
         self._part = Part(0, int(self._ends[-1]))
+        if not len(self):
+            raise ValueError(f"{self.folder} is a cache of no samples: encode images into it (`sfd encode`)")
         maps = [map_tensors(path, header) for path, header in zip(self.paths, headers)]
 
         def table(key: str) -> RowTable:
@@ -64,19 +68,22 @@ class LatentShards(SampleSet):
         self.dtype, self.grid = self._composite[0].dtype, self._composite[0].shape[1:]
         self.channels = sum(rows.shape[0] for rows in self._composite)
         all_semantic = self.channels - self._composite[0].shape[0]
-        self.semantic_channels = all_semantic if semantic_channels is None else semantic_channels
+        is_open = {layout.PCA, layout.SEMANTIC} <= first.keys()
+        fitting = semantic_channels == first[layout.SEMANTIC].shape[1] if is_open else False
+        self.semantic_channels = semantic_channels if fitting else all_semantic
         self.texture_channels = self.channels - self.semantic_channels
-        if layout.PCA not in first and self.semantic_channels != all_semantic:
-            raise ValueError(
-                f"{self.folder} has {all_semantic} semantic channels, {semantic_channels} are asked for: set "
-                f"model.semantic_channels to {all_semantic}, or give another cache"
-            )
         self.has_flips = all(rows.has_flips for rows in (*self._composite, self._logvar) if rows)
 
     @property
     def feature_shape(self) -> tuple[int, ...] | None:
         """(F, h, w) of the stored VFM features, None where the cache has none."""
         return self._features.shape if self._features else None
+
+    def says_flips(self) -> bool:
+        """Whether the cache has mirrored samples; says once where it has none."""
+        if not self.has_flips:
+            log.info("%s has no mirrored samples: plain ones alone are shown", self.folder)
+        return self.has_flips
 
     def require(self, *, flip: bool, features: bool) -> None:
         """Raises ValueError where mirrored samples or VFM features are asked for and the cache has none."""
@@ -99,8 +106,8 @@ class LatentShards(SampleSet):
 
     @property
     def max_label(self) -> int:
-        """The largest label of the whole cache."""
-        return max(int(labels.max()) for k in range(len(self.paths)) if len(labels := self._labels.shard(k)))
+        """The largest label of the whole cache. Raises ValueError naming the shard with one that is no class number."""
+        return max(layout.largest_label(path, self._labels.shard(k)) for k, path in enumerate(self.paths))
 
     def shard_moments(self, k: int) -> tuple[ChannelMoments, ChannelMoments]:
         """Moments of the unflipped (latents, latents_sv) of shard k, whole whatever the part.
@@ -118,6 +125,7 @@ class LatentShards(SampleSet):
         statistics = LatentStatistics.load(
             self.folder, multiplier, semantic=layout.SEMANTIC in self._tables, pca_channels=pca
         )
+        self._check_listed(statistics)
         if pca and statistics.texture_channels + statistics.semantic_channels == self.channels:
             statistics = statistics.divided_at(self.texture_channels)
         have = (statistics.texture_channels, statistics.semantic_channels)
@@ -127,6 +135,19 @@ class LatentShards(SampleSet):
                 f"{self.texture_channels} + {self.semantic_channels}: they come from different caches"
             )
         return statistics
+
+    def _check_listed(self, statistics: LatentStatistics) -> None:
+        """Raises ValueError where the statistics beside the cache are not those that its manifest lists."""
+        listed = (read_manifest(self.folder) or {}).get("statistics", {})
+        for part, name in zip(PARTS, FILES):
+            for kind in ("mean", "std"):
+                want = torch.tensor(listed[part][kind] if part in listed else [], dtype=torch.float32)
+                have = getattr(statistics, f"{part}_{kind}")
+                if len(want) and not (len(want) == len(have) and torch.allclose(want, have, rtol=1e-4, atol=1e-6)):
+                    raise ValueError(
+                        f"{Path(self.folder, name)} is not of this cache: its manifest lists other values ({part} "
+                        f"{kind}); delete the file and run the command that made the cache again, which writes it"
+                    )
 
     def gather(self, indices: Tensor, flip: Tensor, *, features: bool | None = None) -> Batch:
         """The stored values of some samples, copied.

@@ -28,7 +28,7 @@ class MappedMemory:
     """
 
     def __init__(self, tensors: Iterable[Tensor]):
-        self._tensors = list(tensors)
+        self._tensors = [tensor for tensor in tensors if tensor.nbytes]  # an empty one has no address
         first = min(tensor.data_ptr() for tensor in self._tensors)
         self.low = first - first % BORDER
         self.size = max(tensor.data_ptr() + tensor.nbytes for tensor in self._tensors) - self.low
@@ -57,7 +57,7 @@ class RowTable:
         self.has_flips = flipped is not None
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
         self._plain = plain
-        addresses = [[rows.data_ptr() for rows in side] for side in (plain, flipped or plain)]
+        addresses = [[rows.data_ptr() or memory.low for rows in side] for side in (plain, flipped or plain)]
         self._offsets = np.array(addresses, dtype=np.int64) - memory.low
         self.unit = math.gcd(BORDER, self.row_bytes, *self._offsets.flatten().tolist())
         aligned = self.row_bytes % 8 == 0 and not (self._offsets % 8).any()

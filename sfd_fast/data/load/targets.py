@@ -5,7 +5,7 @@ there anyway (8 KB), and one SemVAE decoder pass a step. online: nothing, and on
 Letters: B batch, N tokens, F feature width, C channels, H, W.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from sfd_fast.config import DataConfig
 from sfd_fast.config.checks import annotations, one_of
 from sfd_fast.data.cache.manifest import read_manifest
-from sfd_fast.data.images.decode import load
+from sfd_fast.data.encode.options import RELEASED
+from sfd_fast.data.images.decode import colour, load
 from sfd_fast.data.images.index import INDEX_FILE, INDEX_FOLDER, ImageIndex
 from sfd_fast.data.load.latents import Batch, LatentShards
 from sfd_fast.data.load.loader import LatentLoader
@@ -71,11 +72,13 @@ class SemVAETargets:
 class OnlineTargets:
     """y* = VFM(image): exact, for caches without features; images are decoded by threads while the step before runs.
 
-    Images are decoded by PIL, the exact crop, whatever decoder made the cache.
+    Images are decoded by PIL, the exact crop, whatever decoder made the cache. settings: of the cache.
     """
 
-    def __init__(self, vfm: VFM, index: ImageIndex, image_size: int, crop: str, num_threads: int = 2):
-        self.vfm, self.index, self.image_size, self.crop = vfm, index, image_size, crop
+    def __init__(self, vfm: VFM, index: ImageIndex, settings: Mapping, num_threads: int = 2):
+        self.vfm, self.index = vfm, index
+        background = settings["background"]
+        self.view = (settings["image_size"], settings["crop"], None if background == RELEASED else colour(background))
         self.shape = (vfm.grid_size**2, vfm.width)
         self.fingerprint = module_digest(vfm)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="online")
@@ -86,7 +89,7 @@ class OnlineTargets:
         return self
 
     def _decoded(self, number: int) -> Tensor:
-        return load(self.index.read(number), self.image_size, self.crop)
+        return load(self.index.read(number), *self.view)
 
     def expect(self, numbers: Tensor) -> None:
         """At most one batch is held."""
@@ -142,7 +145,7 @@ def open_targets(
     index = _index(shards.folder, images)
     _check_same(settings, "images", index.fingerprint(), shards.folder)
     encoder = load_vfm(vfm, grid_size=int(shards.grid[0]))
-    targets = OnlineTargets(encoder, index, settings["image_size"], settings["crop"], num_threads)
+    targets = OnlineTargets(encoder, index, settings, num_threads)
     _check_same(settings, "vfm", targets.fingerprint, shards.folder)
     return targets
 

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sfd_fast.data.cache.shards import ShardWriter, map_tensors, read_header, shard_paths, write_shard
+from sfd_fast.data.cache.remote import open_shards
+from sfd_fast.data.cache.shards import ShardWriter, map_tensors, read_header, write_shard
 from sfd_fast.files.digest import file_digest
 
 
@@ -124,4 +125,4 @@ def test_a_file_that_is_no_shard_is_an_error_that_names_it(tmp_path):
 
 def test_a_folder_without_shards_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no .*safetensors shards"):
-        shard_paths(tmp_path)
+        open_shards(tmp_path)

@@ -94,7 +94,7 @@ def test_two_ranks_write_the_same_bytes_as_one(parts, encoded_cache, tmp_path):
 def test_two_processes_of_torchrun_write_the_same_bytes_as_one(parts, encoded_cache, tmp_path):
     """The real launcher and the real command line; 13 images do not divide by 2, nor 7 shards."""
     options = {"out": tmp_path / "out", "image_size": SIZE, "shard_size": 2, "batch_size": 4, "storage": "fp32",
-               "num_threads": 1, "device": "cpu", "features": "true"} | parts  # fmt: skip
+               "num_threads": 1, "device": "cpu", "features": "true", "flip": "true"} | parts  # fmt: skip
     flags = [f"--{name}={value}" for name, value in options.items()]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     result = subprocess.run(
@@ -111,7 +111,7 @@ def copied(cache, tmp_path):
 
 
 def times(folder):
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
 
 
 def test_a_finished_cache_is_left_alone(parts, encoded_cache, tmp_path):
@@ -193,3 +193,76 @@ def test_a_manifest_of_another_format_is_refused(parts, encoded_cache, tmp_path)
     for work in (lambda: run_encode(encode_config(parts, out, features=True)), lambda: LatentShards(out)):
         with pytest.raises(ValueError, match="manifest.json is of format 9, this version reads 1"):
             work()
+
+
+def change_images(tree):
+    """One more at the end of the first class, one changed in the last class: only the first shards stay."""
+    (tree / "china" / "zzz.jpg").write_bytes((tree / "flower" / "000.jpg").read_bytes())
+    (tree / "hopper" / "003.jpg").write_bytes((tree / "flower" / "001.jpg").read_bytes())
+
+
+def delete_images(tree):
+    for path in sorted((tree / "hopper").iterdir())[1:]:
+        path.unlink()
+
+
+@pytest.mark.parametrize(("change", "num_kept"), [(change_images, 2), (delete_images, 5)])
+def test_an_update_gives_the_cache_that_a_new_folder_gets(parts, tmp_path, change, num_kept):
+    tree = Path(shutil.copytree(parts["images"], tmp_path / "tree"))
+    options = {"images": str(tree), "texture_codec": "pixels"}
+    config = encode_config(options, tmp_path / "out")
+    run_encode(config)
+    before = times(tmp_path / "out")
+    change(tree)
+    with pytest.raises(ValueError, match="files differ from the index .*--update"):
+        run_encode(config)
+    run_encode(replace(config, update=True))
+    run_encode(replace(config, out=str(tmp_path / "fresh")))
+    updated, fresh = contents(tmp_path / "out"), contents(tmp_path / "fresh")
+    assert updated == fresh
+    after = times(tmp_path / "out")
+    kept = [name for name in after if name.startswith("shard") and after[name] == before.get(name)]
+    assert len(kept) == num_kept
+
+
+def test_an_update_that_was_killed_continues(parts, tmp_path, monkeypatch):
+    tree = Path(shutil.copytree(parts["images"], tmp_path / "tree"))
+    config = encode_config({"images": str(tree), "texture_codec": "pixels"}, tmp_path / "out")
+    run_encode(config)
+    change_images(tree)
+
+    def stop(job, shards, ranks, report):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheJob, "encode_shards", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(replace(config, update=True))
+    with pytest.raises(ValueError, match="is an unfinished cache"):
+        LatentShards(tmp_path / "out")
+    run_encode(config)
+    run_encode(replace(config, out=str(tmp_path / "fresh")))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_swapped_and_duplicated_shards_are_found(encoded_cache, tmp_path):
+    """All full shards have one size."""
+    first, second = "shard-00001.safetensors", "shard-00002.safetensors"
+    swapped = copied(encoded_cache, tmp_path / "a")
+    (swapped / first).rename(swapped / "x")
+    (swapped / second).rename(swapped / first)
+    (swapped / "x").rename(swapped / second)
+    doubled = copied(encoded_cache, tmp_path / "b")
+    shutil.copy(doubled / first, doubled / second)
+    for folder, name in ((swapped, first), (doubled, second)):
+        with pytest.raises(ValueError, match=f"{name} is not the shard that .*manifest.json lists under its name"):
+            LatentShards(folder)
+
+
+def test_statistics_of_another_cache_are_found(encoded_cache, tmp_path):
+    from sfd_fast.diffusion.statistics import LatentStatistics
+
+    out = copied(encoded_cache, tmp_path)
+    LatentStatistics.identity(4, 3).save(out)
+    with pytest.raises(ValueError, match="latents_stats.pt is not of this cache: its manifest lists other values"):
+        LatentShards(out).statistics()

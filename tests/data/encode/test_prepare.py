@@ -240,10 +240,10 @@ def test_a_full_disk_names_the_shard(parts, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    from sfd_fast.data.images import index
+    from sfd_fast.data.images import opening
     from sfd_fast.files import atomic
 
-    index.open_index(parts["images"], tmp_path / "out" / "index", report=lambda _: None)
+    opening.open_index(parts["images"], tmp_path / "out" / "index", report=lambda _: None)
     monkeypatch.setattr(atomic.os, "posix_fallocate", full)
     with pytest.raises(OSError, match="cannot write .*shard-00000.safetensors .*No space left"):
         run_encode(encode_config(parts, tmp_path / "out"))
@@ -254,8 +254,8 @@ def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
         run_encode(encode_config(parts | {"vfm": str(save_dinov2(tmp_path / "v", width=16))}, tmp_path / "out"))
     with pytest.raises(ValueError, match="image_size 30 must be a multiple of the codec's downsampling, 4"):
         run_encode(encode_config(parts, tmp_path / "out", image_size=30))
-    with pytest.raises(ValueError, match="semvae is empty"):
-        run_encode(encode_config(parts | {"semvae": ""}, tmp_path / "out"))
+    with pytest.raises(ValueError, match="texture_codec is empty: this command needs --images, --texture_codec"):
+        run_encode(encode_config(parts | {"texture_codec": ""}, tmp_path / "out"))
 
 
 def test_unusual_files_are_encoded_as_pil_shows_them(parts, tmp_path):
@@ -268,3 +268,70 @@ def test_unusual_files_are_encoded_as_pil_shows_them(parts, tmp_path):
     run_encode(encode_config(parts | {"images": str(tmp_path / "tree")}, tmp_path / "out"))
     latents = stored(tmp_path / "out")["latents_sv"]
     assert len(latents) == 3 and not torch.equal(latents[1], latents[2])
+
+
+def test_texture_alone_needs_no_vfm_and_pixels_need_no_codec(parts, tmp_path, capsys):
+    """Pixel space by its name: what is stored is the released crop in [-1, 1], 2 x 2 pixels a token."""
+    config = encode_config(parts, tmp_path / "out", semvae="", vfm="/nowhere", texture_codec="pixels:2", flip=False)
+    run_encode(config)
+    tensors = stored(tmp_path / "out")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {"latents": (13, 12, 16, 16), "labels": (13,)}
+    path = sorted(Path(parts["images"], "china").iterdir())[0]
+    pixels = torch.from_numpy(np.asarray(square(Image.open(path).convert("RGB"), SIZE)).copy()).float() / 127.5 - 1
+    folded = pixels.view(16, 2, 16, 2, 3).permute(4, 1, 3, 0, 2).reshape(12, 16, 16)
+    torch.testing.assert_close(tensors["latents"][0], folded, rtol=0, atol=1e-5)
+    shards = LatentShards(tmp_path / "out")
+    assert (shards.texture_channels, shards.semantic_channels) == (12, 0)
+    assert next(iter(LatentLoader(shards, 4, seed=0, flip=False)))["latents"].shape == (4, 12, 16, 16)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[!.]*")}
+    run_encode(config)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[!.]*")} == before
+
+
+def test_another_size_of_pixel_space_is_another_codec(parts, tmp_path):
+    config = encode_config(parts, tmp_path / "out", semvae="", texture_codec="pixels:2", flip=False)
+    run_encode(config)
+    with pytest.raises(ValueError, match="holds a cache of other settings: texture_codec is"):
+        run_encode(replace(config, texture_codec="pixels:4"))
+
+
+def test_transparency_and_rotation_are_counted_and_the_preset_reads_as_released(parts, tmp_path, capsys):
+    folder = tmp_path / "tree" / "a"
+    folder.mkdir(parents=True)
+    (folder / "0.png").write_bytes(encoded(Image.new("RGBA", (40, 40), (255, 0, 0, 0)), "png"))
+    parts = {"images": str(tmp_path / "tree"), "texture_codec": "pixels"}
+    texts = {}
+    for background in ("white", "blue", "released"):
+        run_encode(encode_config(parts, tmp_path / background, background=background, flip=False))
+        texts[background] = capsys.readouterr().out
+        pixel = (stored(tmp_path / background)["latents"][0, :, 0, 0] + 1) * 127.5
+        assert pixel.round().tolist() == {"white": [255] * 3, "blue": [0, 0, 255], "released": [255, 0, 0]}[background]
+    assert "images 1 transparent: turned, put on blue, scaled to 8 bits (--background)" in texts["blue"]
+    assert "images 1 transparent: read as the released trainers do" in texts["released"]
+
+
+def test_flips_are_off_unless_they_are_asked_for(tmp_path):
+    from sfd_fast import cli
+
+    flags = ["--images", str(tmp_path), "--texture_codec", "pixels"]
+    assert not cli.parse("encode", flags).flip
+    released = cli.parse("encode", [*flags, "--preset", "imagenet256"])
+    assert released.flip and released.background == "released" and released.storage == "fp32"
+
+
+def test_one_command_at_a_time_in_a_folder(parts, tmp_path):
+    from sfd_fast.files.lock import FolderLock
+
+    message = "out is in use by `sfd encode`.*choose another folder with --out"
+    lock = FolderLock(tmp_path / "out", command="sfd encode", advice="x")
+    with lock, pytest.raises(BlockingIOError, match=message):
+        run_encode(encode_config(parts, tmp_path / "out"))
+
+
+def test_the_shards_of_a_new_cache_are_small_on_a_cpu_and_a_begun_one_keeps_its_size(parts, tmp_path):
+    config = encode_config(parts, tmp_path / "out", semvae="", texture_codec="pixels", flip=False)
+    run_encode(replace(config, shard_size=5))
+    run_encode(replace(config, shard_size=0))
+    assert len(list((tmp_path / "out").glob("shard-*"))) == 3
+    run_encode(replace(config, shard_size=0, out=str(tmp_path / "new")))
+    assert json.loads((tmp_path / "new" / "manifest.json").read_text())["settings"]["shard_size"] == 64

@@ -10,7 +10,7 @@ from harness.marks import needs_dali
 from sfd_fast.data.images import dali
 from sfd_fast.data.images.dali import DaliDecoder, measure, read_batches_dali
 from sfd_fast.data.images.decode import load
-from sfd_fast.data.images.index import open_index
+from sfd_fast.data.images.opening import open_index
 
 MIN_PSNR = {0: 49.0, 1: 45.0, 2: 42.0, 3: 39.0, 4: 37.0}
 """dB against the exact path, by the number of halvings: each rounds to 8 bits once more"""

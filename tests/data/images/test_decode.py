@@ -8,7 +8,19 @@ import torch
 from harness.image_trees import encoded, photographs
 from PIL import Image
 
-from sfd_fast.data.images.decode import decode, flip_images, load, read_batches, square, to_codec
+from sfd_fast.data.images.decode import (
+    DEEP,
+    ROTATED,
+    TRANSPARENT,
+    colour,
+    decode,
+    decode_with_traits,
+    flip_images,
+    load,
+    read_batches,
+    square,
+    to_codec,
+)
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
@@ -134,3 +146,68 @@ def test_codec_range_is_minus_one_to_one():
 def test_flip_mirrors_left_and_right():
     image = torch.arange(12, dtype=torch.uint8).view(1, 2, 2, 3)
     assert torch.equal(flip_images(image)[0, :, 0], image[0, :, 1])
+
+
+WHITE, BLUE = (255, 255, 255), (0, 0, 255)
+
+
+def test_transparency_shows_the_background():
+    """Red of half opacity over white: 255, 128, 128; where nothing is opaque, the background alone."""
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 128))
+    image.putpixel((1, 0), (9, 9, 9, 0))
+    shown, traits = decode_with_traits(encoded(image, "png"), WHITE)
+    assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(255, 127, 127), WHITE] and traits == {TRANSPARENT}
+    assert decode(encoded(image, "png"), BLUE).getpixel((1, 0)) == BLUE
+    assert decode(encoded(image, "png")).getpixel((1, 0)) == (9, 9, 9), "the released trainers drop transparency"
+    palette = image.convert("RGB").quantize(4)
+    palette.info["transparency"] = palette.getpixel((1, 0))
+    assert decode(encoded(palette, "png", transparency=palette.getpixel((1, 0))), BLUE).getpixel((1, 0)) == BLUE
+    assert decode_with_traits(encoded(Image.new("RGBA", (2, 2), (1, 2, 3, 255)), "png"), WHITE)[1] == set()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied_or_ignored_as_asked(orientation):
+    image, exif = small(), Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, "png", exif=exif)
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Image.Transpose
+    expected = image.transpose(Image.Transpose(turns[orientation])) if orientation > 1 else image
+    shown, traits = decode_with_traits(data, WHITE)
+    assert np.array_equal(np.asarray(shown), np.asarray(expected))
+    assert traits == ({ROTATED} if orientation > 1 else set())
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(image))
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    shown, traits = decode_with_traits(encoded(Image.fromarray(values), "png"), WHITE)
+    assert np.asarray(shown)[0, :, 0].tolist() == [0, 1, 128, 255] and traits == {DEEP}
+    assert np.asarray(decode(encoded(Image.fromarray(values), "png")))[0, :, 0].tolist() == [0, 255, 255, 255]
+
+
+def test_an_unknown_background_is_named():
+    assert colour("white") == WHITE and colour("#0000ff") == BLUE
+    with pytest.raises(ValueError, match="background 'whitish' is no colour: give a name"):
+        colour("whitish")
+
+
+@pytest.mark.parametrize("shape", [(1, 10_000), (10_000, 1), (4, 2048)])
+def test_thin_images_are_cropped_before_they_are_enlarged(shape, monkeypatch):
+    """The centre of a 1 x 10000 image at 256 is 256 equal columns of one pixel's neighbourhood; no image of 2.5 million
+    columns is made. Compared with enlarging a stretch around the centre."""
+    rows = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image, largest = Image.fromarray(rows), []
+    resize = Image.Image.resize
+
+    def watched(self, size, *options, **more):
+        largest.append(max(size))
+        return resize(self, size, *options, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    made = np.asarray(square(image, 64))
+    assert made.shape == (64, 64, 3) and max(largest) <= 64
+    short, long = min(shape), max(shape)
+    middle = slice(long // 2 - 5 * short, long // 2 + 5 * short)
+    part = Image.fromarray(rows[middle] if shape[0] == long else rows[:, middle])
+    expected = np.asarray(square(part, 64))
+    assert np.abs(made.astype(int) - expected).max() <= 2

@@ -12,7 +12,8 @@ from harness.image_trees import crops, encoded, write_tree
 from PIL import Image
 
 from sfd_fast.data.images import screening
-from sfd_fast.data.images.index import INDEX_FILE, open_index
+from sfd_fast.data.images.index import INDEX_FILE
+from sfd_fast.data.images.opening import open_index
 from sfd_fast.data.images.screening import REPORT_FILE
 
 
@@ -88,7 +89,7 @@ def test_a_file_that_changed_since_is_named(tmp_path):
     tree = write_tree(tmp_path / "tree")
     index = open_index(tree, tmp_path / "out", report=silent)
     (tree / "china" / "002.jpg").write_bytes(b"other")
-    with pytest.raises(OSError, match="002.jpg changed since it was screened .*delete the index"):
+    with pytest.raises(OSError, match="002.jpg changed since it was screened .*--update"):
         index.read(2)
     (tree / "china" / "003.jpg").unlink()
     with pytest.raises(OSError, match="003.jpg cannot be read any more"):

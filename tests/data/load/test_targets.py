@@ -40,7 +40,7 @@ def made(tmp_path_factory):
     parts = {"vfm": save_dinov2(root / "vfm"), "semvae": save_semvae(root / "semvae")}
     config = EncodeConfig(
         images=str(tree), texture_codec=str(save_autoencoder(root / "codec")), out=str(root / "cache"), image_size=32,
-        features=True, storage="fp32", shard_size=4, batch_size=4, num_threads=1, device="cpu",
+        features=True, flip=True, storage="fp32", shard_size=4, batch_size=4, num_threads=1, device="cpu",
         **{name: str(path) for name, path in parts.items()},
     )  # fmt: skip
     run_encode(config)
