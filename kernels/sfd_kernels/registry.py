@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from sfd_kernels import recompute
 
@@ -29,6 +31,9 @@ OPS: dict[str, "Op"] = {}
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads it when a kernel is decorated; with it the Triton kernels run in the interpreter on CPU tensors"""
+
+REFERENCE_RAISED = "raised an error for these arguments"
+"""in the text of an error: the words of cpu/operator.h"""
 
 _library = torch.library.Library("sfd", "FRAGMENT")
 _reference_library = torch.library.Library("sfd_reference", "FRAGMENT")
@@ -51,9 +56,15 @@ def is_reference_only() -> bool:
     return _only_reference
 
 
-def in_functorch() -> bool:
-    """Whether torch.func transforms are active: they differentiate and batch the reference, not a kernel."""
-    return not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
+def needs_reference() -> bool:
+    """Whether torch.func transforms or forward-mode derivatives are at work: they take the reference, not a kernel."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _fresh(outputs: Any) -> Any:
@@ -164,11 +175,9 @@ class Op:
         Without it the gradient is that of the reference, recomputed in the backward pass.
         """
         self._backward, self._setup_context = backward, setup_context
-        overload = self.overload
 
         def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = overload(*args)
+            output = self._run(args)
             setup_context(ctx, args, output)
             return output
 
@@ -187,12 +196,23 @@ class Op:
             return self.overload(*args)
         if self.mutates:
             return self._write(args)
-        if in_functorch():
+        if needs_reference():
             return self.reference(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*args)
+        return self._run(args)
+
+    def _run(self, args: tuple) -> Any:
+        """The operator below autograd. C++ cannot pass on what the reference raised for it: then it is asked again."""
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.overload(*args)
+        except RuntimeError as error:
+            if REFERENCE_RAISED not in str(error):
+                raise
+            raised = error
+        self.reference(*args)
+        raise raised
 
     def _positional(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
         rest = self._names[len(args) :]
@@ -208,8 +228,7 @@ class Op:
 
     def _write(self, args: tuple) -> None:
         self._refuse_gradients(args)
-        with torch._C._AutoDispatchBelowAutograd():
-            self.overload(*args)
+        self._run(args)
 
     def _autograd_of_writing(self, keyset: Any, *args: Any) -> None:
         self._refuse_gradients(args)
@@ -224,10 +243,13 @@ class Op:
 
     def _refuse_gradients(self, args: tuple) -> None:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            raise ValueError(
-                f"{self.name} writes {', '.join(self.mutates)} in place and has no gradient, "
-                "but an input requires grad; call it under torch.no_grad() or detach the inputs"
-            )
+            wrong, remedy = "an input requires grad", "call it under torch.no_grad() or detach the inputs"
+        elif forward_ad._current_level >= 0 and any(map(_has_tangent, tree_leaves(args))):
+            wrong, remedy = "an input carries a tangent", "unpack the dual tensors first"
+        else:
+            return
+        written = ", ".join(self.mutates)
+        raise ValueError(f"{self.name} writes {written} in place and has no gradient, but {wrong}; {remedy}")
 
     # Kernels ---------------------------------------------------------------------------------------------------------
 

@@ -315,5 +315,15 @@ def test_wrong_shapes_raise_and_write_nothing_astray(op):
     if op.name in ("philox_bits", "philox_normal", "timestep_features"):
         assert len(run(op, op, tuple(args))) == 1  # any number of samples or times is right
     else:
-        with pytest.raises((RuntimeError, ValueError, IndexError)):
+        with pytest.raises((RuntimeError, ValueError, IndexError)) as reference:
+            run(op.reference, op, tuple(args))
+        with pytest.raises(type(reference.value)) as ours:
             run(op, op, tuple(args))
+        assert str(ours.value) == str(reference.value)
+
+
+@needs_library
+def test_wrong_shape_says_what_the_reference_says_with_gradients_too():
+    x, weight, shift, scale, eps = example(OPS["rms_norm_modulate"])
+    with pytest.raises(RuntimeError, match=r"size of tensor a \(36\) must match the size of tensor b \(35\)"):
+        OPS["rms_norm_modulate"](x.requires_grad_(), weight[:-1], shift, scale, eps)

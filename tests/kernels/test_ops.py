@@ -19,6 +19,7 @@ from harness.kernel_cases import (
 )
 from sfd_kernels import reference_only
 from sfd_kernels.registry import INTERPRET, OPS
+from torch.autograd import forward_ad
 
 ALL = list(OPS.values())
 not_interpreted = pytest.mark.skipif(INTERPRET, reason="says nothing about a kernel that the interpreter runs")
@@ -66,6 +67,27 @@ def test_zero_prediction_has_cosine_zero_and_no_cosine_gradient(name, device):
     assert torch.equal(cosine, torch.ones_like(cosine))
     (gradient,) = torch.autograd.grad(cosine.sum(), args[0])
     assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@each_device
+@pytest.mark.parametrize("mode", LOW_PRECISION_MODES)
+@pytest.mark.parametrize("name", ["swiglu", "condition_silu", "swiglu_backward", "condition_silu_backward"])
+def test_infinities_in_a_silu_give_what_torch_gives(name, mode, device):
+    """silu(-inf) is -inf * 0, not a number; finite neighbours keep their values."""
+    op = OPS[name]
+    require_kernel(op)
+    args = list(example(op, mode, device=device))
+    position = 1 if op.is_backward else 0
+    flat = args[position].view(-1)
+    flat[0], flat[3] = -torch.inf, torch.inf
+    gate = flat[:5].double() if name.startswith("swiglu") else flat[:5].double() + args[-1].view(-1)[:5].double()
+    got, expected = flatten(op(*args))[0].view(-1)[:5], torch.nn.functional.silu(gate)
+    assert expected.isnan().tolist() == [True, False, False, False, False]
+    assert got.isnan().tolist() == [True, False, False, op.is_backward, False]
+    exact = flatten(op.reference(*to_double(tuple(args))))[0].view(-1)[:5]
+    finite = exact.isfinite()
+    assert torch.equal(got[~finite].nan_to_num(), exact[~finite].to(got.dtype).nan_to_num())
+    assert_accurate([got[finite]], [flatten(op.reference(*args))[0].view(-1)[:5][finite]], [exact[finite]], name)
 
 
 @each_device
@@ -225,6 +247,33 @@ def test_gradients_agree_with_finite_differences_in_float64(op, device):
 @pytest.mark.parametrize("op", FORWARD, ids=lambda op: op.name)
 def test_second_derivatives_agree_with_finite_differences(op, device):
     assert torch.autograd.gradgradcheck(op, op.wanting_gradients(example(op, "fp64", device=device)), fast_mode=True)
+
+
+@not_interpreted
+@each_device
+@pytest.mark.parametrize("op,mode,label", cases(DIFFERENTIABLE, ["fp64"], without="zero prediction"))
+def test_tangents_agree_with_finite_differences(op, mode, label, device):
+    args = example(op, mode, label, device)
+    generator = torch.Generator().manual_seed(3)
+
+    def tangent(value, name):
+        if name in op.constants or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return None
+        return torch.randn(value.shape, generator=generator, dtype=value.dtype).to(device)
+
+    tangents = [tangent(value, name) for name, value in zip(op.__signature__.parameters, args)]
+
+    def moved(step):
+        return [value if t is None else value + step * t for value, t in zip(args, tangents)]
+
+    with torch.no_grad():
+        ahead, behind = (flatten(op.reference(*moved(step))) for step in (1e-6, -1e-6))
+    with forward_ad.dual_level():
+        duals = [value if t is None else forward_ad.make_dual(value, t) for value, t in zip(args, tangents)]
+        found = [forward_ad.unpack_dual(output) for output in flatten(op(*duals))]
+    for (primal, got), a, b in zip(found, ahead, behind):
+        got = torch.zeros_like(primal) if got is None else got  # an output that depends on no input, as an empty one
+        torch.testing.assert_close(got, (a - b) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
 @not_interpreted

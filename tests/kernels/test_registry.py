@@ -12,6 +12,7 @@ from harness.kernel_cases import DEVICES, clone, example, flatten, map_tensors
 from sfd_kernels import registry
 from sfd_kernels.ops.qk_norm_rope import qk_norm_rope_backward
 from sfd_kernels.registry import OPS
+from torch.autograd import forward_ad
 
 ROOT = Path(__file__).resolve().parents[2]
 MUTATING = [op for op in OPS.values() if op.mutates]
@@ -188,6 +189,16 @@ def test_inputs_that_require_grad_are_refused_unless_grad_is_off(op, call, devic
             function(*wanting)
         with torch.no_grad():
             function(*wanting)
+
+
+@each_device
+@pytest.mark.parametrize("op", MUTATING, ids=lambda op: op.name)
+def test_inputs_that_carry_a_tangent_are_refused(op, device):
+    with forward_ad.dual_level():
+        dual = list(example(op, device=device))
+        dual[3] = map_tensors(lambda t: forward_ad.make_dual(t.float(), torch.ones_like(t.float())), dual[3])
+        with pytest.raises(ValueError, match=f"{op.name} writes .* carries a tangent"):
+            op(*dual)
 
 
 def test_split_qkv_writes_one_packed_gradient_with_the_one_of_v_inside():

@@ -123,18 +123,11 @@ static std::tuple<Tensor, Tensor> feature_alignment_loss(Tensor pred, Tensor tar
   pred = dense(pred), target = dense(target);
   FeatureArgs args = arguments(pred, target);
   const i64 batch = pred.size(0), tasks = batch * args.tasks_per_sample;
-  const Tensor mse = fresh({batch}, ScalarType::Float), cosine = fresh({batch}, ScalarType::Float);
   std::vector<float> sums(2 * tasks);
   args.errors = sums.data(), args.cosines = sums.data() + tasks;
   run(feature_loss_tasks, args, tasks, grain(2 * kTokensPerFeatureTask * args.width));
-  for (i64 sample = 0; sample < batch; ++sample) {
-    double errors = 0, cosines = 0;
-    for (i64 task = sample * args.tasks_per_sample; task < (sample + 1) * args.tasks_per_sample; ++task)
-      errors += args.errors[task], cosines += args.cosines[task];
-    output<float>(mse)[sample] = static_cast<float>(errors / static_cast<double>(args.tokens * args.width));
-    output<float>(cosine)[sample] = static_cast<float>(cosines / static_cast<double>(args.tokens));
-  }
-  return {mse, cosine};
+  return {sample_means(args.errors, batch, args.tasks_per_sample, args.tokens * args.width),
+          sample_means(args.cosines, batch, args.tasks_per_sample, args.tokens)};
 }
 
 static Tensor feature_alignment_loss_backward(Tensor d_mse, Tensor d_cos, Tensor pred, Tensor target) {

@@ -149,18 +149,11 @@ static std::tuple<Tensor, Tensor> flow_matching_loss(Tensor pred, Tensor x0, Ten
   pred = dense(pred), x0 = dense(x0), x1 = dense(x1);
   FlowArgs args = arguments(pred, x0, x1, num_texture_channels, semantic_weight);
   const i64 batch = pred.size(0), tasks = batch * args.blocks;
-  const Tensor velocity = fresh({batch}, ScalarType::Float), cosine = fresh({batch}, ScalarType::Float);
   std::vector<float> sums(2 * tasks);
   args.velocity = sums.data(), args.cosine = sums.data() + tasks;
   run(flow_loss_tasks, args, tasks, grain(3 * args.channels * std::min(args.positions, kPositions)));
-  for (i64 sample = 0; sample < batch; ++sample) {
-    double errors = 0, cosines = 0;
-    for (i64 task = sample * args.blocks; task < (sample + 1) * args.blocks; ++task)
-      errors += args.velocity[task], cosines += args.cosine[task];
-    output<float>(velocity)[sample] = static_cast<float>(errors / static_cast<double>(args.channels * args.positions));
-    output<float>(cosine)[sample] = static_cast<float>(cosines / static_cast<double>(args.positions));
-  }
-  return {velocity, cosine};
+  return {sample_means(args.velocity, batch, args.blocks, args.channels * args.positions),
+          sample_means(args.cosine, batch, args.blocks, args.positions)};
 }
 
 static Tensor flow_matching_loss_backward(Tensor d_velocity, Tensor d_cosine, Tensor pred, Tensor x0, Tensor x1,

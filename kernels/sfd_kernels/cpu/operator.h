@@ -113,6 +113,17 @@ inline constexpr i64 kMaxWidth = 8192;
 // it.
 bool should_stream(const Tensor& out, i64 row);
 
+// (B,) floats: sums over the tasks of each sample, in order, divided by `count`.
+inline Tensor sample_means(const float* sums, i64 batch, i64 tasks, i64 count) {
+  const Tensor means = fresh({batch}, ScalarType::Float);
+  for (i64 sample = 0; sample < batch; ++sample) {
+    double total = 0;
+    for (i64 task = sample * tasks; task < (sample + 1) * tasks; ++task) total += sums[task];
+    output<float>(means)[sample] = static_cast<float>(total / static_cast<double>(count));
+  }
+  return means;
+}
+
 // ---- the reference ----
 
 template <class R>
@@ -137,9 +148,9 @@ template <class R, class... A>
 R reference(const char* name, const A&... args) {
   StableIValue stack[sizeof...(A) + 8] = {torch::stable::detail::from(args)...};
   const std::string qualified = std::string("sfd_reference::") + name;
-  // The stable interface prints the reference's error to stderr and returns only that there was one.
+  // The stable interface tells only that there was an error; registry.py knows these words and asks for its text.
   if (torch_call_dispatcher(qualified.c_str(), "", stack, TORCH_ABI_VERSION) != TORCH_SUCCESS)
-    throw std::runtime_error(qualified + " raised an error for these arguments; its text is on stderr");
+    throw std::runtime_error(qualified + " raised an error for these arguments; sfd_kernels." + name + " tells which");
   return Unpack<R>::from(stack);
 }
 

@@ -28,8 +28,7 @@ static void forward(const SwigluArgs& a, i64 begin, i64 end) {
     sweep(h, [&](i64 i, auto lanes) {
       prefetch(gate + 2 * h + i);
       prefetch(up + 2 * h + i);
-      const vf g = load(gate + i, lanes);
-      put<Stream>(y + i, g * load(up + i, lanes) / (1.0f + exp(-g)), lanes);
+      put<Stream>(y + i, silu(load(gate + i, lanes)) * load(up + i, lanes), lanes);
     });
   }
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sfd_kernels.ops.common import accumulation_dtype, normalize, normalize_backward
-from sfd_kernels.registry import Op, in_functorch, is_reference_only, num_bytes
+from sfd_kernels.registry import Op, is_reference_only, needs_reference, num_bytes
 
 
 def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -174,6 +174,6 @@ def split_qkv(
     The backward pass is one kernel that writes the gradients of q, k and v into one packed tensor.
     """
     args = (qkv, q_weight, k_weight, cos, sin, eps)
-    if torch.is_grad_enabled() and not is_reference_only() and not in_functorch():
+    if torch.is_grad_enabled() and not is_reference_only() and not needs_reference():
         return _SplitQkv.apply(*args)
     return *qk_norm_rope(*args), qkv[:, :, 2]
