@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -421,6 +423,8 @@ def test_the_device_is_chosen_before_deepspeed_is_initialised(monkeypatch, tmp_p
         pass
 
     class Library:
+        utils = SimpleNamespace(logger=logging.getLogger("not-deepspeed"))
+
         def init_distributed(self, **options):
             raise Met(options["dist_backend"], os.environ["LOCAL_RANK"], list(current))
 
@@ -431,7 +435,6 @@ def test_the_device_is_chosen_before_deepspeed_is_initialised(monkeypatch, tmp_p
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(engine_module, "load_deepspeed", lambda kind: Library())
-    monkeypatch.setattr(engine_module, "quiet", lambda *_: None)
     write_data(tmp_path / "data")
     job = diffusion_job(tiny_config(tmp_path / "data", tmp_path / "run", engine="deepspeed", global_batch_size=8))
     with pytest.raises(Met) as met:
