@@ -1,12 +1,15 @@
 """Which rank a process is, from the environments that torchrun, srun and sbatch make."""
 
+import multiprocessing
 import os
+import signal
+import time
 
 import pytest
 import torch
 
 from sfd_fast.config import TrainConfig
-from sfd_fast.ranks import Ranks, first_host, launch_name, slurm_meeting_point
+from sfd_fast.ranks import Ranks, first_host, free_port, launch_name, slurm_meeting_point
 from sfd_fast.training.loop import check_ranks
 
 STEP = {
@@ -131,3 +134,68 @@ def test_the_device_of_a_rank_is_current_and_has_a_number(given, num_devices, ex
         chosen = Ranks(7, 8, 3).device(given)
         assert str(chosen) == expected_or_message
         assert current == ([chosen.index] if chosen.type == "cuda" else [])
+
+
+def in_rank(rank, port, results, work):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = Ranks.join()
+    try:
+        with ranks.together():
+            results.put((rank, work(ranks)))
+    except Exception as error:
+        results.put((rank, f"{type(error).__name__}: {error}"))
+
+
+def two_ranks(work, meanwhile=lambda processes: None):
+    """What two processes put out."""
+    context = multiprocessing.get_context("fork")
+    results, port = context.Queue(), free_port()
+    processes = [context.Process(target=in_rank, args=(rank, port, results, work), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    meanwhile(processes)
+    return results, processes
+
+
+def fails_on_the_second(ranks):
+    if ranks.rank == 1:
+        raise ValueError("the disk of rank 1 is full")
+    return ranks.gather(1)
+
+
+def test_a_rank_that_fails_stops_the_others_in_one_line():
+    results, processes = two_ranks(fails_on_the_second)
+    found = dict(results.get(timeout=120) for _ in range(2))
+    assert found[1] == "ValueError: the disk of rank 1 is full"
+    assert found[0] == "OSError: rank 1 failed: ValueError: the disk of rank 1 is full; this rank (0) stops too"
+    for process in processes:
+        process.join(timeout=60)
+
+
+def stops_on_the_second(ranks):
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return ranks.gather(1)
+
+
+def test_a_rank_that_is_stopped_is_named_and_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr("sfd_fast.ranks.STALL_S", 2.0)
+    monkeypatch.setattr("sfd_fast.ranks.BEAT_S", 0.1)
+    results, processes = two_ranks(stops_on_the_second)
+    try:
+        rank, text = results.get(timeout=120)
+        assert rank == 0 and text.startswith("OSError: rank 1 of 2 has been silent for 2 s: it has stopped")
+    finally:
+        processes[1].kill()
+        for process in processes:
+            process.join(timeout=60)
+
+
+def test_ranks_that_live_are_waited_for(monkeypatch):
+    """Longer than a silent one would be."""
+    monkeypatch.setattr("sfd_fast.ranks.STALL_S", 0.5)
+    monkeypatch.setattr("sfd_fast.ranks.BEAT_S", 0.05)
+    results, processes = two_ranks(lambda ranks: (time.sleep(2 * ranks.rank), ranks.gather(ranks.rank))[1])
+    assert dict(results.get(timeout=120) for _ in range(2)) == {0: [0, 1], 1: [0, 1]}
+    for process in processes:
+        process.join(timeout=60)

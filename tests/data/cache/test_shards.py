@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sfd_fast.data.cache.remote import open_shards
 from sfd_fast.data.cache.shards import ShardWriter, map_tensors, read_header, write_shard
+from sfd_fast.data.load.latents import LatentShards
 from sfd_fast.files.digest import file_digest
 
 
@@ -126,3 +127,66 @@ def test_a_file_that_is_no_shard_is_an_error_that_names_it(tmp_path):
 def test_a_folder_without_shards_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no .*safetensors shards"):
         open_shards(tmp_path)
+
+
+def header_of(table, data=b""):
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header_of({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"0000"),
+        header_of({"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 4]}}, b"0000"),
+        header_of({"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, b"0000"),
+        header_of({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, b"0000"),
+        header_of({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, b"0000"),
+        header_of({"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}, b"0000"),
+        header_of({"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}, b"00000000"),
+        header_of({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"0000"),
+        header_of({"a": {"shape": [1]}}), header_of({"a": 5}), header_of([1, 2]), header_of(b"7 "),
+        header_of({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "ab"}, b"0000"),
+        header_of({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"00000000"),
+        header_of(b"[" * 200_000), header_of({"__metadata__": {"sfd": "[" * 100_000}}),
+        header_of({"__metadata__": {"sfd": "[1]"}}), header_of({"__metadata__": 3}), header_of(b"\xff\xfe"),
+        (2**63).to_bytes(8, "little") + b"{}", b"", b"1234",
+    ],
+)  # fmt: skip
+def test_malformed_headers_are_one_line_that_names_the_file(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path} is ") as raised:
+        read_header(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [({"latents": torch.zeros(2, 1, 1, 1), "labels": torch.tensor(3)}, "must have 1 dimension"),
+     ({"latents": torch.zeros(2, 1, 1, 1), "labels": torch.zeros(2)}, "'labels' is torch.float32 .*whole numbers"),
+     ({"latents": torch.zeros(2, 4), "labels": torch.arange(2)}, "'latents' is .*must have 4 dimension"),
+     ({"latents": torch.zeros(0, 1, 1, 1), "labels": torch.arange(0)}, "is a cache of no samples")],
+)  # fmt: skip
+def test_shards_of_the_wrong_kind_are_one_line(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        LatentShards(tmp_path)
+
+
+def test_an_empty_shard_among_others_takes_no_memory_and_no_place(tmp_path):
+    """Its tensors have no address: seen from address 0, the memory would span 128 TiB."""
+    for name, count in (("a", 2), ("b", 0), ("c", 3)):
+        save_file({"latents": torch.full((count, 1, 1, 1), ord(name)).float(), "labels": torch.full((count,), 1)},
+                  tmp_path / f"{name}.safetensors")  # fmt: skip
+    shards = LatentShards(tmp_path)
+    out = shards.gather(torch.arange(5), torch.zeros(5, dtype=torch.bool))
+    assert out["texture"].flatten().tolist() == [97, 97, 99, 99, 99] and shards._memory.size < 2**40
+    assert shards.max_label == 1
+
+
+@pytest.mark.parametrize("label", [-1, 10**12])
+def test_labels_of_a_shard_that_are_no_class_numbers_are_refused(tmp_path, label):
+    save_file({"latents": torch.zeros(2, 1, 1, 1), "labels": torch.tensor([0, label])}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"a.safetensors has label {label}: labels are whole numbers from 0 to 99999"):
+        LatentShards(tmp_path).max_label  # noqa: B018
