@@ -20,7 +20,7 @@ import yaml
 from sfd_fast import __version__
 from sfd_fast.config import from_dict, require, to_dict
 from sfd_fast.config.checks import grouped, merged
-from sfd_fast.config.command_line import flags, from_text, help_text, read_file, read_words
+from sfd_fast.config.command_line import build_parser, flags, from_text, read_file, read_words
 from sfd_fast.config.presets import ENCODE_DEFAULTS, FEATURES_DEFAULTS, MODEL_DEFAULTS
 from sfd_fast.config.recipes import RECIPES, recipe
 from sfd_fast.config.run import PREEMPTED
@@ -128,19 +128,17 @@ def parse(name: str, argv: list[str]) -> Any:
     """
     command = COMMANDS[name]
     kind = load(command.config)
-    settings = flags(kind)
-    own = {"help": bool, "print_config": bool, "config": str}
-    own |= ({"preset": str} if command.presets else {}) | ({"recipe": str} if command.recipes else {})
-    argv = ["--help" if word == "-h" else word for word in argv]
-    pairs = read_words(argv, own | settings, short=command.short, positional=command.positional)
-    words = dict(pairs)
-    if words.get("help") == "true":
-        print(command_help(name, kind), end="")
-        raise SystemExit(0)
-    files = [read_file(path, own | settings, partial(of_released, name)) for key, path in pairs if key == "config"]
+    settings, own = flags(kind), own_flags(command)
+    known = {flag: bool if "const" in arguments else str for flag, arguments in own.items()} | settings
+    parser = build_parser(
+        kind, own, short=command.short, positional=command.positional, prog=f"sfd {name}", description=command.summary,
+        usage=f"sfd {name} [--config FILE.yaml ...] [--name value ...]",
+    )  # fmt: skip
+    words = read_words(argv, parser, known | {"help": bool}, command.short)
+    files = [read_file(path, known, partial(of_released, name)) for path in words.get("config", ())]
     named = {key: value for file in files for key, value in file.items() if key in ("preset", "recipe")} | words
     tree: dict[str, Any] = {}
-    given = {key: from_text(text, settings[key]) for key, text in pairs if key in settings}
+    given = {key: from_text(text, settings[key]) for key, text in words.items() if key in settings}
     for layer in (defaults(command, named.get("preset"), named.get("recipe")), *files, given):
         tree = merged(tree, grouped({key: value for key, value in layer.items() if key not in own}))
     config = from_dict(kind, tree)
@@ -170,21 +168,22 @@ def defaults(command: Command, preset: str | None, row: str | None) -> dict[str,
     return command.presets[preset] | (recipe(preset, row).settings() if command.recipes else {})
 
 
-def command_help(name: str, kind: type) -> str:
-    """The page of one command: what stands above its settings, and its settings."""
-    command = COMMANDS[name]
-    lines = [f"usage: sfd {name} [--config FILE.yaml ...] [--key value ...]\n", f"{command.summary}\n"]
-    if command.short:
-        short = ", ".join(f"--{word.replace('_', '-')} (--{full})" for word, full in command.short.items())
-        lines.append(f"short flags: {short}\n")
-    lines.append("  --config FILE\n        YAML file; repeatable, later files win, and flags win over files")
-    lines.append("  --print-config\n        show the configuration that would run, as YAML for --config")
+def own_flags(command: Command) -> dict[str, dict[str, Any]]:
+    """Flags that are no settings, as argparse takes them."""
+    own: dict[str, dict[str, Any]] = {
+        "config": {"action": "append", "metavar": "FILE", "help": "YAML file; repeatable, later files win, flags win"},
+        "print_config": {
+            "nargs": "?", "const": "true", "metavar": "{true,false}",
+            "help": "show the configuration that would run, as YAML for --config",
+        },
+    }  # fmt: skip
     if command.presets:
-        lines.append(f"  --preset NAME\n        defaults below files and flags: {', '.join(command.presets)}")
+        names = ", ".join(command.presets)
+        own["preset"] = {"metavar": "NAME", "help": f"defaults below files and flags: {names}"}
     if command.recipes:
         rows = ", ".join(f"{owner} {row}" for owner, row in RECIPES)
-        lines.append(f"  --recipe NAME\n        hyper-parameters of the preset: {rows}")
-    return "\n".join([*lines, help_text(kind)]) + "\n"
+        own["recipe"] = {"metavar": "NAME", "help": f"hyper-parameters of the preset: {rows}"}
+    return own
 
 
 @contextlib.contextmanager

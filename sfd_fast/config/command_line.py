@@ -1,16 +1,16 @@
 """A command line as settings: every field of a dataclass tree is a flag (--train.seed 5) and a key of YAML files."""
 
+import argparse
 import ast
 import dataclasses
 import difflib
 import inspect
 import re
-import shutil
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from sfd_fast.config.checks import annotations, checked, default, flatten, unmarked
 from sfd_fast.files.yaml_text import parse_yaml, read_yaml
@@ -29,38 +29,83 @@ def flags(kind: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def read_words(
-    words: Sequence[str], known: Mapping[str, Any], *, short: Mapping[str, str], positional: str = ""
-) -> list[tuple[str, str]]:
-    """(key, text) of every flag: --key text, --key=text, a switch alone; - in a key is _.
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ValueErrors, and which takes no beginnings of flags for the whole."""
 
-    short: {short name: full key}. positional: the key that a word without a flag gives.
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def build_parser(
+    kind: type, own: Mapping[str, dict[str, Any]], *, short: Mapping[str, str], positional: str = "", **options: Any
+) -> Parser:
+    """The parser of one command; what was not given is absent from its result, and values are text.
+
+    kind: the settings; own: {name: arguments of add_argument} of flags that are none; short: {short name: full key};
+    positional: the key that a word without a flag gives. options: of argparse.ArgumentParser.
+    """
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
+    shorts = {full: word for word, full in short.items()}
+    for name, arguments in own.items():
+        parser.add_argument(f"--{name}", **arguments)
+    if positional:
+        parser.add_argument(positional, nargs="?", help="the same as --" + positional)
+    add_settings(parser, parser, kind, shorts)
+    return parser
+
+
+def add_settings(parser: Parser, group: Any, kind: type, shorts: Mapping[str, str], prefix: str = "") -> None:
+    """A flag for every field of a dataclass tree; each dataclass is a group of the help."""
+    docs, nested = field_docs(kind), []
+    for name, annotation in annotations(kind).items():
+        inner, key = unmarked(annotation)[0], prefix + name
+        names = [f"--{key}"] + ([f"--{shorts[key]}"] if key in shorts else [])
+        if dataclasses.is_dataclass(inner):
+            parser.add_argument(*names, metavar="YAML", help=argparse.SUPPRESS)
+            nested.append((inner, key))
+            continue
+        value = default(kind, name)
+        text = docs.get(name, "") + ("" if value is None or value in ("", ()) else f" (default: {value})")
+        switch = {"nargs": "?", "const": "true"} if inner is bool else {}
+        group.add_argument(*names, dest=key, metavar=placeholder(inner), help=text.replace("%", "%%"), **switch)
+    for inner, key in nested:
+        title = inspect.cleandoc(inner.__doc__ or "").splitlines()[0].rstrip(".")
+        add_settings(parser, parser.add_argument_group(title), inner, shorts, f"{key}.")
+
+
+def read_words(
+    words: Sequence[str], parser: Parser, known: Mapping[str, Any], short: Mapping[str, str]
+) -> dict[str, Any]:
+    """{key: text} of what was given; - in a key is _, a switch may stand alone.
+
     Raises ValueError for an unknown flag, which names the nearest, for a missing value and for a word too many.
     """
-    pairs, rest = [], list(words)
+    joined, rest = [], list(words)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--") and positional:
-            pairs.append((positional, word))
-            positional = ""
-            continue
-        if not word.startswith("--") or word == "--":
-            raise ValueError(f"unrecognized arguments: {word}; a setting is given as --name value")
-        name, equals, text = word[2:].partition("=")
-        key = name.replace("-", "_")
-        key = short.get(key, key)
-        if key not in known:
-            raise ValueError(unknown(key, known))
-        if not equals:
-            switch = unmarked(known[key])[0] is bool
-            if rest and (rest[0].lower() in TRUTH if switch else not rest[0].startswith("--")):
-                text = rest.pop(0)
-            elif switch:
-                text = "true"
-            else:
-                raise ValueError(f"--{name} needs a value")
-        pairs.append((key, text))
-    return pairs
+        if word.startswith("--"):
+            name, equals, text = word[2:].partition("=")
+            key = name.replace("-", "_")
+            full = short.get(key, key)
+            if full not in known:
+                raise ValueError(unknown(full, known))
+            # with = a value may begin with a minus, and a switch takes no word that is no truth value
+            if not equals and rest and (is_truth(rest[0]) if is_switch(known[full]) else not rest[0].startswith("--")):
+                equals, text = "=", rest.pop(0)
+            word = f"--{full}{equals}{text}"
+        joined.append(word)
+    values, left = parser.parse_known_args(joined)
+    if left:
+        raise ValueError(f"unrecognized arguments: {' '.join(left)}; a setting is given as --name value")
+    return vars(values)
+
+
+def is_switch(annotation: Any) -> bool:
+    return unmarked(annotation)[0] is bool
+
+
+def is_truth(text: str) -> bool:
+    return text.lower() in TRUTH
 
 
 def unknown(key: str, known: Mapping[str, Any]) -> str:
@@ -134,23 +179,6 @@ def read_file(path: str, known: Mapping[str, Any], translate: Callable[[Any, str
         if not dataclasses.is_dataclass(unmarked(known[key])[0]):
             checked(value, known[key], f"{path}: {key}")
     return content
-
-
-def help_text(kind: type, *, prefix: str = "") -> str:
-    """Every flag with what it may hold, its default and its docstring, group by group."""
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    docs, lines, groups = field_docs(kind), [], []
-    for name, annotation in annotations(kind).items():
-        nested = unmarked(annotation)[0]
-        if dataclasses.is_dataclass(nested):
-            title = inspect.cleandoc(nested.__doc__ or "").splitlines()[0]
-            groups += ["", f"{title} --{prefix}{name}.*", help_text(nested, prefix=f"{prefix}{name}.")]
-            continue
-        value = default(kind, name)
-        shown = "" if value is None or value in ("", ()) else f" (default: {value})"
-        lines.append(f"  --{prefix}{name} {placeholder(nested)}{shown}")
-        lines += textwrap.wrap(docs.get(name, ""), width, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return "\n".join([*lines, *groups])
 
 
 def placeholder(kind: Any) -> str:
