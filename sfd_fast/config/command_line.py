@@ -90,8 +90,11 @@ def read_words(
             if full not in known:
                 raise ValueError(unknown(full, known))
             # with = a value may begin with a minus, and a switch takes no word that is no truth value
-            if not equals and rest and (is_truth(rest[0]) if is_switch(known[full]) else not rest[0].startswith("--")):
+            switch = is_switch(known[full]) and full != "help"
+            if not equals and rest and (is_truth(rest[0]) if switch else not rest[0].startswith("--")):
                 equals, text = "=", rest.pop(0)
+            elif not equals and switch:
+                equals, text = "=", "true"
             word = f"--{full}{equals}{text}"
         joined.append(word)
     values, left = parser.parse_known_args(joined)
