@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from sfd_fast.data.cache.manifest import MANIFEST, check_complete, check_shards, read_manifest
-from sfd_fast.data.cache.shards import Header, read_header, write_json
+from sfd_fast.data.cache.shards import Header, allow_open_files, read_header, write_json
 from sfd_fast.data.images.index import INDEX_FOLDER
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.files.digest import file_digest
@@ -59,6 +59,7 @@ def open_shards(
             f"no *.safetensors shards in {', '.join(map(str, given))}; make them with `sfd encode`, or give the folder "
             "of a released cache"
         )
+    allow_open_files(len(found))
     return (given[0] if given[0].is_dir() else given[0].parent), found, headers
 
 

@@ -7,6 +7,7 @@ N samples of a shard.
 import json
 import math
 import mmap
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ METADATA_KEY = "sfd"
 
 MAX_HEADER = 100_000_000
 """bytes; the limit of safetensors itself"""
+OTHER_FILES = 256
+"""open files of a process beside its shards: a map holds one for each of them"""
 PAGE = 4096
 """bytes of a memory page"""
 BORDER = 4 * PAGE
@@ -101,6 +104,22 @@ def _entry(row: dict, start: int) -> Entry:
     require(all(type(n) is int and n >= 0 for n in (*shape, begin, end)), f"shape {shape} at {begin} to {end}")
     require(end - begin == math.prod(shape) * dtype.itemsize, f"shape {shape} does not fill its {end - begin} bytes")
     return Entry(dtype, shape, start + begin, start + end)
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the soft limit on open files, where it is lower than `count` mapped shards and some others need.
+
+    Raises OSError naming the limit where the hard one does not allow it.
+    """
+    needed = count + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise OSError(
+                f"{count} shards need {needed} open files, this process may open {hard} (`ulimit -Hn`): raise that "
+                "limit, or encode with a larger --shard_size"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def map_tensors(path: str | Path, header: Header) -> dict[str, Tensor]:

@@ -55,8 +55,7 @@ def make_cache(
     again over a finished folder, it encodes only shards that are missing or damaged.
     Raises BlockingIOError where another command works in the folder.
     """
-    out = Path(config.out)
-    advice = "choose another folder with --out"
+    out, advice = Path(config.out), "choose another folder with --out"
     command = "sfd features" if encoder.kind == "features" else "sfd encode"
     with (
         FolderLock(out, command=command, launch=launch_name(), advice=advice, clean=lambda: sweep(out)),
@@ -107,13 +106,13 @@ def traits_of(index: ImageIndex, background: str) -> list[str]:
     if not counts:
         return []
     found = ", ".join(f"{count} {trait}" for trait, count in counts.items())
-    if background == RELEASED:
-        return [f"images {found}: read as the released trainers do, EXIF ignored, transparency dropped, 16 bits cut"]
-    return [f"images {found}: turned, put on {background}, scaled to 8 bits (--background)"]
+    done = f"turned, put on {background}, scaled to 8 bits (--background)"
+    released = "read as the released trainers do, EXIF ignored, transparency dropped, 16 bits cut"
+    return [f"images {found}: {released if background == RELEASED else done}"]
 
 
 def located(source: str) -> str:
-    """The absolute path of what is on this disk; hub ids and short names as they are."""
+    """The absolute path of what is on this disk; other names as they are."""
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 

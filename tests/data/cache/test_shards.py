@@ -190,3 +190,17 @@ def test_labels_of_a_shard_that_are_no_class_numbers_are_refused(tmp_path, label
     save_file({"latents": torch.zeros(2, 1, 1, 1), "labels": torch.tensor([0, label])}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=f"a.safetensors has label {label}: labels are whole numbers from 0 to 99999"):
         LatentShards(tmp_path).max_label  # noqa: B018
+
+
+@pytest.mark.parametrize(("hard", "message"), [(4096, "40 samples"), (100, "40 shards need 296 open files")])
+def test_more_shards_than_open_files_raise_the_soft_limit_or_name_the_hard_one(tmp_path, hard, message):
+    for i in range(40):
+        save_file({"latents": torch.zeros(1, 1, 1, 1), "labels": torch.tensor([0])}, tmp_path / f"{i}.safetensors")
+    code = (
+        "import resource, sys; from sfd_fast.data.load.latents import LatentShards\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (30, {hard}))\n"
+        "try: print(len(LatentShards(sys.argv[1])), 'samples')\n"
+        "except OSError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.startswith(message), done.stderr
