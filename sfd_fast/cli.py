@@ -19,7 +19,7 @@ import yaml
 
 from sfd_fast import __version__
 from sfd_fast.config import from_dict, require, to_dict
-from sfd_fast.config.checks import grouped, merged
+from sfd_fast.config.checks import flatten, grouped, merged
 from sfd_fast.config.command_line import build_parser, flags, from_text, read_file, read_words
 from sfd_fast.config.presets import ENCODE_DEFAULTS, FEATURES_DEFAULTS, MODEL_DEFAULTS
 from sfd_fast.config.recipes import RECIPES, recipe
@@ -42,6 +42,8 @@ class Command:
     """offer --recipe; --preset fills in its hyper-parameters too"""
     resumes: bool = False
     """SIGTERM and SIGUSR1 end it with PREEMPTED from its first moment on: started again, it goes on"""
+    fill: str = ""
+    """"module:name" of what gives further defaults, above a preset: {full key: value}, from the settings given"""
     short: dict[str, str] = dataclasses.field(default_factory=dict)
     """short names of options: {short: full}"""
 
@@ -70,7 +72,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         "sfd_fast.commands.train:TrainOptions", "sfd_fast.commands.train:run", "train the diffusion transformer",
-        presets=MODEL_DEFAULTS, recipes=True, resumes=True,
+        presets=MODEL_DEFAULTS, recipes=True, resumes=True, fill="sfd_fast.commands.train:sizes_of_cache",
         short={
             "out": "run.out", "max_steps": "train.max_steps", "init_from": "train.init_from",
             "deepspeed_config": "deepspeed.config_file",
@@ -139,7 +141,11 @@ def parse(name: str, argv: list[str]) -> Any:
     named = {key: value for file in files for key, value in file.items() if key in ("preset", "recipe")} | words
     tree: dict[str, Any] = {}
     given = {key: from_text(text, settings[key]) for key, text in words.items() if key in settings}
-    for layer in (defaults(command, named.get("preset"), named.get("recipe")), *files, given):
+    layers = [defaults(command, named.get("preset"), named.get("recipe")), *files, given]
+    if command.fill:
+        told = [flatten(layer) for layer in layers[1:]]
+        layers.insert(1, load(command.fill)({key: value for layer in told for key, value in layer.items()}))
+    for layer in layers:
         tree = merged(tree, grouped({key: value for key, value in layer.items() if key not in own}))
     config = from_dict(kind, tree)
     if words.get("print_config") == "true":

@@ -349,5 +349,16 @@ def test_short_flags_are_listed(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for flag in ("--deepspeed-config (--deepspeed.config_file)", "--init-from"):
+    for flag in ("--deepspeed.config_file TEXT, --deepspeed_config TEXT", "--train.init_from TEXT, --init_from TEXT"):
         assert flag in text
+
+
+def test_the_cache_tells_the_sizes_of_the_model_unless_they_are_given(tmp_path):
+    from harness.tiny_run import write_data
+
+    folder = str(write_data(tmp_path / "cache"))
+    model = cli.parse("train", ["--preset", "S", "--data.path", folder]).model
+    assert (model.texture_channels, model.semantic_channels, model.grid_size) == (2, 2, 4)
+    assert (model.num_classes, model.repa_channels) == (5, 8)
+    assert (model.hidden_size, model.depth) == (384, 12)  # the preset's
+    assert cli.parse("train", ["--data.path", folder, "--model.num_classes", "7"]).model.num_classes == 7

@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are ValueErrors, and which takes no beginnings of flags for the whole."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(message.removeprefix("argument ").replace(": expected one argument", " needs a value"))
 
 
 def build_parser(
