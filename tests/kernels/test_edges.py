@@ -53,8 +53,9 @@ def losses(make, b, latent, tokens, features):
 
 
 def optimizer(make):
-    # One tensor more than a launch takes (32), one empty, one of three blocks, two kinds of copies.
-    shapes = [(3,)] * 30 + [(0,), (2049,), (5, 7), (1024,), (1,)]
+    # More tensors than a launch takes (64), one empty, some of several blocks, two kinds of copies; sizes that 8
+    # divides and that it does not, in launches of their own.
+    shapes = [(3,)] * 130 + [(0,), (2049,), (5, 7), (1024,), (1,), (2056,), (8,), (40, 32)]
     params, firsts, emas = ([make.state(*shape) for shape in shapes] for _ in range(3))
     seconds = [make.state(*shape).square() for shape in shapes]
     copies = [p.to(torch.float16 if index % 2 else torch.bfloat16) for index, p in enumerate(params)]

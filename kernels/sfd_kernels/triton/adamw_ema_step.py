@@ -14,9 +14,9 @@ from torch import Tensor
 from sfd_kernels.ops.adamw_ema_step import adamw_ema_step
 from sfd_kernels.triton.launch import ceil_div, launch, supported
 
-# 32 tensors a launch: XL has about 400, so 13 launches; 192 pointers are 1.5 of the 4 KB that kernel arguments may
-# take.
-TENSORS = 32
+# 64 tensors a launch: the 414 of XL take 7 launches. 6 pointers and 2 sizes of each are 3.5 of the 4 KB that kernel
+# arguments may take.
+TENSORS = 64
 # 1024 elements on 4 warps: 8 adjacent ones a thread, two 128-bit accesses of each of four or five fp32 tensors and one
 # of bf16 gradients: 9 loads in flight for each thread at 48 registers.
 BLOCK, NUM_WARPS = 1024, 4
@@ -32,31 +32,32 @@ def _one_minus_power(log_beta, step):
     return tl.where(y > -0.25, -y * series, 1.0 - tl.exp(y))
 
 
-@triton.jit(do_not_specialize=["sizes", "starts", "weight_decay"])
+@triton.jit
 def _step(
     weights, grads, exp_avgs, exp_avg_sqs, emas, copies, sizes, starts, lr, ema_decay, step, grad_scale, skip,
     weight_decay, BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr,
-    EPS: tl.constexpr, TENSORS: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, TENSORS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    """sizes, in units of UNIT elements, and starts, the first program of each tensor, as `_plain` writes them."""
     # `weights`: Triton's generated launcher has a variable named params.
     program = tl.program_id(0)
     # The last tensor whose first block is not after this program.
     p_at, g_at, m_at, s_at = weights[0], grads[0], exp_avgs[0], exp_avg_sqs[0]
     ema_at = None if emas is None else emas[0]
     copy_at = None if copies is None else copies[0]
-    size = tl.cast(sizes[0], tl.int64)
-    start = tl.cast(starts[0], tl.int64)
+    size, start = sizes[0], starts[0]
     for i in tl.static_range(1, TENSORS):
-        if program >= starts[i]:
+        if 2 * program + 3 >= starts[i]:
             p_at, g_at, m_at, s_at = weights[i], grads[i], exp_avgs[i], exp_avg_sqs[i]
             if emas is not None:
                 ema_at = emas[i]
             if copies is not None:
                 copy_at = copies[i]
-            size = tl.cast(sizes[i], tl.int64)
-            start = tl.cast(starts[i], tl.int64)
-    offsets = (program - start) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < tl.where(tl.load(skip) == 0, size, 0)
+            size, start = sizes[i], starts[i]
+    units = tl.where(tl.load(skip) == 0, (size - 3) // 2, 0)
+    # A product with UNIT tells the compiler that no vector of that length crosses the end.
+    offsets = (program - (start - 3) // 2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < units.to(tl.int64) * UNIT
     p = tl.load(p_at + offsets, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_at + offsets, mask=inside, other=0.0).to(tl.float32) * tl.load(grad_scale).to(tl.float32)
     m = tl.load(m_at + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -78,15 +79,34 @@ def _step(
         tl.store(copy_at + offsets, p.to(copy_at.dtype.element_ty), mask=inside)
 
 
-def _groups(columns: Sequence[Sequence[Tensor]]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Rows (param, grad, ...) in lists of at most TENSORS rows of the same dtypes; empty tensors are left out."""
+def _plain(number: int) -> int:
+    """A number inside a tuple such that Triton compiles no kernel of its own for it.
+
+    It does so for 1 and for multiples of 16, and do_not_specialize does not reach into tuples: 2 n + 3 is neither.
+    """
+    return 2 * number + 3
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether 128-bit accesses may start at it; allocators align storages to more."""
+    return tensor.storage_offset() * tensor.element_size() % 16 == 0
+
+
+def _groups(columns: Sequence[Sequence[Tensor]]) -> Iterator[tuple[int, list[tuple[Tensor, ...]]]]:
+    """(UNIT, rows): at most TENSORS rows (param, grad, ...) that one compiled kernel serves.
+
+    Those are rows of the same dtypes and alignments, all of sizes that 8 divides (UNIT 8) or not (UNIT 1): one group
+    for a whole network, unless its gradients are views of something. Empty tensors are left out.
+    """
     buckets: dict[tuple, list[tuple[Tensor, ...]]] = {}
     for row in zip(*columns):
         if row[0].numel():
-            buckets.setdefault(tuple(tensor.dtype for tensor in row), []).append(row)
-    for rows in buckets.values():
+            unit = 8 if row[0].numel() % 8 == 0 else 1
+            key = unit, *[(tensor.dtype, _is_aligned(tensor)) for tensor in row]
+            buckets.setdefault(key, []).append(row)
+    for (unit, *_), rows in buckets.items():
         for first in range(0, len(rows), TENSORS):
-            yield rows[first : first + TENSORS]
+            yield unit, rows[first : first + TENSORS]
 
 
 @adamw_ema_step.triton
@@ -113,20 +133,20 @@ def update(
         return NotImplemented
     meta: dict[str, Any] = {"BETA1": beta1, "BETA2": beta2, "EPS": eps, "TENSORS": TENSORS, "BLOCK": BLOCK}
     meta |= {"LOG_BETA1": math.log(max(beta1, 1e-38)), "LOG_BETA2": math.log(max(beta2, 1e-38))}
-    for rows in _groups(columns):
+    for unit, rows in _groups(columns):
         starts = [0]
         for row in rows:
             starts.append(starts[-1] + ceil_div(row[0].numel(), BLOCK))
         num_programs = starts.pop()
         # One compiled kernel whatever their number: the rest repeats the last tensor and starts where no program is.
         padding = TENSORS - len(rows)
-        sizes = tuple([row[0].numel() for row in rows] + [0] * padding)
-        starts = tuple(starts + [num_programs] * padding)
+        sizes = tuple(map(_plain, [row[0].numel() // unit for row in rows] + [0] * padding))
+        starts = tuple(map(_plain, starts + [num_programs] * padding))
         pointers = list(zip(*rows, *[rows[-1]] * padding))
         ema = pointers[4] if emas else None
         copy = pointers[-1] if copies else None
         launch(
             _step, num_programs, *pointers[:4], ema, copy, sizes, starts, lr, ema_decay, step, grad_scale, skip,
-            weight_decay, **meta, num_warps=NUM_WARPS,
+            weight_decay, **meta, UNIT=unit, num_warps=NUM_WARPS,
         )  # fmt: skip
     return None
