@@ -36,7 +36,8 @@ void condition_silu_rows(const ConditionArgs& a, i64 begin, i64 end) {
         const Wide* label = static_cast<const Wide*>(a.label) + offset;
         Wide* y = static_cast<Wide*>(a.y) + offset;
         sweep(n, [&](i64 i, auto lanes) {
-          store(y + i, silu(load(embedding + i, lanes) + load(label + i, lanes)), lanes);
+          const vf c = load(embedding + i, lanes) + load(label + i, lanes);
+          store(y + i, times_sigmoid(c, c), lanes);
         });
       });
     }

@@ -8,26 +8,27 @@ namespace sfd::SFD_ISA {
 
 // e^x to about 1 ulp, infinite where it overflows; near the smallest normal numbers it stays at 2.4e-38. NaN stays NaN.
 // Cody-Waite reduction by n ln 2, then twice the degree-6 minimax polynomial of Cephes expf, times 2^(n - 1): so n = 128
-// needs no exponent that there is not.
+// needs no exponent that fp32 does not have.
 SFD_INLINE vf exp(vf x) {
   x = at_most(at_least(x, -86.6f), 89.0f);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   const vf shifted = x * 1.44269504088896341f + magic;
   const vf n = shifted - magic;
   const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  vf p = splat(2 * 1.9875691500e-4f);
-  p = p * r + 2 * 1.3981999507e-3f;
-  p = p * r + 2 * 8.3334519073e-3f;
-  p = p * r + 2 * 4.1665795894e-2f;
-  p = p * r + 2 * 1.6666665459e-1f;
-  p = p * r + 2 * 5.0000001201e-1f;
-  p = (p * r) * r + 2.0f * r + 2.0f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = ((p * r) * r + r) * 2.0f + 2.0f;  // twice e^r, rounded as e^r is
   const vf half_power = bits<vf>((bits<vi>(shifted) << 23) + 0x3f000000);
   return p * half_power;
 }
 
 SFD_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
-SFD_INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }  // NaN of -inf, as x sigmoid(x)
+// numerator sigmoid(x); with numerator = x it is SiLU(x): NaN of -inf, as torch
+SFD_INLINE vf times_sigmoid(vf numerator, vf x) { return numerator / (1.0f + exp(-x)); }
 
 // cos and sin of r + q pi / 2 for |r| <= pi / 4, as Taylor series in double: relative error about 1e-14.
 SFD_INLINE void cos_sin(vd r, vl q, vd& cosine, vd& sine) {

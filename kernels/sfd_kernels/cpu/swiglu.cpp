@@ -28,7 +28,8 @@ static void forward(const SwigluArgs& a, i64 begin, i64 end) {
     sweep(h, [&](i64 i, auto lanes) {
       prefetch(gate + 2 * h + i);
       prefetch(up + 2 * h + i);
-      put<Stream>(y + i, silu(load(gate + i, lanes)) * load(up + i, lanes), lanes);
+      const vf g = load(gate + i, lanes);
+      put<Stream>(y + i, times_sigmoid(g * load(up + i, lanes), g), lanes);
     });
   }
 }
