@@ -75,7 +75,7 @@ def run_part(part: Part) -> None:
     part.attempt("attention", lambda: attention_rows(part, size))
     late: list[Table] = []
     for op in OPS.values():
-        if not op.is_backward:
+        if not op.is_backward and not op.on_cuda:
             part.attempt(op.name, lambda: late.append(quick_rows(part, op, size)), seconds=4.0)  # noqa: B023
     for table in late:
         part.attempt(f"{table.op.name}: compile", lambda: table.time("compile"), seconds=COMPILE_S)  # noqa: B023

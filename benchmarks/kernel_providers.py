@@ -7,12 +7,24 @@ from typing import Any
 
 import torch
 from liger import liger_call
-from sfd_kernels import reference_only, split_qkv
+from sfd_kernels import attention, reference_only, split_qkv
 from sfd_kernels.registry import Op
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-CALLED_AS = {"qk_norm_rope": split_qkv}
-"""what the model calls where that is not the operator itself: with v, whose gradient the kernel writes too"""
+
+def attention_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(q, k, v)[0]
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    by_head = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return scaled_dot_product_attention(*by_head).transpose(1, 2)
+
+
+CALLED_AS = {"qk_norm_rope": split_qkv, "attention": attention_output}
+"""what the model calls where that is not the operator itself: with v, whose gradient the kernel writes too; without
+the log-sum-exp"""
 
 
 def flat(value: Any) -> list[Tensor]:
@@ -112,6 +124,8 @@ def make_providers(op: Op, args: tuple, device: str, backend: str = "inductor") 
     if op.name == "adamw_ema_step":
         for name, function in adamw_baselines(args).items():
             found[name] = Provider(function, op, args, False)
+    if op.name == "attention":
+        found["sdpa"] = Provider(torch_attention, op, args, False)
     liger = liger_provider(op, args) if device == "cuda" else None
     if liger is not None:
         found["liger"] = liger

@@ -51,14 +51,15 @@ class Case:
         return ("forward", "backward", "both") if self.op.backward else ("forward",)
 
 
-def make_cases(names: list[str] | None, modes: list[str], sizes: list[str]) -> list[Case]:
-    """Cases of the named operators (all forward ones without names)."""
+def make_cases(names: list[str] | None, modes: list[str], sizes: list[str], device: str) -> list[Case]:
+    """Cases of the named operators (all forward ones of the device without names)."""
     unknown = set(names or ()) - set(OPS)
     if unknown:
         raise ValueError(f"unknown operators {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
     found = []
     for op in OPS.values():
-        if not op.is_backward and (names is None or op.name in names):
+        of_device = device == "cpu" or not op.on_cuda
+        if not op.is_backward and (of_device if names is None else op.name in names):
             for mode in modes:
                 for size in sizes:
                     args = next(op.examples(mode, size, 8))[1]
@@ -206,7 +207,7 @@ def main() -> None:
     prepare(device)
     print(*[f"{name}: {text}" for name, text in {**machine(device), **backends()}.items()], sep="\n")
     rows: list[dict] = []
-    for case in make_cases(options.ops, modes, options.sizes):
+    for case in make_cases(options.ops, modes, options.sizes, device):
         rows += rows_of(case, device, options.seconds, options.backend)
         print(f"measured {case.label}", file=sys.stderr)
     print_rows(rows)
@@ -225,7 +226,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = [
         (case, name, provider)
-        for case in make_cases(None, ["fp32"], ["XL"])
+        for case in make_cases(None, ["fp32"], ["XL"], device)
         for name in (("forward", "both") if case.op.backward else ("forward",))
         for provider in ("reference", "compile", "ours")
     ]

@@ -6,6 +6,7 @@ but torch is needed.
 
 from sfd_kernels.loading import backends, load_cpu_kernels
 from sfd_kernels.ops.adamw_ema_step import adamw_ema_step
+from sfd_kernels.ops.attention import attention
 from sfd_kernels.ops.condition_silu import condition_silu
 from sfd_kernels.ops.feature_alignment_loss import feature_alignment_loss
 from sfd_kernels.ops.flow_matching_loss import flow_matching_loss
@@ -24,6 +25,7 @@ load_cpu_kernels()
 __version__ = "0.1.0"
 __all__ = [
     "adamw_ema_step",
+    "attention",
     "backends",
     "condition_silu",
     "feature_alignment_loss",

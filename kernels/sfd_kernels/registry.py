@@ -96,6 +96,8 @@ class Op:
     constants: names of the arguments that never get a gradient, such as data and tables.
     backward: the fused backward operator, if there is one. least_bytes, flops: functions of the arguments;
     least_bytes defaults to every tensor argument once and every output once.
+    on_cuda: of an operator for CPU tensors alone, what serves CUDA tensors instead; it has no Triton kernel, and called
+    with CUDA tensors it is its reference.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Op:
         mutates: tuple[str, ...] = (),
         constants: tuple[str, ...] = (),
         backward: "Op | None" = None,
+        on_cuda: str = "",
     ) -> None:
         self.reference = reference
         self.name = reference.__name__
@@ -116,6 +119,7 @@ class Op:
         self.constants = constants
         self.backward = backward
         self.flops = flops
+        self.on_cuda = on_cuda
         self.triton_kernel: Callable | None = None
         self._examples = examples
         self._least_bytes = least_bytes

@@ -54,6 +54,13 @@ def test_every_operator_that_is_exported_is_registered_and_the_other_way_round()
     assert exported == {name for name, op in OPS.items() if not op.is_backward}
 
 
+def test_every_operator_has_a_triton_kernel_or_says_what_serves_cuda_tensors():
+    files = {path.stem for path in (ROOT / "kernels" / "sfd_kernels" / "triton").glob("*.py")}
+    for op in OPS.values():
+        assert (op.module in files) == (not op.on_cuda), op.name
+        assert not op.on_cuda or len(op.on_cuda) > 20
+
+
 def test_unknown_mode_and_size_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="fp32, bf16, fp16, mix, fp64"):
         next(sfd_kernels.swiglu.examples("int8"))

@@ -106,6 +106,23 @@ inline Tensor fresh(std::initializer_list<i64> sizes, ScalarType dtype) {
 }
 inline Tensor fresh_like(const Tensor& t) { return fresh(t.sizes().data(), t.dim(), t.scalar_type()); }
 
+// Runs tasks as above, with `bytes` of scratch memory for each thread in args.scratch.
+template <class Args>
+void run(const Kernel<Args>& kernel, Args args, i64 count, i64 grain, i64 bytes) {
+  const auto part = [&, function = kernel.get()](i64 begin, i64 end) {
+    const Tensor memory = fresh({bytes}, ScalarType::Byte);
+    Args own = args;
+    own.scratch = output<char>(memory);
+    function(own, begin, end);
+  };
+  if (count <= 0) return;
+  if (count <= grain) {
+    part(0, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, part);
+  }
+}
+
 // Rows of the kernels that keep whole rows on the stack; wider ones go to the reference.
 inline constexpr i64 kMaxWidth = 8192;
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -275,6 +276,28 @@ SFD_INLINE vd sqrt(vd x) {
 #endif
 }
 
+// The greatest lane; a NaN lane may be passed over.
+SFD_INLINE float greatest(vf v) {
+#if SFD_AVX512
+  return _mm512_reduce_max_ps(bits<__m512>(v));
+#else
+  float found = v[0];
+  for (int i = 1; i < W; ++i) found = v[i] > found ? v[i] : found;
+  return found;
+#endif
+}
+
+// Lane by lane; b where a lane of a is NaN.
+SFD_INLINE vf greater(vf a, vf b) {
+#if SFD_AVX512
+  return bits<vf>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
+#elif SFD_AVX2
+  return bits<vf>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // Sum of the lanes, as a tree.
 SFD_INLINE float sum(vf v) {
 #if SFD_AVX512
@@ -303,8 +326,34 @@ SFD_INLINE vf swap_pairs(vf x) {
 #elif SFD_AVX2
   return bits<vf>(_mm256_permute_ps(bits<__m256>(x), 0xb1));
 #else
-  return __builtin_shuffle(x, vi{1, 0, 3, 2});
+  return vf{x[1], x[0], x[3], x[2]};
 #endif
+}
+
+// For every pair of rows Step apart: the block of Step x Step lanes above the diagonal and the one below change places.
+template <int Step, int... Lane>
+SFD_INLINE void exchange_blocks(vf (&rows)[W], std::integer_sequence<int, Lane...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if ((i & Step) != 0) continue;
+    const vf a = rows[i], b = rows[i + Step];
+#if defined(__clang__)
+    rows[i] = __builtin_shufflevector(a, b, (Lane & Step ? W + Lane - Step : Lane)...);
+    rows[i + Step] = __builtin_shufflevector(a, b, (Lane & Step ? W + Lane : Lane + Step)...);
+#else
+    rows[i] = __builtin_shuffle(a, b, vi{(Lane & Step ? W + Lane - Step : Lane)...});
+    rows[i + Step] = __builtin_shuffle(a, b, vi{(Lane & Step ? W + Lane : Lane + Step)...});
+#endif
+  }
+}
+
+// W rows of W lanes: lane j of row i becomes lane i of row j.
+SFD_INLINE void transpose(vf (&rows)[W]) {
+  constexpr auto lanes = std::make_integer_sequence<int, W>{};
+  exchange_blocks<1>(rows, lanes);
+  exchange_blocks<2>(rows, lanes);
+  if constexpr (W > 4) exchange_blocks<4>(rows, lanes);
+  if constexpr (W > 8) exchange_blocks<8>(rows, lanes);
 }
 
 }  // namespace SFD_ISA

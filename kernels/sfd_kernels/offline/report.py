@@ -48,7 +48,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One row for each kernel launch of each operator, architecture, dtype mode and size.
 
-    dump: folder that keeps the cubins. ValueError for an unknown operator or architecture.
+    dump: folder that keeps the cubins. ValueError for an unknown operator or architecture, or an operator for CPU
+    tensors alone.
     """
     archs = tuple(archs)
     names = [name for name in OPS if OPS[name].load_triton() is not None] if operators is None else list(operators)
@@ -56,6 +57,9 @@ def rows(
         unknown = [str(item) for item in given if item not in known]
         if unknown:
             raise ValueError(f"unknown {what} {', '.join(unknown)}; known: {', '.join(map(str, known))}")
+    for name in names:
+        if OPS[name].on_cuda:
+            raise ValueError(f"{name} has no Triton kernel: {OPS[name].on_cuda}")
     cases = [(name, mode, size) for name in names for mode in modes for size in sizes]
     traffic = count([{"operator": name, "mode": mode, "size": size, "batch": batch} for name, mode, size in cases])
     found = []

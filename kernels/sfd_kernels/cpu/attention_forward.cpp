@@ -1,0 +1,138 @@
+// Attention, forward: the softmax over the keys is taken block by block, with the maximum so far (online softmax,
+// arXiv 1805.02867). A task is one head of one sample and up to 512 of its queries.
+#include "attention.h"
+
+SFD_KERNEL(attention_tasks, AttentionArgs)
+
+#ifdef SFD_ISA
+namespace sfd::SFD_ISA {
+
+using E = Matrix::Element;
+inline constexpr int kPair = 2 * kTile;  // scores of two tiles side by side
+
+// Row `row` of 32 in tiles, column k: where a vector of it lies.
+SFD_INLINE float* in_tiles(float* c, i64 row, i64 columns, i64 k) {
+  return c + row / kTile * columns * kTile + k / kTile * kBlock + row % kTile * kTile + k % kTile;
+}
+
+static float row_maximum(float* scores, i64 row, i64 keys) {
+  vf most[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
+  for (i64 key = 0; key < keys; key += kPair)
+    for (int i = 0; i < kPair; i += W)
+      most[i / kTile] = greater(load(in_tiles(scores, row, keys, key + i), Full{}), most[i / kTile]);
+  return greatest(greater(most[0], most[1]));
+}
+
+// weights = 2^(scores factor - top) of 32 queries. `top` is the maximum so far and `total` the sum of the weights
+// relative to it; what was summed up before is scaled to the new maximum.
+static void softmax_rows(const ForwardScratch<E>& s, i64 query, i64 keys, i64 width, float factor, bool first) {
+  for (i64 row = 0; row < kTokenStep; ++row) {
+    const float before = s.top[query + row], now = row_maximum(s.scores, row, keys) * factor;
+    const float top = first || now > before ? now : before;
+    vf sums = {};
+    for (i64 key = 0; key < keys; key += kPair) {
+      vf weights[kPair / W];
+      for (int i = 0; i < kPair; i += W) {
+        const vf x = exp2(load(in_tiles(s.scores, row, keys, key + i), Full{}) * factor - top);
+        weights[i / W] = x;
+        sums += x;
+      }
+      Matrix::put_row(s.weights, keys, row, key, Matrix::rounded(weights));
+    }
+    s.top[query + row] = top;
+    float total = sum(sums);
+    if (!first) {
+      const vf kept = exp2(splat(before - top));
+      total += s.total[query + row] * kept[0];
+      for (i64 dim = 0; dim < width; dim += W) {
+        float* out = in_tiles(s.out + query * width, row, width, dim);
+        store(out, load(out, Full{}) * kept, Full{});
+      }
+    }
+    s.total[query + row] = total;
+  }
+}
+
+// Keys past the last get no weight.
+static void hide_padding(float* scores, i64 keys, i64 inside) {
+  for (i64 row = 0; row < kTokenStep; ++row)
+    for (i64 key = inside; key < keys; ++key) *in_tiles(scores, row, keys, key) = -__builtin_inff();
+}
+
+template <class T>
+static void write_task(const AttentionArgs& a, const ForwardScratch<E>& s, i64 sample, i64 head, i64 first, i64 count) {
+  const i64 column_tiles = round_up(a.d, kTile) / kTile;
+  for (i64 row = 0; row < count; ++row) {
+    const i64 query = first + row;
+    T* out = static_cast<T*>(a.out) + ((sample * a.tokens + query) * a.heads + head) * a.d;
+    write_row(out, s.out, row, column_tiles, a.d, 1.0f / s.total[row]);
+    a.lse[(sample * a.heads + head) * a.tokens + query] = (s.top[row] + __builtin_log2f(s.total[row])) * kLn2;
+  }
+}
+
+template <class T>
+static void forward(const AttentionArgs& a, i64 begin, i64 end) {
+  Scratch memory{a.scratch};
+  const ForwardScratch<E> s = forward_scratch<E>(memory, a.tokens, a.d);
+  const i64 depth = round_up(a.d, Matrix::kDepth), width = round_up(a.d, kTile);
+  const i64 tasks_per_head = (a.tokens + kQueriesPerTask - 1) / kQueriesPerTask;
+  for (i64 task = begin; task < end; ++task) {
+    const i64 sample = task / tasks_per_head / a.heads, head = task / tasks_per_head % a.heads;
+    const i64 first = task % tasks_per_head * kQueriesPerTask, count = smaller(a.tokens - first, kQueriesPerTask);
+    const i64 queries = round_up(count, kTokenStep);
+    Matrix::pack_rows(s.q, head_source<T>(a.q, sample, head, first, count, a.d), queries, depth);
+    for (i64 from = 0; from < a.tokens; from += kBlockTokens) {
+      const i64 inside = smaller(a.tokens - from, kBlockTokens), keys = round_up(inside, kTokenStep);
+      Matrix::pack_columns(s.k, head_source<T>(a.k, sample, head, from, inside, a.d), keys, depth);
+      Matrix::pack_depth(s.v, head_source<T>(a.v, sample, head, from, inside, a.d), keys);
+      for (i64 query = 0; query < queries; query += kTokenStep) {
+        Matrix::product<false>(s.scores, s.q + query * depth, s.k, 2, keys / kTile, depth);
+        if (inside < keys) hide_padding(s.scores, keys, inside);
+        softmax_rows(s, query, keys, width, a.scale * kLog2E, from == 0);
+        float* out = s.out + query * width;
+        if (from == 0) {
+          Matrix::product<false>(out, s.weights, s.v, 2, width / kTile, keys);
+        } else {
+          Matrix::product<true>(out, s.weights, s.v, 2, width / kTile, keys);
+        }
+      }
+    }
+    write_task<T>(a, s, sample, head, first, count);
+  }
+}
+
+void attention_tasks(const AttentionArgs& a, i64 begin, i64 end) {
+  Matrix::begin();
+  with_type(a.dtype, [&]<class T>(T*) { forward<T>(a, begin, end); });
+  Matrix::end();
+}
+
+}  // namespace sfd::SFD_ISA
+#else
+#include <cmath>
+
+namespace sfd {
+
+static bool is_supported(const Tensor& q, const Tensor& k, const Tensor& v) {
+  return q.dim() == 4 && is_kernel_dtype(q) && same_dtype(q, k) && same_dtype(q, v) && same_shape(q, k) &&
+         same_shape(q, v) && q.size(3) >= 1 && q.size(3) <= kMaxAttentionDim;
+}
+
+static std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v) {
+  if (!is_supported(q, k, v)) return reference<std::tuple<Tensor, Tensor>>("attention", q, k, v);
+  const i64 batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3);
+  const Tensor out = fresh_like(q), lse = fresh({batch, heads, tokens}, ScalarType::Float);
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
+  const AttentionArgs args{dtype_of(q), head_rows(q), head_rows(k), head_rows(v), output(out), output<float>(lse),
+                           tokens,      heads,        d,            scale,        nullptr};
+  Scratch needed{nullptr};
+  forward_scratch<float>(needed, tokens, d);
+  const i64 tasks = batch * heads * ceil_div(tokens, kQueriesPerTask);
+  run(attention_tasks, args, tasks, grain(std::min(tokens, kQueriesPerTask) * tokens), needed.bytes);
+  return {out, lse};
+}
+
+}  // namespace sfd
+
+STABLE_TORCH_LIBRARY_IMPL(sfd, CPU, m) { m.impl("attention", TORCH_BOX(&sfd::attention)); }
+#endif
