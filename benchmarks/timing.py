@@ -251,7 +251,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name and the widest vectors it has, from /proc/cpuinfo where there is one."""
+    """The processor's name, its widest vectors and its bf16 units, from /proc/cpuinfo where there is one."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
@@ -259,4 +259,5 @@ def processor() -> str:
     found = {key.strip(): value.strip() for key, value in fields.items()}
     flags = found.get("flags", "").split()
     vectors = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
-    return f"{found.get('model name', platform.machine())} ({vectors})"
+    units = [name for name, flag in (("AMX", "amx_bf16"), ("AVX512_BF16", "avx512_bf16")) if flag in flags]
+    return f"{found.get('model name', platform.machine())} ({', '.join([vectors, *units])})"

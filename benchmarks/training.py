@@ -1,47 +1,60 @@
 """Whole training steps: ours against torch.compile with fused AdamW and against a step in the released manner.
 
-    python benchmarks/training.py [--presets S B] [--batch 2] [--manners ...] [--json F]
+    python benchmarks/training.py [--presets S B] [--batch N] [--precisions fp32 bf16] [--manners ...] [--json F]
 
-A step is noise, times, network, losses (REPA included), backward, optimizer and EMA; in fp32, on CUDA in bf16 autocast.
-    ours           fused operators, AdamW and EMA in one pass
+A step is noise, times, network, losses (REPA included), backward, optimizer and EMA; fp32, or bf16 autocast over fp32
+weights ("bf16 mix", the precision SFD is trained in), which is all that CUDA measures and what a CPU measures beside
+fp32 where it has bf16 units.
+    ours           the torch engine: fused operators, AdamW and EMA in one pass
+    ours_compiled  ours under train.compile
     graphed        ours as one CUDA graph (train.cuda_graph; on a CPU the same step as ours)
     deterministic  ours under train.deterministic (CUDA only: it changes nothing on a CPU)
     compiled       the same network in plain PyTorch under torch.compile, fused AdamW, foreach EMA
+    blocks         plain PyTorch, each block compiled, fused AdamW, foreach EMA
     released       plain PyTorch, each block compiled, default AdamW, an EMA loop over parameters
     eager          plain PyTorch, nothing compiled, fused AdamW, foreach EMA
-On a CPU: one thread, interleaved. On CUDA: one manner at a time in memory; wall time over several steps as they run,
-and apart from it the time in which the device was busy, and the peak memory. Beside the times: the share of matrix
-products and attention in our step, and the speed-up over plain eager PyTorch that would remain if everything else took
-no time (the cap).
+On a CPU: one thread, interleaved, freed memory kept in the process for all. On CUDA: one manner at a time in memory;
+wall time over several steps as they run, and apart from it the time in which the device was busy, and the peak memory.
+Beside the times: the share of matrix products and attention in our step, and the speed-up over plain eager PyTorch that
+would remain if everything else took no time (the cap).
 """
 
 import argparse
 import contextlib
 import gc
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import sfd_kernels
 import torch
-from timing import Timing, interleave, machine, profile_step, wall_time
+from timing import Timing, interleave, machine, profile_step, steady_memory, wall_time
 from torch import Tensor, nn
 
-from sfd_fast.config import ModelConfig, OptimizerConfig, SFDConfig
+from sfd_fast.config import ModelConfig, OptimizerConfig, SFDConfig, TrainConfig
 from sfd_fast.config.presets import preset
 from sfd_fast.diffusion.transport import training_loss
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.training.deterministic import deterministic_algorithms
 from sfd_fast.training.engines.graphed import WARM_UP_STEPS, GraphedStep, capture
-from sfd_fast.training.optimizer import AdamWEMA
+from sfd_fast.training.engines.torch import TorchEngine
+from sfd_fast.training.precision import has_bf16_units
 
 RESULTS = Path(__file__).parent / "results"
 DECAY = 0.9999
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "attention", "convolution")
-CPU_MANNERS = ("ours", "compiled", "released", "eager")
+CPU_MANNERS = ("ours", "ours_compiled", "compiled", "blocks", "released", "eager")
 CUDA_MANNERS = ("ours", "graphed", "deterministic", "eager", "released")
-MANNERS = ("ours", "graphed", "deterministic", "compiled", "released", "eager")
+MANNERS = ("ours", "ours_compiled", "graphed", "deterministic", "compiled", "blocks", "released", "eager")
+OURS = ("ours", "ours_compiled", "graphed", "deterministic")
+BATCH = {"S": 8, "B": 4}
+"""samples per step where --batch does not say; 2 for other presets"""
+BARS = {
+    "fp32": {"compiled": 1.0, "blocks": 1.0, "ours_compiled": 1.0},
+    "bf16 mix": {"compiled": 1.6, "blocks": 1.6, "eager": 2.8, "ours_compiled": 1.0},
+}
+"""on a CPU: a manner's median over ours is to be at least this"""
 
 
 def settings(model: ModelConfig) -> SFDConfig:
@@ -66,42 +79,27 @@ def network_of(config: SFDConfig, device: str) -> tuple[nn.Module, list[nn.Param
     return model, [p for p in model.parameters() if p.requires_grad]
 
 
-class Nothing:
-    """What a step reports here."""
-
-    def copied(self) -> "Nothing":
-        return self
-
-
 def ours(
-    config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: bool, *, graphed: bool = False
+    config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: bool, manner: str, backend: str
 ) -> Callable[[], object]:
-    model, params = network_of(config, device)
-    chosen = config.optimizer
-    optimizer = AdamWEMA(
-        params, lr=chosen.lr, betas=(chosen.beta1, chosen.beta2), eps=chosen.eps, weight_decay=chosen.weight_decay,
-        ema_decay=DECAY,
+    """A step of the torch engine, as `sfd train` runs it: the norm of the gradient and the check for bad steps too."""
+    model, _ = network_of(config, device)
+    engine = TorchEngine(
+        model, lambda network, batch: training_loss(network, batch, config, seed=0), optimizer=config.optimizer,
+        train=TrainConfig(precision="parity" if autocast else "fp32"), device=torch.device(device),
     )  # fmt: skip
-
-    def step(batches: Sequence[Mapping[str, Tensor]], lr: float | Tensor) -> Nothing:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            loss, _ = training_loss(model, batches[0], config, seed=0)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return Nothing()
-
-    if graphed:
+    step: Callable = engine.step
+    if manner == "ours_compiled":
+        engine.network = torch.compile(model, backend=backend)
+    if manner == "graphed":
         step = GraphedStep(step, torch.device(device), capture if device == "cuda" else lambda recorded: recorded)
-    return lambda: step([batch], chosen.lr)
+    return lambda: step([batch], config.optimizer.lr)
 
 
 def plain(
     config: SFDConfig, batch: dict[str, Tensor], device: str, autocast: bool, *, manner: str, backend: str
 ) -> Callable[[], None]:
-    """manner: compiled, released or eager; backend: of torch.compile."""
+    """manner: compiled, blocks, released or eager; backend: of torch.compile."""
     model, params = network_of(config, device)
     optimizer = torch.optim.AdamW(
         params, lr=config.optimizer.lr, weight_decay=0.0, fused=True if manner != "released" else None
@@ -110,7 +108,7 @@ def plain(
     network: Callable = model
     if manner == "compiled":
         network = torch.compile(model, backend=backend)
-    elif manner == "released":
+    elif manner in ("blocks", "released"):
         for block in model.blocks:
             block.compile(backend=backend)
 
@@ -138,8 +136,8 @@ def step_in(
     """The step of a manner; network and optimizer are gone from memory afterwards."""
     algorithms = deterministic_algorithms() if manner == "deterministic" else contextlib.nullcontext()
     with algorithms:
-        if manner in ("ours", "graphed", "deterministic"):
-            yield ours(config, batch, device, autocast, graphed=manner == "graphed")
+        if manner in OURS:
+            yield ours(config, batch, device, autocast, manner, backend)
         else:
             yield plain(config, batch, device, autocast, manner=manner, backend=backend)
     torch._dynamo.reset()
@@ -170,10 +168,12 @@ def measure_alone(
     return timing, more
 
 
-def measure_cpu(config: SFDConfig, batch: dict[str, Tensor], manners: tuple[str, ...], seconds: float) -> dict:
+def measure_cpu(
+    config: SFDConfig, batch: dict[str, Tensor], autocast: bool, manners: tuple[str, ...], seconds: float
+) -> dict:
     """{manner: (Timing, {})} interleaved, of ours with the share of products, and the canary."""
     with contextlib.ExitStack() as stack:
-        steps = {m: stack.enter_context(step_in(m, config, batch, "cpu", False)) for m in manners}
+        steps = {m: stack.enter_context(step_in(m, config, batch, "cpu", autocast)) for m in manners}
         found, canary = interleave({m: [step] for m, step in steps.items()}, seconds=seconds, min_rounds=5)
         times = {manner: (timings[0], {}) for manner, timings in found.items()}
         seen = profile_step(steps["ours"], "cpu", {"products": PRODUCTS})
@@ -181,22 +181,26 @@ def measure_cpu(config: SFDConfig, batch: dict[str, Tensor], manners: tuple[str,
     return times | {"canary": canary}
 
 
-def rows_of(label: str, size: int, times: dict[str, tuple[Timing, dict]], device: str) -> list[dict]:
-    """A row for each manner, the share of products in ours, and the cap that they set."""
-    rows, best = [], times["ours"][0]
+def rows_of(label: str, size: int, times: dict[str, tuple[Timing, dict]], bars: dict[str, float]) -> list[dict]:
+    """A row for each manner with its ratio to ours (of medians; of quartiles), the share of products, and the cap."""
+    rows, own = [], times["ours"][0]
     for manner, (timing, more) in times.items():
-        ratio = timing.low / best.low
-        bar = 1.0 if manner in ("compiled", "released") and device == "cpu" else None
+        ratio = timing.median / own.median
+        bar = bars.get(manner)
         rows.append({
             "name": f"{label}: {manner}", "value": timing.median, "unit": "ms", "low": timing.low, "high": timing.high,
-            "ratio_to_ours": ratio, "images_per_s": size / timing.median * 1e3, "bar": bar,
+            "ratio_to_ours": ratio, "ratio_low": timing.low / own.high, "ratio_high": timing.high / own.low,
+            "images_per_s": size / timing.median * 1e3, "bar": bar,
             "holds": None if bar is None else bool(ratio >= bar), **more,
         })  # fmt: skip
     share = times["ours"][1]["products"]
-    rows.append(fact(f"{label}: share of matrix products in ours", share, "share"))
-    if "eager" in times and share > 0:
-        products = share * (times["ours"][1].get("busy_ms") or best.low)
-        rows.append(fact(f"{label}: cap over eager that the products set", times["eager"][0].low / products, "ratio"))
+    rows.append(fact(f"{label}: share of matrix products and attention in ours", share, "share"))
+    if share > 0:
+        products = share * (times["ours"][1].get("busy_ms") or own.median)
+        for manner in ("eager", "compiled", "blocks"):
+            if manner in times:
+                cap = times[manner][0].median / products
+                rows.append(fact(f"{label}: cap over {manner} that they set", cap, "ratio"))
     return rows
 
 
@@ -204,23 +208,40 @@ def fact(name: str, value: float, unit: str) -> dict:
     return {"name": name, "value": value, "unit": unit, "bar": None, "holds": None}
 
 
-def measure(name: str, size: int, device: str, autocast: bool, manners: tuple[str, ...], seconds: float) -> list[dict]:
-    config = settings(preset(name))
+def measure(
+    name: str, size: int | None, device: str, autocast: bool, manners: tuple[str, ...], seconds: float
+) -> list[dict]:
+    config, size = settings(preset(name)), size or BATCH.get(name, 2)
     batch = batch_of(config, size, device)
-    label = f"{name}/1 batch {size} {'bf16 mix' if autocast else 'fp32'}"
+    precision = "bf16 mix" if autocast else "fp32"
+    label = f"{name}/1 batch {size} {precision}"
     if device == "cuda":
-        rows = rows_of(label, size, {m: measure_alone(m, config, batch, device, autocast) for m in manners}, device)
+        rows = rows_of(label, size, {m: measure_alone(m, config, batch, device, autocast) for m in manners}, {})
     else:
-        times = measure_cpu(config, batch, manners, seconds)
+        times = measure_cpu(config, batch, autocast, manners, seconds)
         canary = times.pop("canary")
-        rows = rows_of(label, size, times, device) + [fact(f"{label}: canary spread", canary.spread, "share")]
+        rows = rows_of(label, size, times, BARS[precision])
+        rows.append(fact(f"{label}: canary spread", canary.spread, "share"))
     return [row | machine(device) for row in rows]
+
+
+def precisions_of(device: str) -> list[str]:
+    """What is worth measuring there; says why where bf16 is left out."""
+    if device == "cuda":
+        return ["bf16"]
+    if has_bf16_units():
+        return ["fp32", "bf16"]
+    print("this CPU has no bf16 units (AMX, AVX512_BF16): only fp32 is measured; --precisions bf16 measures it too")
+    return ["fp32"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["S", "B"])
-    parser.add_argument("--batch", type=int, default=2, help="samples per step; 32 is usual on a GPU")
+    parser.add_argument("--batch", type=int, help="samples per step; 32 is usual on a GPU; default S 8, B 4, else 2")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=["fp32", "bf16"], help="default: what the device is made for"
+    )
     parser.add_argument("--manners", nargs="+", choices=MANNERS, help="ours is always among them")
     parser.add_argument("--seconds", type=float, default=40.0, help="time to measure each preset on a CPU")
     parser.add_argument("--json", type=Path, default=None)
@@ -229,16 +250,18 @@ def main() -> None:
     target = options.json or RESULTS / f"training-{device}.json"
     if device == "cpu":
         torch.set_num_threads(1)
+        steady_memory()
     manners = tuple(options.manners or (CUDA_MANNERS if device == "cuda" else CPU_MANNERS))
     manners = ("ours", *(m for m in manners if m != "ours"))
     rows = []
-    for name in options.presets:
-        rows += measure(name, options.batch, device, device == "cuda", manners, options.seconds)
-        target.write_text(json.dumps(rows, indent=1) + "\n")
+    for precision in options.precisions or precisions_of(device):
+        for name in options.presets:
+            rows += measure(name, options.batch, device, precision == "bf16", manners, options.seconds)
+            target.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
         ratio = f"  {row['ratio_to_ours']:.2f} x ours" if "ratio_to_ours" in row else ""
         holds = "" if row["holds"] is None else f"  bar {row['bar']:.2f} holds {row['holds']}"
-        print(f"{row['name']:<52}{row['value']:>11.3f} {row['unit']}{ratio}{holds}")
+        print(f"{row['name']:<66}{row['value']:>11.3f} {row['unit']}{ratio}{holds}")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class AdamWEMA(torch.optim.Optimizer):
         self.skip = torch.zeros((), device=device)
 
     def grad(self, param: Tensor) -> Tensor | None:
-        """The gradient that updates a parameter: its own, or that of its low-precision copy."""
-        return self.low_precision.get(param, param).grad
+        """The gradient that updates a parameter: its own, or where it has none that of its low-precision copy."""
+        return self.low_precision.get(param, param).grad if param.grad is None else param.grad
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

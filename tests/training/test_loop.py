@@ -25,6 +25,7 @@ from sfd_fast.training.engines import interface
 from sfd_fast.training.export import export_checkpoint, is_checkpoint
 from sfd_fast.training.held_out import VALIDATION_IDS
 from sfd_fast.training.loop import build_engine
+from sfd_fast.training.optimizer import build_optimizer
 from sfd_fast.training.run.log import GradNormWatch
 from sfd_fast.training.run.progress import NonFiniteError
 from sfd_fast.training.state import snapshot_pieces
@@ -113,6 +114,36 @@ def test_bf16_weights_have_fp32_masters_and_fp32_norms(tmp_path, data):
             assert torch.equal(param, master.bfloat16())
             assert not torch.equal(param.float(), master)
             assert engine.optimizer.state[master]["ema"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_weights_kept_in_bf16_give_the_bits_of_autocast(tmp_path, data, micro_batches):
+    """Against a loop over fp32 weights under autocast, without clipping: losses, weights and averages."""
+    config = tiny_config(data, tmp_path / "run", precision="parity")
+    config = replace(config, optimizer=replace(config.optimizer, max_grad_norm=0.0))
+    job, plain = diffusion_job(config), diffusion_job(config)
+    engine = build_engine(job, "cpu")
+    low = [n for n, p in job.model.named_parameters() if p.dtype == torch.bfloat16]
+    assert "blocks.0.attn.qkv.weight" in low and "blocks.0.norm1.weight" not in low
+    named = {n: p for n, p in plain.model.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(named.values(), config.optimizer)
+    batches = job.batches(0, engine)
+    for _ in range(3):
+        parts = [next(batches) for _ in range(micro_batches)]
+        result = engine.train_step(parts, 1e-2)
+        loss = 0
+        for part in parts:
+            with torch.autocast("cpu", torch.bfloat16):
+                one = plain.objective(plain.model, part)[0] / micro_batches
+            one.backward()
+            loss = loss + one.detach()
+        optimizer.param_groups[0]["lr"] = 1e-2
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(result.loss, loss)
+    for name, param in named.items():
+        assert torch.equal(engine.named[name], param), name
+        assert torch.equal(engine.export()[name], optimizer.state[param]["ema"]), name
 
 
 @pytest.mark.parametrize("precision", ["parity", "bf16"])

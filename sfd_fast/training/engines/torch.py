@@ -1,6 +1,6 @@
 """The engine of one process and one device, in plain torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,10 +26,28 @@ def check_precision(precision: str) -> torch.dtype | None:
     )
 
 
+def cast_by_autocast(model: nn.Module) -> list[str]:
+    """Trained parameters that autocast would cast to bf16 in every step: those of Linears and convolutions."""
+    return [
+        f"{name}.{own}" if name else own
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        for own, param in module.named_parameters(recurse=False)
+        if param.requires_grad
+    ]
+
+
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, in fp32 whatever their dtype: 0-dim."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+
+
 class TorchEngine(Engine):
     """Autocast or fp32, accumulation, clipping folded into the optimizer's gradient scale.
 
-    `named` holds what the optimizer updates: the network's parameters, or with 16-bit weights their fp32 masters.
+    `named` holds what the optimizer updates: the network's parameters, or the fp32 masters of those with 16 bits.
+    Under bf16 autocast the weights that it would cast in every step are kept in bf16, written by the optimizer's pass:
+    the same bits without the casts, forward and back.
     """
 
     def __init__(
@@ -55,18 +73,25 @@ class TorchEngine(Engine):
                 f"'{optimizer.name}'",
             )
             keep = set(stays_fp32(self.model))
-            for name, param in self.parameters.items():
-                if name not in keep:
-                    self.named[name] = nn.Parameter(param.detach().clone())
-                    param.data = param.data.to(torch.bfloat16)
+            self.keep_in_bf16(name for name in self.parameters if name not in keep)
+        elif train.precision == "parity" and optimizer.name == "adamw_ema":
+            self.keep_in_bf16(cast_by_autocast(self.model))
         self.optimizer = build_optimizer(self.named.values(), optimizer)
-        masters = {m: self.parameters[n] for n, m in self.named.items() if m is not self.parameters[n]}
-        if masters:
-            self.optimizer.low_precision = masters
+        self.low_precision = {m: self.parameters[n] for n, m in self.named.items() if m is not self.parameters[n]}
+        if self.low_precision:
+            self.optimizer.low_precision = self.low_precision
         self.network = torch.compile(self.model) if train.compile else self.model
         if train.cuda_graph:
             check_capturable(optimizer, device)
         self.graphed = GraphedStep(self.step, device) if train.cuda_graph else None
+
+    def keep_in_bf16(self, names: Iterable[str]) -> None:
+        """Gives the network these parameters in bf16, and the optimizer their fp32 masters."""
+        for name in names:
+            param = self.parameters[name]
+            if param.dtype == torch.float32:
+                self.named[name] = nn.Parameter(param.detach().clone())
+                param.data = param.data.to(torch.bfloat16)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
@@ -83,10 +108,11 @@ class TorchEngine(Engine):
                 part, part_terms = self.objective(self.network, batch)
             part = part * (batch_size(batch) / total)
             part.backward()
+            if len(batches) > 1:
+                self.accumulate()
             loss = part.detach() if loss is None else loss + part.detach()
             terms.append({name: value.detach() for name, value in part_terms.items()})
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(grads).float()
+        grad_norm = total_norm([grad for name in self.named if (grad := self.grad(name)) is not None])
         bad = ~(torch.isfinite(grad_norm) & torch.isfinite(loss))
         if self.max_grad_norm > 0:
             scale = (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
@@ -97,6 +123,19 @@ class TorchEngine(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss=loss, terms=terms, grad_norm=grad_norm, skipped=bad.float())
+
+    def grad(self, name: str) -> Tensor | None:
+        """The gradient of a parameter: of its master where micro-batches were added up there."""
+        master = self.named[name]
+        return self.parameters[name].grad if master.grad is None else master.grad
+
+    def accumulate(self) -> None:
+        """Adds the gradients of 16-bit parameters to those of their masters, so that micro-batches sum in fp32."""
+        for master, param in self.low_precision.items():
+            if param.grad is not None:
+                grad = param.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                param.grad = None
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> dict[str, Tensor]:
