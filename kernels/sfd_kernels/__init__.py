@@ -18,6 +18,8 @@ from sfd_kernels.ops.qk_norm_rope import qk_norm_rope, split_qkv
 from sfd_kernels.ops.rms_norm_modulate import rms_norm_modulate
 from sfd_kernels.ops.swiglu import swiglu
 from sfd_kernels.ops.timestep_features import timestep_features
+from sfd_kernels.ops.total_norm import total_norm
+from sfd_kernels.ops.transpose_with_sums import transpose_with_sums
 from sfd_kernels.registry import reference_only
 
 load_cpu_kernels()
@@ -41,4 +43,6 @@ __all__ = [
     "split_qkv",
     "swiglu",
     "timestep_features",
+    "total_norm",
+    "transpose_with_sums",
 ]

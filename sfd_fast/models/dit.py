@@ -31,6 +31,7 @@ from sfd_fast.models.embeddings import (
     TimestepEmbedder,
     position_embedding,
 )
+from sfd_fast.models.linear import Linear
 
 EPS = 1e-6  # of every RMSNorm, docs/METHOD.md 3
 
@@ -67,10 +68,10 @@ class Attention(nn.Module):
         width = config.hidden_size
         self.num_heads = config.num_heads
         self.backend = "auto"
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm = HeadNorm(config.head_dim) if config.use_qk_norm else None
         self.k_norm = HeadNorm(config.head_dim) if config.use_qk_norm else None
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, h: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         batch, num_tokens, width = h.shape
@@ -86,8 +87,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w12 = nn.Linear(config.hidden_size, 2 * config.mlp_hidden)
-        self.w3 = nn.Linear(config.mlp_hidden, config.hidden_size)
+        self.w12 = Linear(config.hidden_size, 2 * config.mlp_hidden)
+        self.w3 = Linear(config.mlp_hidden, config.hidden_size)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.w3(swiglu(self.w12(h)))
@@ -100,7 +101,7 @@ class AdaLN(nn.Sequential):
     """
 
     def __init__(self, width: int, num_rows: int) -> None:
-        super().__init__(nn.Identity(), nn.Linear(width, num_rows * width))
+        super().__init__(nn.Identity(), Linear(width, num_rows * width))
         self.num_rows = num_rows
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
@@ -139,7 +140,7 @@ class FinalLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm_final = ModulatedNorm(config.hidden_size)
-        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.channels)
+        self.linear = Linear(config.hidden_size, config.patch_size**2 * config.channels)
         self.adaLN_modulation = AdaLN(config.hidden_size, 2)
 
     def forward(self, x: Tensor, branch: Tensor, gate: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,8 +290,8 @@ class LightningDiT(nn.Module):
 def _repa_head(config: ModelConfig) -> nn.Sequential:
     hidden = config.repa_hidden
     return nn.Sequential(
-        nn.Linear(config.hidden_size, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-        nn.Linear(hidden, config.repa_channels),
+        Linear(config.hidden_size, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU(),
+        Linear(hidden, config.repa_channels),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from sfd_kernels import adamw_ema_step
+from sfd_kernels import adamw_ema_step, total_norm
 from torch import Tensor
 
 from sfd_fast.config import OptimizerConfig
@@ -223,6 +223,14 @@ def lerp_ema(emas: list[Tensor], params: list[Tensor], decay: Tensor, skip: Tens
     params = [p if p.dtype == e.dtype else p.to(e.dtype) for p, e in zip(params, emas)]
     # a + w (b - a) is exactly a for w = 0 and finite b; a skipped step leaves the parameters finite
     torch._foreach_lerp_(emas, params, [weight.to(e.dtype) for e in emas])
+
+
+@torch.no_grad()
+def norm_of(grads: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together: 0-dim fp32, added up in fp32 whatever their dtype."""
+    if grads[0].device.type == "cpu":
+        return total_norm(grads).float()
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
 
 
 def build_optimizer(params: Iterable, config: OptimizerConfig) -> AdamWEMA | WithEMA:

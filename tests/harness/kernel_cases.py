@@ -13,7 +13,8 @@ from torch import Tensor
 
 DEVICES = ["cpu"] if INTERPRET else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LOW_PRECISION_MODES = ["fp32", "mix"] if INTERPRET else ["fp32", "bf16", "fp16", "mix"]
-DIFFERENTIABLE = [op for op in OPS.values() if not op.mutates and op.name not in ("philox_bits", "philox_normal")]
+UNDIFFERENTIATED = ("philox_bits", "philox_normal", "total_norm")
+DIFFERENTIABLE = [op for op in OPS.values() if not op.mutates and op.name not in UNDIFFERENTIATED]
 FORWARD = [op for op in DIFFERENTIABLE if not op.is_backward]
 
 

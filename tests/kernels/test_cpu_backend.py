@@ -312,8 +312,8 @@ def test_wrong_shapes_raise_and_write_nothing_astray(op):
     args = list(example(op))
     index = next(i for i, arg in enumerate(args) if flatten(arg))
     args[index] = map_tensors(lambda tensor: tensor[..., :-1] if tensor.dim() else tensor, args[index])
-    if op.name in ("philox_bits", "philox_normal", "timestep_features"):
-        assert len(run(op, op, tuple(args))) == 1  # any number of samples or times is right
+    if op.name in ("philox_bits", "philox_normal", "timestep_features", "transpose_with_sums", "total_norm"):
+        assert len(run(op, op, tuple(args))) > 0  # any number of samples, times or columns is right
     else:
         with pytest.raises((RuntimeError, ValueError, IndexError)) as reference:
             run(op.reference, op, tuple(args))

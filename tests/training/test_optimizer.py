@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sfd_fast.config import OptimizerConfig
-from sfd_fast.training.optimizer import AdamWEMA, WithEMA, build_optimizer, learning_rate
+from sfd_fast.training.optimizer import AdamWEMA, WithEMA, build_optimizer, learning_rate, norm_of
 from sfd_fast.training.state import StateReader, restore, snapshot_pieces, state_file, whole_piece, write_pieces
 
 SHAPES = [(7, 5), (13,), (), (3, 2, 4)]
@@ -250,3 +250,14 @@ def test_the_released_semvae_schedule_is_torchs():
         assert math.isclose(learning_rate(config, step, 20), theirs.param_groups[0]["lr"], rel_tol=1e-6), step
         theirs.step()
         schedule.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_gradients_is_added_up_in_fp32(dtype):
+    grads = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 1000, 70_001)]
+    grads.append(torch.randn(33, 7))
+    exact = torch.cat([g.double().flatten() for g in grads]).norm()
+    found = norm_of(grads)
+    assert found.dtype == torch.float32 and found.dim() == 0
+    assert float(found) == pytest.approx(float(exact), rel=1e-6)
+    assert norm_of([grads[0], torch.tensor([torch.inf])]).isinf() and norm_of([torch.tensor([torch.nan])]).isnan()

@@ -75,6 +75,9 @@ def _examples(make, size):
     if size.is_tiny:
         yield "ema and copy", (*lists(True, True), *scalars(1, 0), 0.9, 0.95, 1e-8, 0.0)
         yield "plain", (*lists(False, False), *scalars(1000, 0), 0.9, 0.999, 1e-8, 0.1)
+        params, grads, firsts, seconds, *rest = lists(True, True)
+        low = [[moment.to(torch.bfloat16) for moment in moments] for moments in (firsts, seconds)]
+        yield "bf16 moments", (params, grads, *low, *rest, *scalars(3, 0), 0.9, 0.999, 1e-8, 0.01)
         yield "skipped", (*lists(True, True), *scalars(3, 1), 0.9, 0.999, 1e-8, 0.01)
 
 

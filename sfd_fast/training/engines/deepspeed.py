@@ -27,7 +27,7 @@ from sfd_fast.training.engines.interface import OVERFLOW, Batch, Engine, Objecti
 from sfd_fast.training.engines.watchdog import Watchdog
 from sfd_fast.training.engines.zero import Masters
 from sfd_fast.training.job import Job
-from sfd_fast.training.optimizer import EMA, AdamWEMA, build_optimizer
+from sfd_fast.training.optimizer import EMA, AdamWEMA, build_optimizer, norm_of
 from sfd_fast.training.state import WEIGHT, Piece, StateReader, restore, whole_piece
 
 INSTALL = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
@@ -175,7 +175,7 @@ class DeepSpeedEngine(Engine):
         """Called by the optimizer at the start of its step: clipping and skipping, decided without a host read."""
         if self.zero is None:
             grads = [p.grad for p in self.named.values() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = norm_of(grads)
         else:
             norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device)
             norm = torch.where(norm < 0, torch.full_like(norm, float("inf")), norm)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sfd_fast.config import OptimizerConfig, TrainConfig, require
 from sfd_fast.training.engines.graphed import GraphedStep, check_capturable
 from sfd_fast.training.engines.interface import Batch, Engine, Objective, StepResult, batch_size, stays_fp32
-from sfd_fast.training.optimizer import EMA, build_optimizer
+from sfd_fast.training.optimizer import EMA, build_optimizer, norm_of
 from sfd_fast.training.state import Piece, StateReader, restore, whole_piece
 
 
@@ -35,11 +35,6 @@ def cast_by_autocast(model: nn.Module) -> list[str]:
         for own, param in module.named_parameters(recurse=False)
         if param.requires_grad
     ]
-
-
-def total_norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, in fp32 whatever their dtype: 0-dim."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
 
 
 class TorchEngine(Engine):
@@ -112,7 +107,7 @@ class TorchEngine(Engine):
                 self.accumulate()
             loss = part.detach() if loss is None else loss + part.detach()
             terms.append({name: value.detach() for name, value in part_terms.items()})
-        grad_norm = total_norm([grad for name in self.named if (grad := self.grad(name)) is not None])
+        grad_norm = norm_of([grad for name in self.named if (grad := self.grad(name)) is not None])
         bad = ~(torch.isfinite(grad_norm) & torch.isfinite(loss))
         if self.max_grad_norm > 0:
             scale = (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
