@@ -1,7 +1,9 @@
-"""nn.Linear whose backward pass on a CPU with AMX reads operands as the matrix unit wants them.
+"""nn.Linear as a CPU with AMX wants it, in bf16; elsewhere F.linear.
 
-The gradient of the weight is dy^T x. oneDNN multiplies a transposed bf16 operand at half the speed of a plain one, so
-dy is transposed first, by an operator that sums the bias's gradient in the same pass. Elsewhere it is F.linear.
+Forward: F.linear copies the bias into every row of the result and multiplies on top of it; oneDNN's own call adds it to
+the product on the way out. Both round once: the same bits.
+Backward: the gradient of the weight is dy^T x. oneDNN multiplies a transposed operand at half the speed of a plain one,
+so dy is transposed first, by an operator that sums the bias's gradient in the same pass.
 """
 
 import functools
@@ -26,22 +28,29 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; see `Linear`."""
-    if not _pays(x, weight):
+    if torch.compiler.is_compiling() or not _is_for_amx(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _Product.apply(x, weight, bias)
+        x, weight, bias = x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, bias)):
+        return _product(x, weight, bias)
+    enough = weight.requires_grad and x.numel() >= ENOUGH_ROWS * x.shape[-1]
+    return _Product.apply(x, weight, bias) if enough else F.linear(x, weight, bias)
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not weight.requires_grad:
+def _is_for_amx(x: Tensor, weight: Tensor) -> bool:
+    if x.device.type != "cpu" or not has_amx() or is_reference_only() or needs_reference():
         return False
-    if not torch.is_grad_enabled() or is_reference_only() or needs_reference():
-        return False
-    cast = torch.is_autocast_enabled("cpu")
-    is_bf16 = torch.get_autocast_dtype("cpu") == torch.bfloat16 if cast else x.dtype == weight.dtype == torch.bfloat16
-    return is_bf16 and x.numel() >= ENOUGH_ROWS * x.shape[-1] and has_amx()
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.dtype == weight.dtype == torch.bfloat16
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of bf16 tensors below autograd."""
+    if bias is None or x.dim() < 2 or not x.numel() or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # what torch.compile calls
 
 
 @functools.cache
@@ -51,14 +60,14 @@ def has_amx() -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """F.linear of tensors of one 16-bit dtype."""
+    """`_product` with a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         with torch.autocast("cpu", enabled=False):
-            return F.linear(x, weight, bias)
+            return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:

@@ -47,6 +47,16 @@ def test_values_are_those_of_nn_linear_and_gradients_are_as_close_to_fp64(shape,
         torch.testing.assert_close(db.double(), dy.double().flatten(0, -2).sum(0), rtol=2**-8, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape, width", [*SHAPES, ((0, 8), 8), ((5,), 3)])
+def test_without_gradients_the_bits_are_those_of_nn_linear(shape, width):
+    ours = Linear(shape[-1], width).bfloat16()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    spread = torch.zeros(*shape, 2, dtype=x.dtype)[..., 0].copy_(x)
+    with torch.no_grad():
+        for given in (x, spread):
+            assert torch.equal(ours(given), nn.functional.linear(x, ours.weight, ours.bias))
+
+
 @pytest.mark.parametrize("rows, calls", [(ENOUGH_ROWS, 1), (ENOUGH_ROWS - 1, 0)])
 def test_few_rows_take_the_ordinary_way(monkeypatch, rows, calls):
     counted = []
