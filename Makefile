@@ -40,7 +40,7 @@ lint: $(TESTABLE)
 bench: $(TESTABLE)
 	$(BIN)/python benchmarks/kernels.py
 
-# The long proofs of training: kills, two ranks against one, XXL at its real size (20 minutes, 21 GiB of free memory).
+# The long proofs of training: kills, two ranks against one, XXL at its real size (about an hour, 21 GiB of free memory).
 soak: $(TESTABLE)
 	$(BIN)/python benchmarks/soak.py
 

@@ -1,4 +1,4 @@
-"""The long proofs of training: `make soak` (about half an hour on two cores, 21 GiB) writes results/soak.json.
+"""The long proofs of training: `make soak` (about an hour on two cores, 21 GiB) writes results/soak.json.
 
     losses      two gloo ranks under ZeRO 0 to 3 against one plain process, 30 steps
     shares      bytes of weights, gradients, moments and average of a rank under ZeRO 3
