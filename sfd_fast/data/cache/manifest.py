@@ -1,17 +1,39 @@
 """The manifest of a cache: what it was made from and of, so that a mixed-up or unfinished cache is refused."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sfd_fast.config import require
+from sfd_fast.config.checks import Count, Natural, checked
 from sfd_fast.data.cache.shards import Header, write_json
+from sfd_fast.diffusion.statistics import PARTS
 from sfd_fast.files.digest import settings_digest
+from sfd_fast.files.documents import read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 OF_IMAGES = ("images", "num_images")
 """settings that an update changes; a shard's fingerprint leaves them out"""
+TOP = {
+    "complete": bool, "fingerprint": str, "count": Natural, "classes": tuple[str, ...],
+    "class_counts": tuple[Natural, ...], "bytes_per_image": float, "semvae_target_cosine": float,
+    "dali_failures": Natural,
+}  # fmt: skip
+SETTINGS = {
+    "images": str, "num_images": Natural, "shard_size": Count, "image_size": Count, "crop": str, "background": str,
+    "vfm": str | None, "vfm_width": Count | None, "vfm_grid": Count, "semvae": str | None, "texture_codec": str,
+}  # fmt: skip
+"""those of them that something reads"""
+ROW = {"bytes": Natural, "count": Natural, "sha256": str, "images": str, "cosine": float, "dali_failures": Natural}
+"""of a shard"""
+PART = {"count": Natural, "mean": tuple[float, ...], "std": tuple[float, ...]}
+"""of the statistics"""
+
+
+def shard_name(k: int) -> str:
+    """File name of the k-th shard of a cache of ours."""
+    return f"shard-{k:05d}.safetensors"
 
 
 def read_manifest(folder: str | Path) -> dict | None:
@@ -23,35 +45,58 @@ def read_manifest(folder: str | Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
-        found = manifest["format"]
+        manifest = read_json(path)
+        found = manifest.get("format")
         if found == FORMAT:
             check_shape(manifest)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): copy it again, or delete it and run the command "
-            "that made the cache again, which then encodes every shard again"
+            f"{path} is damaged ({error}): copy it again, or delete it and run the command that made the cache again, "
+            "which then encodes every shard again"
         ) from None
     if found != FORMAT:
         raise ValueError(
-            f"{path} is of format {found}, this version reads {FORMAT}: use the version of sfd_fast that made the "
-            "cache, or encode it again into another folder"
+            f"{path} is of format {found!r:.20}, this version reads {FORMAT}: use the version of sfd_fast that made "
+            "the cache, or encode it again into another folder"
         )
     return manifest
 
 
 def check_shape(manifest: dict) -> None:
-    """Raises ValueError or KeyError where the manifest does not hold what every one holds."""
-    groups = ("settings", "sources", "statistics", "shards", "previous")
-    for name in groups:
+    """Raises ValueError where the manifest does not hold what every one holds."""
+    check_kinds("", manifest, TOP)
+    for name in ("settings", "sources", "statistics", "shards", "previous"):
         require(isinstance(manifest.get(name, {}), dict), f"'{name}' is no group")
-    counts = manifest.get("class_counts", [])
-    whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
-    require(whole, "'class_counts' are no counts")
-    for name, row in [*manifest.get("shards", {}).items(), *manifest.get("previous", {}).items()]:
-        require(Path(name).name == name, f"'{name}' is no file's name")
-        require(type(row["bytes"]) is int and type(row.get("sha256", "")) is str, f"'{name}' has no size")
-    require(not manifest.get("complete") or "shards" in manifest, "'shards' is missing")
+    check_kinds("settings", manifest.get("settings", {}), SETTINGS)
+    for name, source in manifest.get("sources", {}).items():
+        checked(source, str, f"sources.{name}")
+    statistics = manifest.get("statistics", {})
+    require(not statistics or statistics.keys() == set(PARTS), f"'statistics' must be of {' and '.join(PARTS)}")
+    for name, part in statistics.items():
+        check_kinds(f"statistics.{name}", part, PART, needed=("mean", "std"))
+        require(len(part["mean"]) == len(part["std"]), f"statistics.{name} has not as many means as deviations")
+    for group in ("shards", "previous"):
+        for name, row in manifest.get(group, {}).items():
+            require(Path(name).name == name, f"'{name}' is no file's name")
+            check_kinds(f"{group}.{name}", row, ROW, needed=("bytes", "sha256"))
+    require("complete" in manifest, "'complete' is missing")
+    if manifest["complete"]:
+        require("shards" in manifest, "'shards' is missing")
+        settings = manifest.get("settings", {})
+        if {"num_images", "shard_size"} <= settings.keys():
+            count = -(-settings["num_images"] // settings["shard_size"])
+            listed = len(manifest["shards"]) == count and all(shard_name(k) in manifest["shards"] for k in range(count))
+            require(listed, f"'shards' does not list the {count} shards of {settings['num_images']} images")
+
+
+def check_kinds(where: str, group: Any, kinds: dict[str, Any], needed: Sequence[str] = ()) -> None:
+    """Raises ValueError where a group is none, lacks a needed value, or has one of another kind."""
+    require(isinstance(group, dict), f"'{where}' is no group")
+    for name in needed:
+        require(name in group, f"'{where}.{name}' is missing")
+    for name, kind in kinds.items():
+        if name in group:
+            checked(group[name], kind, f"{where}.{name}".lstrip("."))
 
 
 def begin(folder: str | Path, settings: dict, sources: dict[str, str], *, update: bool = False) -> dict:
@@ -62,7 +107,7 @@ def begin(folder: str | Path, settings: dict, sources: dict[str, str], *, update
     Raises ValueError naming what differs where the folder belongs to a run with other settings.
     """
     manifest = read_manifest(folder)
-    old = {} if manifest is None else manifest["settings"]
+    old = {} if manifest is None else manifest.get("settings", {})
     keys = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
     if manifest is not None and not keys:
         return manifest
@@ -95,7 +140,7 @@ def check_complete(folder: str | Path, names: list[str]) -> dict | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    if not manifest.get("complete", False):
+    if not manifest["complete"]:
         raise ValueError(f"{folder} is an unfinished cache: run the same command again, it continues where it stopped")
     for name, row in manifest["shards"].items():
         path = Path(folder, name)

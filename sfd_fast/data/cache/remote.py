@@ -1,24 +1,27 @@
 """Shards on remote storage: fsspec addresses are copied once into a local folder, then read like local files."""
 
 import fcntl
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sfd_fast.config import require
 from sfd_fast.data.cache.manifest import MANIFEST, check_complete, check_shards, read_manifest
 from sfd_fast.data.cache.shards import Header, allow_open_files, read_header, write_json
 from sfd_fast.data.images.index import INDEX_FOLDER
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.files.digest import file_digest
+from sfd_fast.files.documents import read_json
+
+if TYPE_CHECKING:
+    import fsspec
 
 STATISTICS_SUFFIX = "_stats.pt"
-IDENTITY = (
-    "size", "ETag", "etag", "md5", "md5Hash", "crc32c", "checksum", "sha256", "generation", "LastModified",
-    "last_modified", "mtime", "updated", "created",
-)  # fmt: skip
-"""what file systems of fsspec tell of a file's content"""
+HASHES = ("ETag", "etag", "md5", "md5Hash", "content_md5", "crc32c", "checksum", "sha256", "blob_id", "xet_hash")
+TIMES = ("generation", "LastModified", "last_modified", "last_commit", "mtime", "updated", "created")
+"""what file systems of fsspec tell of a file's content: hashes tell it, and only where there are none, times do"""
 
 
 def is_remote(path: str | Path) -> bool:
@@ -64,13 +67,14 @@ def open_shards(
 
 
 def fetch_folder(address: str, cache_folder: str | Path) -> Path:
-    """Copies shards, statistics, manifest and image index of a remote folder that are not in the local copy yet.
+    """Copies what a remote cache has and the local copy has not, or has otherwise: shards, statistics, manifest, index.
 
     One process of a node fetches, the others wait for it. Each file arrives under a temporary name and is renamed, and
-    what the storage says of it (size, hash, time) is noted: where that is the same later, the copy is taken as present.
-    Shards are compared with the checksums of the manifest as they arrive. Returns the local folder.
-    Raises ValueError where the folder has no shards, or a shard arrives damaged; FileNotFoundError where there is no
-    such folder.
+    what tells its content is noted: the storage's own hash or time, and the checksum of a shard that the manifest
+    lists. Where one of them is the same later, the copy is taken as present; a storage that tells nothing but sizes
+    is asked for every file again, except for shards that the manifest tells. Files that are gone there go here too.
+    Returns the local folder. Raises ValueError where the folder has no shards, or a shard arrives damaged;
+    FileNotFoundError where there is no such folder.
     """
     import fsspec
 
@@ -78,30 +82,68 @@ def fetch_folder(address: str, cache_folder: str | Path) -> Path:
     local = Path(cache_folder, sha256(address.encode()).hexdigest()[:16])
     local.mkdir(parents=True, exist_ok=True)
     with alone(local.with_suffix(".lock")):
-        wanted = [row for row in filesystem.ls(root, detail=True) if is_wanted(row["name"])]
-        if not any(row["name"].endswith(".safetensors") for row in wanted):
-            raise ValueError(f"no *.safetensors shards in {address}")
-        index = f"{root.rstrip('/')}/{INDEX_FOLDER}"
-        rows = [(local, row) for row in wanted]
-        if filesystem.isdir(index):
-            rows += [(local / INDEX_FOLDER, row) for row in filesystem.ls(index, detail=True) if row["type"] == "file"]
+        rows = wanted_rows(filesystem, root)
+        require(any(name.endswith(".safetensors") for name, _ in rows), f"no *.safetensors shards in {address}")
         notes = local.with_suffix(".json")
-        known = json.loads(notes.read_text()) if notes.is_file() else {}
-        # the manifest first: it tells what the shards must be
-        for folder, row in sorted(rows, key=lambda pair: (Path(pair[1]["name"]).name != MANIFEST, pair[1]["name"])):
-            target = folder / Path(row["name"]).name
-            name, note = str(target.relative_to(local)), {key: str(row[key]) for key in IDENTITY if key in row}
-            if target.is_file() and target.stat().st_size == row["size"] and known.get(name) == note:
-                continue
-            folder.mkdir(exist_ok=True)
-            write_atomically(target, lambda temporary, name=row["name"]: filesystem.get_file(name, str(temporary)))
-            listed = (read_manifest(local) or {}).get("shards", {}).get(name)
-            if listed is not None and file_digest(target) != listed["sha256"]:
-                target.unlink()
-                raise ValueError(f"{row['name']} is not what its manifest lists: it was damaged there or on its way")
-            known[name] = note
-            write_json(notes, known)
+        known = read_notes(notes)
+        for name in known.keys() - {name for name, _ in rows}:
+            (local / name).unlink(missing_ok=True)
+        for name, row in rows:
+            listed = (read_manifest(local) or {}).get("shards", {}).get(name, {}).get("sha256")
+            if not is_present(local / name, row, known.get(name, {}), listed):
+                fetch(filesystem, row["name"], local / name, listed)
+                known[name] = told(row) | ({"listed": listed} if listed else {})
+                write_json(notes, known)
     return local
+
+
+def wanted_rows(filesystem: "fsspec.AbstractFileSystem", root: str) -> list[tuple[str, dict]]:
+    """(name in the local folder, what the storage tells of it) of each file that training needs.
+
+    The manifest is first: it tells what the shards must be.
+    """
+    found = {Path(row["name"]).name: row for row in filesystem.ls(root, detail=True) if is_wanted(row["name"])}
+    index = f"{root.rstrip('/')}/{INDEX_FOLDER}"
+    if filesystem.isdir(index):
+        rows = [row for row in filesystem.ls(index, detail=True) if row["type"] == "file"]
+        found |= {f"{INDEX_FOLDER}/{Path(row['name']).name}": row for row in rows}
+    for name, row in found.items():
+        if not told(row) or row.get("size") is None:  # listings over http hold names alone
+            found[name] = row | filesystem.info(row["name"])
+    return sorted(found.items(), key=lambda item: (item[0] != MANIFEST, item[0]))
+
+
+def told(row: dict) -> dict[str, str]:
+    """What the storage tells of a file's content: its hashes, or else its times; nothing where it tells sizes alone."""
+    for keys in (HASHES, TIMES):
+        found = {key: str(row[key]) for key in keys if row.get(key)}
+        if found:
+            return found
+    return {}
+
+
+def is_present(path: Path, row: dict, note: dict, listed: str | None) -> bool:
+    """Whether the local copy is that file still. listed: its checksum in the manifest, as it is there now."""
+    if not path.is_file() or path.stat().st_size != row["size"] or (listed and note.get("listed") != listed):
+        return False
+    return bool(listed) or (bool(told(row)) and {key: note.get(key) for key in told(row)} == told(row))
+
+
+def fetch(filesystem: "fsspec.AbstractFileSystem", name: str, target: Path, listed: str | None) -> None:
+    """Raises ValueError where a shard of the manifest arrives with another checksum."""
+    target.parent.mkdir(exist_ok=True)
+    write_atomically(target, lambda temporary: filesystem.get_file(name, str(temporary)))
+    if listed and file_digest(target) != listed:
+        target.unlink()
+        raise ValueError(f"{name} is not what its manifest lists: it was damaged there or on its way")
+
+
+def read_notes(path: Path) -> dict[str, dict]:
+    """What was noted of each local copy; nothing where the notes are missing or damaged: files are fetched again."""
+    try:
+        return {name: note for name, note in read_json(path).items() if isinstance(note, dict)}
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def is_wanted(name: str) -> bool:

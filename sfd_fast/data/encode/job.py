@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.data.cache import layout
-from sfd_fast.data.cache.manifest import MANIFEST, begin, read_manifest
+from sfd_fast.data.cache.manifest import MANIFEST, begin, read_manifest, shard_name
 from sfd_fast.data.cache.shards import ShardWriter, map_tensors, read_header, write_json
 from sfd_fast.data.encode.encoders import FeatureEncoder, LatentEncoder
 from sfd_fast.data.encode.options import RELEASED, CacheOptions
@@ -136,7 +136,7 @@ class CacheJob:
         return -(-len(self.index) // self.config.shard_size)
 
     def path(self, k: int) -> Path:
-        return self.out / f"shard-{k:05d}.safetensors"
+        return self.out / shard_name(k)
 
     def record_path(self, k: int) -> Path:
         return self.path(k).with_suffix(".json")

@@ -167,9 +167,10 @@ def _index(folder: Path, images: str | Path) -> ImageIndex:
 
 
 def _check_same(settings: dict, name: str, fingerprint: str, folder: Path) -> None:
-    if settings and settings[name] != fingerprint:
+    made_with = settings.get(name)  # None: it had no part in the cache
+    if made_with and made_with != fingerprint:
         raise ValueError(
-            f"{folder} was encoded with another {name} ({settings[name][:12]}... there, {fingerprint[:12]}... given): "
+            f"{folder} was encoded with another {name} ({made_with[:12]}... there, {fingerprint[:12]}... given): "
             f"targets of one cache must come from the parts that made it; set data.{name}"
         )
 

@@ -1,7 +1,9 @@
 """Remote shards arrive in a local folder once."""
 
+import hashlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -9,9 +11,10 @@ import torch
 from harness.tiny_run import tiny_config, with_data, write_data
 
 from sfd_fast.data.cache.remote import fetch_folder
-from sfd_fast.data.cache.shards import write_shard
+from sfd_fast.data.cache.shards import write_json, write_shard
 from sfd_fast.data.load.latents import LatentShards
 from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.files.digest import file_digest
 from sfd_fast.training.diffusion import run_train
 
 
@@ -42,7 +45,6 @@ def test_a_remote_cache_reads_like_a_local_one(remote, tmp_path):
 def test_files_are_fetched_once(remote, tmp_path):
     address, _ = remote
     folder = fetch_folder(address, tmp_path / "local")
-
 
     def times():
         return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
@@ -98,3 +100,121 @@ def test_a_file_address_is_read_in_place(tmp_path):
 def test_a_remote_address_needs_a_local_folder(remote):
     with pytest.raises(ValueError, match="name a local folder"):
         LatentShards(remote[0])
+
+
+class Bucket:
+    """A cache in memory, and what the storage tells of its files: their ETags, their times, or their sizes alone."""
+
+    def __init__(self, folder, monkeypatch, tells):
+        self.folder, self.fetched = folder, []
+        memory = fsspec.get_filesystem_class("memory")
+        listed, asked, get_file = memory.ls, memory.info, memory.get_file
+
+        def seen(system, row):
+            if row["type"] != "file":
+                return row
+            more = {
+                "ETag": {"ETag": hashlib.md5(system.cat_file(row["name"])).hexdigest(), "LastModified": time.time()},
+                "time": {"LastModified": row["created"]}, "size": {},
+            }  # fmt: skip
+            return {key: row[key] for key in ("name", "size", "type")} | more[tells]
+
+        def get(system, remote_path, local_path, **options):
+            self.fetched.append(Path(remote_path).name)
+            get_file(system, remote_path, local_path, **options)
+
+        monkeypatch.setattr(memory, "ls", lambda s, path, **more: [seen(s, r) for r in listed(s, path, detail=True)])
+        monkeypatch.setattr(memory, "info", lambda s, path, **more: seen(s, asked(s, path)))
+        monkeypatch.setattr(memory, "get_file", get)
+        self.system = fsspec.filesystem("memory")
+        self.upload()
+
+    def upload(self, *names):
+        for path in self.folder.iterdir():
+            if path.name in names or not names:
+                self.system.put(str(path), f"/told/{path.name}")
+
+    def fetch(self, local):
+        """(local folder, names of the files that were copied)."""
+        self.fetched.clear()
+        return fetch_folder("memory://told", local), sorted(self.fetched)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    yield lambda folder, tells: Bucket(folder, monkeypatch, tells)
+    fsspec.filesystem("memory").rm("/told", recursive=True)
+
+
+def released(folder):
+    for name in "ab":
+        write_shard(folder / f"{name}.safetensors", {"latents": torch.zeros(2, 2, 3, 3), "labels": torch.arange(2)})
+    LatentStatistics.identity(2, 0).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tells", ["ETag", "time", "size"])
+def test_a_shard_of_the_same_size_with_other_content_is_copied_again(bucket, tmp_path, tells):
+    source = released(tmp_path / "source")
+    remote = bucket(source, tells)
+    folder, first = remote.fetch(tmp_path / "local")
+    size = (source / "b.safetensors").stat().st_size
+    write_shard(source / "b.safetensors", {"latents": torch.ones(2, 2, 3, 3), "labels": torch.arange(2)})
+    assert (source / "b.safetensors").stat().st_size == size
+    remote.upload("b.safetensors")
+    # a storage that tells sizes alone cannot tell which file changed: all are copied
+    assert remote.fetch(tmp_path / "local")[1] == (first if tells == "size" else ["b.safetensors"])
+    assert LatentShards(folder).gather(torch.tensor([3]), torch.tensor([False]))["texture"].eq(1).all()
+
+
+def test_an_etag_that_is_the_same_counts_more_than_a_new_time(bucket, tmp_path):
+    remote = bucket(released(tmp_path / "source"), "ETag")
+    remote.fetch(tmp_path / "local")
+    remote.upload()
+    assert remote.fetch(tmp_path / "local")[1] == []
+
+
+def test_shards_of_a_manifest_are_told_by_its_checksums(bucket, tmp_path):
+    """Even where the storage tells sizes alone: only what the new manifest lists otherwise is copied."""
+    source = released(tmp_path / "source")
+
+    def list_shards():
+        rows = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path), "count": 2}
+            for path in source.glob("*.safetensors")
+        }
+        write_json(source / "manifest.json", {"format": 1, "complete": True, "shards": rows})
+
+    list_shards()
+    remote = bucket(source, "size")
+    folder, _ = remote.fetch(tmp_path / "local")
+    kept = ["latents_stats.pt", "manifest.json"]
+    assert remote.fetch(tmp_path / "local")[1] == kept
+    write_shard(source / "b.safetensors", {"latents": torch.ones(2, 2, 3, 3), "labels": torch.arange(2)})
+    list_shards()
+    remote.upload()
+    assert remote.fetch(tmp_path / "local")[1] == sorted([*kept, "b.safetensors"])
+    assert LatentShards(folder).gather(torch.tensor([3]), torch.tensor([False]))["texture"].eq(1).all()
+    (source / "a.safetensors").write_bytes(b"x" * (source / "a.safetensors").stat().st_size)
+    remote.upload("a.safetensors")
+    (folder / "a.safetensors").unlink()
+    with pytest.raises(ValueError, match="told/a.safetensors is not what its manifest lists"):
+        remote.fetch(tmp_path / "local")
+    assert not (folder / "a.safetensors").exists()
+
+
+def test_shards_that_are_gone_there_go_here(bucket, tmp_path):
+    remote = bucket(released(tmp_path / "source"), "ETag")
+    folder, _ = remote.fetch(tmp_path / "local")
+    remote.system.rm("/told/a.safetensors")
+    remote.fetch(tmp_path / "local")
+    assert [path.name for path in folder.glob("*.safetensors")] == ["b.safetensors"]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a.safetensors": 3}', "{" * 9])
+def test_damaged_notes_of_the_local_copy_cost_another_copy(bucket, tmp_path, content):
+    remote = bucket(released(tmp_path / "source"), "ETag")
+    folder, first = remote.fetch(tmp_path / "local")
+    folder.with_suffix(".json").write_text(content)
+    assert remote.fetch(tmp_path / "local")[1] == first
+    assert len(LatentShards(folder)) == 4

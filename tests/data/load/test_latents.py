@@ -336,7 +336,7 @@ def test_shards_of_two_encodings_do_not_mix(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     make_cache(tmp_path)
     size = (tmp_path / "shard000.safetensors").stat().st_size
-    shards = {f"shard00{i}.safetensors": {"bytes": size} for i in (0, 3)}
+    shards = {f"shard00{i}.safetensors": {"bytes": size, "sha256": ""} for i in (0, 3)}
     write_json(tmp_path / "manifest.json", {"format": 1, "complete": True, "shards": shards})
     with pytest.raises(FileNotFoundError, match="shard003.safetensors is missing"):
         LatentShards(tmp_path)
