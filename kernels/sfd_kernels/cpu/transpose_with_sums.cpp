@@ -1,8 +1,9 @@
 // A 16-bit matrix transposed, and the sums of its columns in fp32.
 //
-// A task is a band of kBand columns over all rows. It goes through blocks of 2 W rows and W columns: two rows become one
-// row of 32-bit pairs, W of these a square that is transposed in registers, and a line of 2 W elements goes to each of
-// W rows of the result.
+// A task is a band of columns over all rows, wide as long as two threads find work: rows may be a page apart, and each
+// page is looked up once a band. It goes through blocks of 2 W rows and W columns: two rows become one row of 32-bit
+// pairs, W of these a square that is transposed in registers, and a line of 2 W elements goes to each of W rows of the
+// result.
 #include "kernel.h"
 
 namespace sfd {
@@ -10,11 +11,11 @@ struct TransposeArgs {
   Dtype dtype;
   const void* x;  // (rows, columns), rows `stride` elements apart
   void *out, *sums;  // (columns, rows), (columns,)
-  i64 rows, columns, stride;
+  i64 rows, columns, stride, band;
   bool stream;
 };
 
-inline constexpr i64 kBand = 128;
+inline constexpr i64 kBand = 512;  // at most
 }  // namespace sfd
 
 SFD_KERNEL(transpose_bands, TransposeArgs)
@@ -31,8 +32,8 @@ SFD_INLINE void whole_block(const TransposeArgs& a, i64 row, i64 column, vf& sum
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) {
     const T* even = x + 2 * i * a.stride;
-    prefetch(even + 2 * W * a.stride);
-    prefetch(even + (2 * W + 1) * a.stride);
+    prefetch_far(even + 2 * W * a.stride);
+    prefetch_far(even + (2 * W + 1) * a.stride);
     const vh low = load_raw<vh>(even), high = load_raw<vh>(even + a.stride);
     total += widen(low, even) + widen(high, even);
     pairs[i] = bits<vf>(__builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16));
@@ -74,7 +75,7 @@ static void band(const TransposeArgs& a, i64 first, i64 last) {
 
 void transpose_bands(const TransposeArgs& a, i64 begin, i64 end) {
   for (i64 task = begin; task < end; ++task) {
-    const i64 first = task * kBand, next = first + kBand;
+    const i64 first = task * a.band, next = first + a.band;
     const i64 last = next < a.columns ? next : a.columns;
     with_bool(a.stream, [&]<bool Stream>(Bool<Stream>) {
       if (a.dtype == Dtype::bf16) {
@@ -98,10 +99,11 @@ static TwoTensors transpose_with_sums(Tensor x) {
   const Tensor rows = dense_rows(x);
   const i64 count = x.size(0), columns = x.size(1);
   const Tensor out = fresh({columns, count}, x.scalar_type()), sums = fresh({columns}, x.scalar_type());
+  const i64 band = std::min(kBand, ceil_div(columns, 64) * 32);  // half of the columns, in whole lines
   run(transpose_bands,
-      TransposeArgs{dtype_of(x), pointer(rows), output(out), output(sums), count, columns, rows.stride(0),
+      TransposeArgs{dtype_of(x), pointer(rows), output(out), output(sums), count, columns, rows.stride(0), band,
                     should_stream(out, count)},
-      ceil_div(columns, kBand), grain(kBand * count));
+      band == 0 ? 0 : ceil_div(columns, band), grain(band * count));
   return {out, sums};
 }
 
