@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sfd_fast.files.atomic import write_atomically
+
+MARK = "sfd_fast"
 
 
 def enlarge(image: np.ndarray, size: int) -> np.ndarray:
@@ -36,8 +39,19 @@ def square_grid(images: Sequence[np.ndarray], **options: int) -> np.ndarray:
 
 
 def save(path: str | Path, picture: np.ndarray) -> None:
-    """Writes a picture (H, W, 3) uint8, whole or not at all; the kind of file by the suffix."""
-    write_atomically(Path(path), Image.fromarray(picture).save)
+    """Writes a picture (H, W, 3) uint8, whole or not at all; the kind of file by the suffix. A PNG carries our mark."""
+    mark = PngInfo()
+    mark.add_text("Software", MARK)
+    write_atomically(Path(path), lambda temporary: Image.fromarray(picture).save(temporary, pnginfo=mark))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a picture carries our mark."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == MARK
+    except (OSError, Image.DecompressionBombError):
+        return False
 
 
 def figure(width: float, height: float, **options):

@@ -11,9 +11,11 @@ import yaml
 from sfd_fast.config import Settings, require, to_dict
 from sfd_fast.config.checks import FilePath, Positive
 from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.overwrite import begins_with, never, require_free
 
 YAML = (".yaml", ".yml")
 TORCH_FILES = (".pt", ".pth", ".ckpt")
+YAML_MARK = "# written by `sfd convert`"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class ConvertConfig(Settings):
     """AutoGuidance's weaker model, released .pt or our folder; it must come from the same cache"""
     latent_multiplier: Positive | None = None
     """what latents were multiplied by in training; default: as the model's own settings say"""
+    overwrite: bool = False
+    """write a .pt in place of one that is there, or a .yaml of unknown origin; a folder of unknown origin never"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,8 +79,9 @@ def run_convert(config: ConvertConfig) -> None:
         "format",
     )
     if source.suffix in YAML:
-        convert_yaml(source, target)
+        convert_yaml(source, target, config.overwrite)
     elif source.is_dir() and target.suffix in TORCH_FILES:
+        require_free(target, never, overwrite=config.overwrite)
         if is_checkpoint(source):
             export_released_checkpoint(source, target, weights=config.weights)
         else:
@@ -103,14 +108,15 @@ def run_convert(config: ConvertConfig) -> None:
             print(f"settings without a counterpart here, kept for the way back: {', '.join(result.ignored)}")
 
 
-def convert_yaml(source: Path, target: Path) -> None:
+def convert_yaml(source: Path, target: Path, overwrite: bool) -> None:
     """A released configuration as one for `sfd train --config`."""
     from sfd_fast.formats.released_config import read_config, read_settings
 
     require(target.suffix in YAML, f"a configuration becomes a configuration: name a .yaml as target, not {target}")
+    require_free(target, begins_with(YAML_MARK), overwrite=overwrite)
     settings, ignored = read_config(read_settings(source))
     text = yaml.safe_dump(to_dict(settings), sort_keys=False)
-    write_atomically(target, text)
+    write_atomically(target, f"{YAML_MARK} from {source.name}\n{text}")
     print(f"wrote {target}: sfd train --config {target}")
     if ignored:
         print(f"settings without a counterpart here: {', '.join(ignored)}")

@@ -9,6 +9,8 @@ from sfd_fast.config import require
 from sfd_fast.config.checks import Count, FilePath
 from sfd_fast.config.evaluation import EvaluatorConfig
 from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.documents import read_json
+from sfd_fast.files.overwrite import require_free
 from sfd_fast.ranks import Ranks
 
 MEANINGS = {
@@ -55,7 +57,7 @@ def evaluated(config: EvaluateConfig, ranks: Ranks) -> dict:
     from sfd_fast.evaluation.evaluator import Evaluator
     from sfd_fast.evaluation.images import open_images
 
-    ranks.on_first(lambda: check_writable(Path(config.output)))
+    ranks.on_first(lambda: check_writable(Path(config.output), config.overwrite))
     if ranks.world_size > 1:
         ranks.device(config.device)
     samples = open_images(config.samples, num_workers=config.num_workers)
@@ -90,8 +92,13 @@ def evaluated(config: EvaluateConfig, ranks: Ranks) -> dict:
     return report
 
 
-def check_writable(output: Path) -> None:
-    """Raises OSError where the report could not be written at the end."""
+def is_report(path: Path) -> bool:
+    """Whether a file is a report of this command."""
+    return {"metrics", "samples", "settings", "torch", "device"} <= read_json(path).keys()
+
+
+def check_writable(output: Path, overwrite: bool) -> None:
+    """Raises OSError where the report could not be written at the end, ValueError over a file of someone else."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
@@ -100,6 +107,7 @@ def check_writable(output: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"--output {output} cannot be written ({error}): choose another file") from error
+    require_free(output, is_report, overwrite=overwrite)
 
 
 def format_report(report: dict) -> str:

@@ -39,6 +39,8 @@ class InspectConfig(Settings):
     """decodes the picture; auto: the one that the cache was encoded with, where it lies where the manifest says; none:
     three principal components of the latents are shown as colours"""
     num_images: Count = 8
+    overwrite: bool = False
+    """draw over a picture that another program made"""
 
 
 def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) -> None:
@@ -49,9 +51,12 @@ def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) ->
     from sfd_fast.data.cache.shards import map_tensors
     from sfd_fast.data.load.latents import LatentShards
     from sfd_fast.diffusion.statistics import SEMANTIC_FILE, TEXTURE_FILE, LatentStatistics
+    from sfd_fast.files.overwrite import require_free
 
     require(bool(config.path), "path is empty: give the folder of a cache: sfd inspect FOLDER")
     folder, paths, headers = open_shards(config.path, config.cache_folder)
+    if config.picture != NONE:
+        require_free(picture_path(config, folder), pictures.is_ours, overwrite=config.overwrite)
     for line in describe(folder, paths, headers):
         report(line)
     if config.verify:
@@ -81,7 +86,7 @@ def save_picture(rows: "list[np.ndarray]", config: InspectConfig, folder: Path, 
 
     if config.picture == NONE:
         return
-    path = Path(f"inspect-{folder.resolve().name}.png" if config.picture == AUTO else config.picture)
+    path = picture_path(config, folder)
     size = max(64, *(row.shape[1] for row in rows))
     images = [image for row in rows for image in row]
     try:
@@ -89,6 +94,10 @@ def save_picture(rows: "list[np.ndarray]", config: InspectConfig, folder: Path, 
     except OSError as error:
         raise OSError(f"{error}; name another file with --picture, or none") from error
     report(f"picture: {path.absolute()}")
+
+
+def picture_path(config: InspectConfig, folder: Path) -> Path:
+    return Path(f"inspect-{folder.resolve().name}.png" if config.picture == AUTO else config.picture)
 
 
 def choose_codec(config: InspectConfig, folder: Path, report: Callable[[str], None]) -> "nn.Module | None":

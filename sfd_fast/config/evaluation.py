@@ -44,6 +44,8 @@ class EvaluatorConfig(Settings):
     """of KID's subsets"""
     save_statistics: FilePath | None = None
     """where to write the reference's statistics, to be given as reference later"""
+    overwrite: bool = False
+    """write over files that another program made"""
     allow_size_mismatch: bool = False
     """compare although samples and reference differ in height or width"""
     progress: bool = True

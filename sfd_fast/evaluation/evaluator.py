@@ -4,6 +4,7 @@ Shapes: B batch, N reference images, M samples, F features, H height, W width.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +18,8 @@ from sfd_fast.evaluation.collect import Collected
 from sfd_fast.evaluation.features import build_extractor, check_images, full_precision
 from sfd_fast.evaluation.images import ImageSet, open_images, read_ahead
 from sfd_fast.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
-from sfd_fast.evaluation.statistics import Statistics, StoredStatistics, load_statistics, save_statistics
+from sfd_fast.evaluation.statistics import Statistics, StoredStatistics, is_saved, load_statistics, save_statistics
+from sfd_fast.files.overwrite import require_free
 from sfd_fast.ranks import Ranks
 
 METRICS = get_args(Metric)
@@ -41,6 +43,9 @@ class Evaluator:
         self.config, self.on_batch = config, on_batch
         auto = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(auto if config.device == "auto" else config.device)
+        if config.save_statistics:
+            check = partial(require_free, config.save_statistics, is_saved, overwrite=config.overwrite)
+            Ranks.of_group().on_first(check)
         stored, images = _open_reference(config)
         self.extractor = build_extractor(config.features, config.weights, device=self.device)
         if stored is not None:

@@ -3,6 +3,7 @@
 Shapes: B batch, N images, F features.
 """
 
+import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from sfd_fast.files.atomic import write_atomically
 
 ROUNDING = 1e-5
 """of the largest entry: more than fp32 loses where a covariance was computed or stored in it"""
@@ -100,10 +103,19 @@ def save_statistics(path: str | Path, kind: str, pool: Statistics, spatial: Stat
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as file:  # a file object: numpy.savez would append .npz to any other ending
-        np.savez(file, kind=np.array(kind), num_images=np.array(pool.num_images or 0), **arrays)
+    content = io.BytesIO()  # numpy.savez would append .npz to a name with any other ending
+    np.savez(content, kind=np.array(kind), num_images=np.array(pool.num_images or 0), **arrays)
+    write_atomically(Path(path), content.getbuffer())
+
+
+def is_saved(path: Path) -> bool:
+    """Whether save_statistics wrote a file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        return False
+    return {"mu", "sigma", "kind"} <= names <= {"mu", "sigma", "mu_s", "sigma_s", "kind", "num_images"}
 
 
 def is_covariance(matrix: Tensor) -> bool:
