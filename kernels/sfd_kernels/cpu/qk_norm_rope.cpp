@@ -61,11 +61,11 @@ static void forward(const QkArgs& a, i64 begin, i64 end) {
     const i64 table = token % a.tokens * d;
     for (int part = 0; part < 2; ++part) {
       const float* weight = a.weight[part];
-      for (i64 j = 0; j < d; ++j) {
-        straight[j] = (weight ? weight[j] : 1.0f) * (Rope ? a.cos[table + j] : 1.0f);
-        if constexpr (Rope)
-          crossed[j] = (weight ? weight[j ^ 1] : 1.0f) * (j % 2 ? a.sin[table + j] : -a.sin[table + j]);
-      }
+      sweep(d, [&](i64 j, auto lanes) {
+        const vf w = weight ? load(weight + j, lanes) : splat(1.0f);
+        store(straight + j, Rope ? w * load(a.cos + table + j, lanes) : w, lanes);
+        if constexpr (Rope) store(crossed + j, swap_pairs(w) * -alternate(load(a.sin + table + j, lanes)), lanes);
+      });
       T* out = static_cast<T*>(a.out[part]) + token * row;
       for (i64 head = 0; head < a.heads; ++head) {
         const T* x = qkv + part * row + head * d;
@@ -110,7 +110,7 @@ static void backward(const QkArgs& a, i64 begin, i64 end) {
       const float* straight = Rope ? a.cos + position * d : nullptr;
       if constexpr (Rope) {
         const float* sin = a.sin + position * d;
-        for (i64 j = 0; j < d; ++j) crossed[j] = j % 2 ? -sin[j ^ 1] : sin[j ^ 1];
+        sweep(d, [&](i64 j, auto lanes) { store(crossed + j, alternate(swap_pairs(load(sin + j, lanes))), lanes); });
       }
       for (int part = 0; part < 3; ++part) {
         const HeadRows& rows = a.grad[part];

@@ -2,6 +2,8 @@
 #include "elementary.h"
 #include "kernel.h"
 
+#include <type_traits>
+
 namespace sfd {
 struct TimestepArgs {
   const float* t;
@@ -16,32 +18,36 @@ SFD_KERNEL(timestep_features_rows, TimestepArgs)
 #ifdef SFD_ISA
 namespace sfd::SFD_ISA {
 
+// n <= W / 2 angles; Count is an i64, or a number that the compiler knows.
+template <class Count>
+SFD_INLINE void some(double t, const double* frequencies, float* cosines, float* sines, Count n) {
+  vd angle = {}, cosine, sine;
+  std::memcpy(&angle, frequencies, n * sizeof(double));
+  angle *= t;
+  const vd shifted = angle * 0.63661977236758134308 + kRound, q = shifted - kRound;
+  const vd r = (angle - q * 1.5707963267341256141) - q * 6.0771005065061922e-11;  // pi / 2 in 33 bits and the rest
+  cos_sin(r, bits<vl>(shifted), cosine, sine);
+  const vf_half c = __builtin_convertvector(cosine, vf_half), s = __builtin_convertvector(sine, vf_half);
+  std::memcpy(cosines, &c, n * sizeof(float));
+  std::memcpy(sines, &s, n * sizeof(float));
+}
+
 void timestep_features_rows(const TimestepArgs& a, i64 begin, i64 end) {
-  constexpr i64 lanes = W / 2;
+  constexpr std::integral_constant<i64, W / 2> lanes;
   for (i64 row = begin; row < end; ++row) {
     const double t = a.t[row];
     float* cosines = a.out + row * 2 * a.half;
     float* sines = cosines + a.half;
-    // The reduction below is exact enough for angles of a few thousand; no frequency is above 1.
-    const bool is_small = t > -4096.0 && t < 4096.0;
-    for (i64 i = 0; i < a.half; i += lanes) {
-      const i64 n = a.half - i < lanes ? a.half - i : lanes;
-      if (!is_small) {
-        for (i64 k = i; k < i + n; ++k) {
-          cosines[k] = static_cast<float>(__builtin_cos(t * a.frequencies[k]));
-          sines[k] = static_cast<float>(__builtin_sin(t * a.frequencies[k]));
-        }
-        continue;
-      }
-      vd angle = {}, cosine, sine;
-      std::memcpy(&angle, a.frequencies + i, n * sizeof(double));
-      angle *= t;
-      const vd shifted = angle * 0.63661977236758134308 + kRound, q = shifted - kRound;
-      const vd r = (angle - q * 1.5707963267341256141) - q * 6.0771005065061922e-11;  // pi / 2 in 33 bits and the rest
-      cos_sin(r, bits<vl>(shifted), cosine, sine);
-      const vf_half c = __builtin_convertvector(cosine, vf_half), s = __builtin_convertvector(sine, vf_half);
-      std::memcpy(cosines + i, &c, n * sizeof(float));
-      std::memcpy(sines + i, &s, n * sizeof(float));
+    i64 i = 0;
+    // The reduction is exact enough for angles of a few thousand; no frequency is above 1.
+    if (t > -4096.0 && t < 4096.0) {
+      for (; i + lanes <= a.half; i += lanes) some(t, a.frequencies + i, cosines + i, sines + i, lanes);
+      some(t, a.frequencies + i, cosines + i, sines + i, a.half - i);
+      continue;
+    }
+    for (; i < a.half; ++i) {
+      cosines[i] = static_cast<float>(__builtin_cos(t * a.frequencies[i]));
+      sines[i] = static_cast<float>(__builtin_sin(t * a.frequencies[i]));
     }
   }
 }

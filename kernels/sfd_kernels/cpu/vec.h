@@ -332,6 +332,9 @@ SFD_INLINE vf swap_pairs(vf x) {
 #endif
 }
 
+// Every second lane negated, beginning with the second.
+SFD_INLINE vf alternate(vf x) { return bits<vf>(bits<vl>(x) ^ (vl{} + static_cast<int64_t>(0x8000000000000000ull))); }
+
 // For every pair of rows Step apart: the block of Step x Step lanes above the diagonal and the one below change places.
 template <int Step, int... Lane>
 SFD_INLINE void exchange_blocks(vf (&rows)[W], std::integer_sequence<int, Lane...>) {
