@@ -112,7 +112,7 @@ def write_results(rows: list[dict], folder: Path, name: str) -> None:
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table of forward and whole times of the rows, for README.md."""
+    """A table of forward and whole times, and the geometric means of each dtype mode, for README.md."""
     lines = [
         "| operator | pass | dtype, shape | eager ms | compile ms | ours ms "
         "| over compile | over eager | of copy | host us |",
@@ -130,13 +130,12 @@ def markdown(rows: list[dict]) -> str:
         ours, timed = row["ours_ms"], row["others_ms"].items()
         others = [f"{name} {value:.1f} ms ({value / ours:.1f}x ours)" for name, value in timed]
         if others:
-            lines += ["", f"{row['operator']}, {row['shape']}, beside: {'; '.join(others)}."]
-    large = whole_rows(rows)
-    lines += [
-        "",
-        f"Geometric means over the {len(large)} cases whose copy takes {LARGE_COPY_MS} ms or more, forward + backward: "
-        f"{geometric_mean([row['faster_than_compile'] for row in large]):.1f}x torch.compile, "
-        f"{geometric_mean([row['faster_than_reference'] for row in large]):.1f}x eager. "
-        f"{rows[0]['device']}, torch {rows[0]['torch']}.",
-    ]
+            lines += ["", f"{row['operator']}, {row['dtype']}, {row['shape']}, beside: {'; '.join(others)}."]
+    lines += ["", f"Geometric means over cases whose copy takes {LARGE_COPY_MS} ms or more, forward + backward:"]
+    for mode in dict.fromkeys(row["dtype"] for row in rows):
+        large = [row for row in whole_rows(rows) if row["dtype"] == mode]
+        over_compile = geometric_mean([row["faster_than_compile"] for row in large])
+        over_eager = geometric_mean([row["faster_than_reference"] for row in large])
+        lines.append(f"{mode} {over_compile:.1f}x torch.compile and {over_eager:.1f}x eager ({len(large)} cases);")
+    lines[-1] = lines[-1].removesuffix(";") + f". {rows[0]['device']}, torch {rows[0]['torch']}."
     return "\n".join(lines)

@@ -1,13 +1,15 @@
 """Times every operator of the registry against its reference, torch.compile and, on CUDA, Liger-Kernel.
 
-    python benchmarks/kernels.py [--ops NAME ...] [--modes fp32 mix] [--sizes XL B] [--json F] [--out DIR] [--seconds S]
+    python benchmarks/kernels.py [--ops NAME ...] [--modes fp32 mix bf16] [--sizes XL B] [--json F] [--out DIR]
+                                 [--seconds S]
     pytest benchmarks                     # the same cases under pytest-benchmark
 
 One row for each operator, pass (forward; backward and both where there is a gradient), dtype mode and size. Times in ms
 are medians (see timing.py for how); copy_ms is a copy of as many bytes as the operator must move at least; host_us is
 the time of a whole call on tiny tensors. Batches: 8 images, or 256 where the operator would otherwise move less than
-8 MiB. A run of everything replaces results/kernels-DEVICE.json, .csv and .png and the table of kernels/README.md; a
-part is written only to --out. Prints the cases that lose.
+8 MiB. mix is what autocast makes of fp32 weights: a residual stream, weights and data in fp32, what Linears return in
+bf16. A CPU without bf16 units is measured in fp32 alone. A run of everything replaces results/kernels-DEVICE.json, .csv
+and .png and the table of kernels/README.md; a part is written only to --out. Prints the cases that lose.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from kernel_tables import markdown, print_rows, print_summary, write_results  # 
 from readme import KERNELS_README, insert  # noqa: E402
 from sfd_kernels import backends  # noqa: E402
 from sfd_kernels.registry import OPS, Op  # noqa: E402
-from timing import Timing, device_time, host_us, interleave, machine, steady_memory  # noqa: E402
+from timing import Timing, device_time, has_bf16_units, host_us, interleave, machine, steady_memory  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -191,8 +193,8 @@ def prepare(device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", help="operators; default: all")
-    parser.add_argument("--modes", nargs="+", help="fp32 bf16 fp16 mix; default fp32, on CUDA fp32 bf16 mix")
-    parser.add_argument("--sizes", nargs="+", default=["XL", "B"], help="S B XL XXL")
+    parser.add_argument("--modes", nargs="+", help="fp32 mix bf16 fp16; default fp32 mix bf16")
+    parser.add_argument("--sizes", nargs="+", default=["XL"], help="S B XL XXL")
     parser.add_argument("--seconds", type=float, default=1.0, help="of sampling for each case, CPU")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     parser.add_argument("--out", type=Path, help="folder of kernels-DEVICE.{json,csv,png}")
@@ -203,7 +205,7 @@ def main() -> None:
         insert(KERNELS_README, "kernels-cpu", markdown(json.loads((RESULTS / "kernels-cpu.json").read_text())))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    modes = options.modes or (["fp32", "bf16", "mix"] if device == "cuda" else ["fp32"])
+    modes = options.modes or (["fp32", "mix", "bf16"] if device == "cuda" or has_bf16_units() else ["fp32"])
     prepare(device)
     print(*[f"{name}: {text}" for name, text in {**machine(device), **backends()}.items()], sep="\n")
     rows: list[dict] = []

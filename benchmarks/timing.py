@@ -250,6 +250,14 @@ def machine(device: str) -> dict[str, Any]:
     return {"device": name, "torch": torch.__version__, "commit": commit}
 
 
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies in bf16; says so where it does not, as then only fp32 is worth measuring."""
+    found = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    if not found:
+        print("this CPU has no bf16 units (AMX, AVX512_BF16): fp32 alone is measured unless bf16 is asked for")
+    return found
+
+
 def processor() -> str:
     """The processor's name, its widest vectors and its bf16 units, from /proc/cpuinfo where there is one."""
     info = Path("/proc/cpuinfo")

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import sfd_kernels
 import torch
-from timing import Timing, interleave, machine, profile_step, steady_memory, wall_time
+from timing import Timing, has_bf16_units, interleave, machine, profile_step, steady_memory, wall_time
 from torch import Tensor, nn
 
 from sfd_fast.config import ModelConfig, OptimizerConfig, SFDConfig, TrainConfig
@@ -39,7 +39,6 @@ from sfd_fast.models.dit import LightningDiT
 from sfd_fast.training.deterministic import deterministic_algorithms
 from sfd_fast.training.engines.graphed import WARM_UP_STEPS, GraphedStep, capture
 from sfd_fast.training.engines.torch import TorchEngine
-from sfd_fast.training.precision import has_bf16_units
 
 RESULTS = Path(__file__).parent / "results"
 DECAY = 0.9999
@@ -225,16 +224,6 @@ def measure(
     return [row | machine(device) for row in rows]
 
 
-def precisions_of(device: str) -> list[str]:
-    """What is worth measuring there; says why where bf16 is left out."""
-    if device == "cuda":
-        return ["bf16"]
-    if has_bf16_units():
-        return ["fp32", "bf16"]
-    print("this CPU has no bf16 units (AMX, AVX512_BF16): only fp32 is measured; --precisions bf16 measures it too")
-    return ["fp32"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["S", "B"])
@@ -253,8 +242,9 @@ def main() -> None:
         steady_memory()
     manners = tuple(options.manners or (CUDA_MANNERS if device == "cuda" else CPU_MANNERS))
     manners = ("ours", *(m for m in manners if m != "ours"))
+    defaults = ["bf16"] if device == "cuda" else ["fp32", "bf16"] if has_bf16_units() else ["fp32"]
     rows = []
-    for precision in options.precisions or precisions_of(device):
+    for precision in options.precisions or defaults:
         for name in options.presets:
             rows += measure(name, options.batch, device, precision == "bf16", manners, options.seconds)
             target.write_text(json.dumps(rows, indent=1) + "\n")
