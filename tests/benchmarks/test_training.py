@@ -27,14 +27,17 @@ def test_the_cap_is_eager_over_the_products_in_the_busy_time(bench):
     times = {
         "ours": (timing(10.0), {"busy_ms": 8.0, "products": 0.5}), "eager": (timing(20.0), {"products": 0.2})
     }  # fmt: skip
-    rows = {row["name"]: row["value"] for row in bench.rows_of("XL", 4, times, "cuda")}
-    assert rows["XL: cap over eager that the products set"] == pytest.approx(20.0 / (0.5 * 8.0))
-    assert rows["XL: share of matrix products in ours"] == 0.5
+    found = bench.rows_of("XL", 4, times, {"eager": 3.0})
+    rows = {row["name"]: row["value"] for row in found}
+    eager = next(row for row in found if row["name"] == "XL: eager")
+    assert eager["ratio_to_ours"] == 2.0 and eager["bar"] == 3.0 and not eager["holds"]
+    assert rows["XL: cap over eager that they set"] == pytest.approx(20.0 / (0.5 * 8.0))
+    assert rows["XL: share of matrix products and attention in ours"] == 0.5
 
 
 def test_a_share_of_zero_sets_no_cap(bench):
     times = {"ours": (timing(10.0), {"products": 0.0}), "eager": (timing(20.0), {"products": 0.0})}
-    names = [row["name"] for row in bench.rows_of("XL", 4, times, "cuda")]
+    names = [row["name"] for row in bench.rows_of("XL", 4, times, {"eager": 3.0})]
     assert not any("cap" in name for name in names)
 
 

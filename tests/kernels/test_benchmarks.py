@@ -24,7 +24,8 @@ def timing(monkeypatch):
 
 
 def test_benchmark_writes_the_promised_rows_for_every_pass(tmp_path):
-    command = [sys.executable, "benchmarks/kernels.py", "--ops", "swiglu", "noise_latents", "--sizes", "tiny", "--modes", "fp32"]
+    command = [sys.executable, "benchmarks/kernels.py", "--ops", "swiglu", "noise_latents", "--sizes", "tiny"]
+    command += ["--modes", "fp32"]
     command += ["--backend", "aot_eager", "--seconds", "0.02", "--out", str(tmp_path)]
     command += ["--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
