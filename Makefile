@@ -31,8 +31,9 @@ $(TESTABLE): $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/sfd demo --out runs/demo
 
+# Two processes, each with whole files: fixtures of a file are made once.
 test: $(TESTABLE)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check .

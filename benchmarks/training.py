@@ -42,7 +42,7 @@ from sfd_fast.training.engines.torch import TorchEngine
 
 RESULTS = Path(__file__).parent / "results"
 DECAY = 0.9999
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "attention", "convolution")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "_linear_pointwise", "attention", "convolution")
 CPU_MANNERS = ("ours", "ours_compiled", "compiled", "blocks", "released", "eager")
 CUDA_MANNERS = ("ours", "graphed", "deterministic", "eager", "released")
 MANNERS = ("ours", "ours_compiled", "graphed", "deterministic", "compiled", "blocks", "released", "eager")
