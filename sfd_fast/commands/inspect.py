@@ -1,5 +1,6 @@
 """`sfd inspect PATH`: what a cache holds, whether it is whole, and a picture of its first images."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,6 @@ def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) ->
     from sfd_fast import pictures
     from sfd_fast.data.cache import layout
     from sfd_fast.data.cache.remote import open_shards
-    from sfd_fast.data.cache.shards import map_tensors
     from sfd_fast.data.load.latents import LatentShards
     from sfd_fast.diffusion.statistics import SEMANTIC_FILE, TEXTURE_FILE, LatentStatistics
     from sfd_fast.files.overwrite import require_free
@@ -62,9 +62,8 @@ def run_inspect(config: InspectConfig, report: Callable[[str], None] = print) ->
     if config.verify:
         verify(folder, paths, headers)
         report("every shard is whole: checksums agree with the manifest where there is one, all values are finite")
-    if layout.FEATURES in headers[0].entries and not layout.composite_keys(headers[0].entries):
-        features = map_tensors(paths[0], headers[0])[layout.FEATURES][: config.num_images]
-        save_picture([pictures.principal_colours(features.float().numpy())], config, folder, report)
+    if not layout.composite_keys(headers[0].entries):
+        draw_features(config, folder, report)
         return
     shards = LatentShards(paths)
     if config.statistics:
@@ -94,6 +93,23 @@ def save_picture(rows: "list[np.ndarray]", config: InspectConfig, folder: Path, 
     except OSError as error:
         raise OSError(f"{error}; name another file with --picture, or none") from error
     report(f"picture: {path.absolute()}")
+
+
+def draw_features(config: InspectConfig, folder: Path, report: Callable[[str], None]) -> None:
+    """The picture of a cache of features alone. Raises ValueError for what holds no features either."""
+    import torch
+
+    from sfd_fast import pictures
+    from sfd_fast.data.load.features import FeatureShards
+    from sfd_fast.diffusion.transport import feature_map
+
+    shards = FeatureShards(config.path, cache_folder=config.cache_folder)
+    numbers = torch.arange(min(config.num_images, len(shards)))
+    tokens = shards.gather(numbers, torch.zeros(len(numbers), dtype=torch.bool))
+    if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
+        report(f"no picture: {tokens.shape[1]} tokens are no square")
+        return
+    save_picture([pictures.principal_colours(feature_map(tokens).numpy())], config, folder, report)
 
 
 def picture_path(config: InspectConfig, folder: Path) -> Path:
@@ -136,14 +152,15 @@ def describe(folder: Path, paths: list[str], headers: "list[Header]") -> list[st
     from sfd_fast.data.cache.shards import map_tensors
 
     first = headers[0].entries
-    counts = [next(iter(header.entries.values())).shape[0] for header in headers]
+    counts = [next((entry.shape[0] for entry in header.entries.values() if entry.shape), 0) for header in headers]
     size = sum(header.size for header in headers)
     lines = [f"{folder}: {sum(counts)} samples in {len(paths)} shards, {size / 2**30:.3f} GiB, "
              f"{size / max(sum(counts), 1):.0f} bytes a sample"]  # fmt: skip
     for name, entry in sorted(first.items()):
         lines.append(f"  {name:<22} {str(entry.dtype).removeprefix('torch.'):<9} {entry.shape[1:]}")
-    if layout.LABELS in first:
-        labels = np.concatenate([map_tensors(p, h)[layout.LABELS].numpy() for p, h in zip(paths, headers)])
+    if layout.label_key(first) in first and sum(counts):
+        key = layout.label_key(first)
+        labels = np.concatenate([map_tensors(p, h)[key].numpy() for p, h in zip(paths, headers) if key in h.entries])
         classes, per_class = np.unique(labels, return_counts=True)
         lines.append(
             f"  {len(classes)} classes, labels {classes.min()} to {classes.max()}, {per_class.min()} to "

@@ -150,6 +150,26 @@ def test_a_cache_of_features_is_described_and_drawn(tmp_path, here):
     assert picture.shape == (63, 126, 3) and picture.std() > 20
 
 
+def test_the_authors_feature_files_are_described_and_drawn(tmp_path, here):
+    """patch_tokens and class_idx; where the tokens make no square there is no picture, and that is said."""
+    tokens = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0)).half()
+    shard = {"patch_tokens": tokens, "class_idx": torch.arange(2)}
+    write_shard(tmp_path / "f" / "features_2samples.safetensors", shard)
+    text = lines_of(path=tmp_path / "f")
+    assert "patch_tokens           float16   (9, 6)" in text and "2 classes, labels 0 to 1" in text
+    assert np.asarray(Image.open(here / "inspect-f.png")).shape == (63, 126, 3)
+    write_shard(tmp_path / "g" / "a.safetensors", {"patch_tokens": tokens[:, :7].contiguous()})
+    assert "no picture: 7 tokens are no square" in lines_of(path=tmp_path / "g")
+
+
+@pytest.mark.parametrize("tensors", [{}, {"x": torch.zeros(())}, {"weight": torch.zeros(3, 4)}])
+def test_what_is_no_cache_is_named(tmp_path, tensors):
+    (tmp_path / "c").mkdir()
+    save_file(tensors, tmp_path / "c" / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors has no tensor '\w+', it holds"):
+        lines_of(path=tmp_path / "c")
+
+
 def test_the_picture_shows_decoded_images_above_semantics(tmp_path):
     """Pixel-space texture of one black and one white image: the first row is they."""
     from sfd_fast.formats.texture import save_codec

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfd_fast.config import require
 from sfd_fast.data.cache import layout
 from sfd_fast.data.cache.manifest import read_manifest
 from sfd_fast.data.cache.remote import open_shards
@@ -18,8 +19,10 @@ class CacheSizes:
     semantic_channels: int
     """PCA and SemVAE channels together"""
     grid_size: int
+    """of features alone: the side of their square; 0 where their number is no square"""
     num_classes: int
-    """of the source, some of which may have no images; where no manifest tells, the largest label + 1"""
+    """of the source, some of which may have no images; where no manifest tells, the largest label + 1, and 0 where
+    there are no labels either"""
     trained_classes: tuple[int, ...] | None
     """labels that have images; None: the manifest does not tell"""
     feature_channels: int | None
@@ -36,16 +39,22 @@ def describe(paths: str | Path | Iterable[str | Path], cache_folder: str | Path 
     manifest = read_manifest(folder) or {}
     shapes = {name: entry.shape[1:] for name, entry in entries.items()}
     composite = layout.composite_keys(shapes)
-    if not composite and layout.FEATURES not in shapes:
+    key = layout.feature_key(shapes)
+    if not composite and key not in shapes:
         raise ValueError(f"{files[0]} has neither latents nor features; it holds {', '.join(shapes) or 'nothing'}")
     counts = [shapes[name][0] for name in composite] or [0]
-    grid = shapes[composite[0] if composite else layout.FEATURES][-1]
-    width = shapes[layout.FEATURES][0] if layout.FEATURES in shapes else manifest.get("settings", {}).get("vfm_width")
+    width, grid = manifest.get("settings", {}).get("vfm_width"), 0
+    if key in shapes:
+        require(len(shapes[key]) in (2, 3), f"{files[0]}: '{key}' must be (N, tokens, F) or (N, F, h, w)")
+        width, grid = layout.feature_sizes(shapes[key])
+    if composite:
+        grid = shapes[composite[0]][-1]
     if "class_counts" in manifest:
         per_class = manifest["class_counts"]
         classes, trained = len(per_class), tuple(i for i, count in enumerate(per_class) if count)
     else:
-        labels = [map_tensors(path, header).get(layout.LABELS) for path, header in zip(files, headers)]
-        largest = max(layout.largest_label(path, part) for path, part in zip(files, labels) if part is not None)
+        labels = [map_tensors(path, header).get(layout.label_key(shapes)) for path, header in zip(files, headers)]
+        found = [layout.largest_label(path, part) for path, part in zip(files, labels) if part is not None]
+        largest = max(found, default=-1)
         classes, trained = 1 + largest, None
     return CacheSizes(counts[0], sum(counts[1:]), grid, classes, trained, width)

@@ -1,6 +1,7 @@
 """The tensors of a latent shard (docs/METHOD.md 6): names, statistics, and whether all shards are of one cache."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ PCA = "latents_dino"
 """principal components of VFM features, in older caches: semantic latents that are never normalised"""
 SEMANTIC = "latents_sv"
 FEATURES = "feats_dino"
+RELEASED_FEATURES, RELEASED_LABELS = "patch_tokens", "class_idx"
+"""(N, tokens, F) and (N,): in the authors' own files for SemVAE, features_NUMBERsamples.safetensors, without flips"""
 FLIP = "_flip"
 DIMENSIONS = {LABELS: 1, TEXTURE: 4, TEXTURE_MEAN: 4, TEXTURE_LOGVAR: 4, PCA: 4, SEMANTIC: 4, FEATURES: 4}
 """of the tensors of a latent shard, samples first"""
@@ -27,6 +30,26 @@ def composite_keys(names: Iterable[str]) -> list[str]:
     names = set(names)
     first = TEXTURE_MEAN if TEXTURE_MEAN in names else TEXTURE
     return [key for key in (first, PCA, SEMANTIC) if key in names]
+
+
+def feature_key(names: Iterable[str]) -> str:
+    """The name of a shard's features."""
+    names = set(names)
+    return RELEASED_FEATURES if RELEASED_FEATURES in names and FEATURES not in names else FEATURES
+
+
+def label_key(names: Iterable[str]) -> str:
+    """The name of a shard's labels."""
+    names = set(names)
+    return RELEASED_LABELS if RELEASED_LABELS in names and LABELS not in names else LABELS
+
+
+def feature_sizes(shape: Sequence[int]) -> tuple[int, int]:
+    """(F, side of their square grid) of features of one sample, (F, h, w) or (tokens, F); 0 where that is no square."""
+    if len(shape) == 3:
+        return shape[0], shape[1] if shape[1] == shape[2] else 0
+    side = math.isqrt(shape[0])
+    return shape[1], side if side**2 == shape[0] else 0
 
 
 def moments(tensors: Mapping[str, Tensor]) -> tuple[ChannelMoments, ChannelMoments]:

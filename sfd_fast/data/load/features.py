@@ -15,7 +15,7 @@ from torch import Tensor
 from sfd_fast.config import require
 from sfd_fast.data.cache import layout
 from sfd_fast.data.cache.remote import open_shards
-from sfd_fast.data.cache.shards import Header, map_tensors
+from sfd_fast.data.cache.shards import map_tensors
 from sfd_fast.data.load.held_out import Part, SampleSet
 from sfd_fast.data.load.order import flips, shuffled_indices
 from sfd_fast.diffusion.statistics import first_not_finite
@@ -24,13 +24,6 @@ from sfd_fast.files.ahead import ahead
 
 log = logging.getLogger(__name__)
 KEY, FLIPPED = layout.FEATURES, layout.FEATURES + layout.FLIP
-RELEASED = "patch_tokens"
-"""(N, tokens, F), without flips: in the authors' own files for SemVAE, features_NUMBERsamples.safetensors"""
-
-
-def key_of(header: Header) -> str:
-    """The name of a shard's features."""
-    return RELEASED if RELEASED in header.entries and KEY not in header.entries else KEY
 
 
 class FeatureShards(SampleSet):
@@ -43,11 +36,11 @@ class FeatureShards(SampleSet):
 
     def __init__(self, path: str | Path, *, cache_folder: str | Path | None = None):
         self.folder, self.paths, headers = open_shards(path, cache_folder)
+        key = layout.feature_key(headers[0].entries)
         for file, header in zip(self.paths, headers):
-            key = key_of(header)
-            if key not in header.entries or key != key_of(headers[0]):
+            if key not in header.entries:
                 held = ", ".join(header.entries) or "nothing"
-                raise ValueError(f"{file} has no tensor '{KEY}', it holds {held}; `sfd features` makes such shards")
+                raise ValueError(f"{file} has no tensor '{key}', it holds {held}; `sfd features` makes such shards")
             require(len(header.entries[key].shape) in (3, 4), f"{file}: '{key}' must be (N, tokens, F) or (N, F, h, w)")
             here, there = ((h.entries[key].shape[1:], h.entries[key].dtype) for h in (header, headers[0]))
             if here != there:
@@ -56,7 +49,7 @@ class FeatureShards(SampleSet):
                 )
             layout.check_settings(file, header, self.paths[0], headers[0])
         maps = [map_tensors(file, header) for file, header in zip(self.paths, headers)]
-        self.plain = [tensors[key_of(headers[0])] for tensors in maps]
+        self.plain = [tensors[key] for tensors in maps]
         self.flipped = [tensors.get(FLIPPED) for tensors in maps]
         self.ends = np.cumsum([len(t) for t in self.plain])
         self._part = Part(0, int(self.ends[-1]))

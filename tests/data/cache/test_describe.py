@@ -36,3 +36,21 @@ def test_other_files_are_named(tmp_path):
     write_shard(tmp_path / "a.safetensors", {"weights": torch.zeros(2, 5)})
     with pytest.raises(ValueError, match="a.safetensors has neither latents nor features; it holds weights"):
         describe(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_authors_feature_files_tell_width_grid_and_classes(tmp_path, labels):
+    """patch_tokens (N, tokens, F) and class_idx (N,), without a manifest."""
+    tensors = {"patch_tokens": torch.zeros(6, 9, 5)}
+    if labels:
+        tensors["class_idx"] = torch.tensor([0, 4, 2, 4, 1, 0])
+    write_shard(tmp_path / "features_6samples.safetensors", tensors)
+    sizes = describe(tmp_path)
+    assert (sizes.texture_channels, sizes.semantic_channels) == (0, 0)
+    assert (sizes.grid_size, sizes.feature_channels, sizes.num_classes) == (3, 5, 5 if labels else 0)
+
+
+def test_features_of_another_shape_are_named(tmp_path):
+    write_shard(tmp_path / "a.safetensors", {"feats_dino": torch.zeros(2, 5), "labels": torch.arange(2)})
+    with pytest.raises(ValueError, match=r"a.safetensors: 'feats_dino' must be \(N, tokens, F\) or"):
+        describe(tmp_path)
