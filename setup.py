@@ -15,6 +15,6 @@ from cpu_build import kernel_options  # noqa: E402
 setup(
     packages=[*find_packages(".", include=["sfd_fast*"]), *find_packages("kernels", include=["sfd_kernels*"])],
     package_dir={"sfd_kernels": "kernels/sfd_kernels"},
-    package_data={"sfd_kernels": ["cpu/*.cpp", "cpu/*.h", "py.typed"], "sfd_fast": ["py.typed"]},
+    package_data={"sfd_kernels": ["cpu/*.cpp", "cpu/*.h", "py.typed"], "sfd_fast": ["py.typed", "formats/*.txt"]},
     **kernel_options(),
 )

@@ -37,18 +37,18 @@ class Trajectories:
         sizes = (TINY, TINY) if part.rehearse else (XL, B_GUIDE)
         self.model, self.guide = (random_network(size, part.device).bfloat16() for size in sizes)
         self.labels = torch.arange(self.batch) % sizes[0].num_classes
-        self.settings = SamplerConfig(num_steps=EVALUATIONS), GuidanceConfig(mode="autoguidance", scale=SCALE)
+        self.settings = SamplerConfig(num_inference_steps=EVALUATIONS), GuidanceConfig(mode="autoguidance", scale=SCALE)
 
     def sampler(self, backend: str) -> LatentSampler:
         if self.part.rehearse and backend == "cuda_graph":
             backend = "eager"  # a CPU has no graphs
         return LatentSampler(
-            self.model, self.guide, DELTA_T, precision="bf16", backend=backend, device=self.part.device,
+            self.model, self.guide, DELTA_T, torch_dtype=torch.bfloat16, backend=backend, device=self.part.device,
             keep_memory=False,
         )  # fmt: skip
 
     def latents(self, sampler: LatentSampler) -> Tensor:
-        return sampler.sample_latents(self.labels, self.labels, 0, *self.settings)
+        return sampler.sample_latents(self.labels, sampler.initial_noise(self.labels, 0), *self.settings)
 
     def released(self) -> Callable[[], Tensor]:
         labels, config = self.labels.to(self.part.device), self.model.config

@@ -22,14 +22,15 @@ from sfd_fast.sampling.sampler import sample
 
 STEPS = (3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 28, 32, 40, 48, 64, 96, 128)
 PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2, "ab2": 1, "abm3": 1, "rk4": 4}
-EULER_250 = SamplerConfig(solver="euler", num_steps=249, grid="released")
+EULER_250 = SamplerConfig(solver="euler", num_inference_steps=249, grid="released")
 MOST_EVALUATIONS = 128
 RTOLS = (0.3, 0.1, 0.05, 0.02, 0.01, 3e-3, 1e-3, 3e-4)  # of dopri5, whose atol is a thousandth of it as in the defaults
 Points = list[tuple[int, float]]
 """(evaluations, error) of one solver"""
 SHARE = "the default's evaluations for that error over those of Euler-250"
 FEWEST = "the default's evaluations for that error over those of the next best solver"
-RATIO = f"error of the default ({SamplerConfig().solver}, {SamplerConfig().num_steps} evaluations) over Euler-250's"
+DEFAULT = SamplerConfig()
+RATIO = f"error of the default ({DEFAULT.solver}, {DEFAULT.num_inference_steps} evaluations) over Euler-250's"
 LARGEST = "largest difference between micro-batches of 1 and 32"
 TICKS = (4, 8, 16, 32, 64, 128, 256)
 
@@ -100,7 +101,7 @@ def demo_problem(folder: Path, batch: int = 32) -> Problem:
     guidance = pipeline.guidance
     if pipeline.guide is not None and not guidance.active:
         guidance = GuidanceConfig(mode="autoguidance", scale=1.5)
-    networks = [pipeline.model] + ([pipeline.guide] if pipeline.guide is not None else [])
+    networks = [pipeline.transformer] + ([pipeline.guide] if pipeline.guide is not None else [])
     noise = pipeline.initial_noise(torch.arange(batch), 0)
     labels = torch.arange(batch) % pipeline.config.num_classes
     return problem("demo", networks, noise, labels, guidance, pipeline.delta_t)
@@ -121,7 +122,7 @@ def curve(case: Problem, solver: str) -> Points:
     """A fixed-step solver over numbers of steps."""
     per_step = PER_STEP[solver]
     steps = [n for n in STEPS if n * per_step <= MOST_EVALUATIONS]
-    return [(n * per_step, case.error(SamplerConfig(solver=solver, num_steps=n))) for n in steps]
+    return [(n * per_step, case.error(SamplerConfig(solver=solver, num_inference_steps=n))) for n in steps]
 
 
 def adaptive_curve(case: Problem) -> Points:
@@ -138,7 +139,7 @@ def fewest_evaluations(case: Problem, solver: str, points: Points, wanted: float
         return None
     least, start = below[0], max([STEPS[0] * per_step - per_step, *above])
     while least - per_step > start:
-        if case.error(SamplerConfig(solver=solver, num_steps=least // per_step - 1)) > wanted:
+        if case.error(SamplerConfig(solver=solver, num_inference_steps=least // per_step - 1)) > wanted:
             break
         least -= per_step
     return least
@@ -160,7 +161,7 @@ def accuracy(case: Problem, barred: bool) -> tuple[list[dict], dict[str, Points]
     found = {solver: n for solver, n in least.items() if n is not None}
     mine = found.pop(default.solver, None)
     next_best = min(found, key=found.__getitem__, default=None)
-    share = None if mine is None else mine / EULER_250.num_steps
+    share = None if mine is None else mine / EULER_250.num_inference_steps
     over = None if mine is None or next_best is None else mine / found[next_best]
     rows.append(checked(f"{case.name}: {SHARE}", share, 0.25, barred))
     rows.append(checked(f"{case.name}: {FEWEST} ({next_best})", over, 1.0, barred))

@@ -46,13 +46,13 @@ def candidate(name: str, batch: int) -> Callable[[], Tensor | None]:
     if name.startswith("ours"):
         pipeline = SFDPipeline(
             main, guide=guide, statistics=LatentStatistics.identity(config.texture_channels, config.semantic_channels),
-            codec=TextureCodec(TextureConfig(channels=32, num_res_blocks=1)), delta_t=DELTA_T, micro_batch_size=batch,
-            device="cpu", backend="compile" if name.endswith("compile") else "eager",
+            texture_codec=TextureCodec(TextureConfig(channels=32, num_res_blocks=1)), delta_t=DELTA_T,
+            micro_batch_size=batch, device="cpu", backend="compile" if name.endswith("compile") else "eager",
         )  # fmt: skip
         guidance = GuidanceConfig(mode="autoguidance", scale=SCALE)
         compare(pipeline, guidance, labels)
-        settings = SamplerConfig(num_steps=EVALUATIONS)
-        return lambda: pipeline.sample_latents(labels, labels, 0, settings, guidance)
+        settings = SamplerConfig(num_inference_steps=EVALUATIONS)
+        return lambda: pipeline.sample_latents(labels, noise, settings, guidance)
     if name.endswith("kept") or name.startswith("matrix"):
         keep_freed_memory()
     if name.startswith("matrix"):
@@ -63,11 +63,11 @@ def candidate(name: str, batch: int) -> Callable[[], Tensor | None]:
 
 def compare(pipeline: SFDPipeline, guidance: GuidanceConfig, labels: Tensor) -> None:
     """The pipeline on the released grid gives the released manner's latents. Raises AssertionError otherwise."""
-    settings = SamplerConfig(solver="euler", num_steps=EVALUATIONS, grid="released")
-    ours = pipeline.sample_latents(labels, labels, 0, settings, guidance)
-    grid = torch.linspace(0, 1 + DELTA_T, EVALUATIONS + 1)
+    settings = SamplerConfig(solver="euler", num_inference_steps=EVALUATIONS, grid="released")
     noise = pipeline.initial_noise(labels, 0)
-    theirs = guided_euler(pipeline.model, pipeline.guide, noise, labels, grid=grid, delta_t=DELTA_T, scale=SCALE)
+    ours = pipeline.sample_latents(labels, noise, settings, guidance)
+    grid = torch.linspace(0, 1 + DELTA_T, EVALUATIONS + 1)
+    theirs = guided_euler(pipeline.transformer, pipeline.guide, noise, labels, grid=grid, delta_t=DELTA_T, scale=SCALE)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 

@@ -77,7 +77,7 @@ def test_an_unknown_key_of_a_file_names_the_nearest(tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, nearest",
     [("optimizer:\n  learning: 1\n", "optimizer.lr"), ("optimizer:\n  lrate: 1\n", "optimizer."),
-     ("optimiser:\n  lr: 1\n", "optimizer.lr"), ("sampler:\n  stps: 3\n", "sampler.num_steps")],
+     ("optimiser:\n  lr: 1\n", "optimizer.lr"), ("sampler:\n  num_step: 3\n", "sampler.num_inference_steps")],
 )  # fmt: skip
 def test_an_unknown_key_always_names_one_of_its_section(tmp_path, capsys, content, nearest):
     file = tmp_path / "a.yaml"
@@ -206,8 +206,8 @@ def test_the_demo_trains_by_its_own_rows():
     [
         (["train", "--train.engine", "fsdp"], "sfd train: error: train.engine 'fsdp' is unknown; choose torch or deep"),
         (["train", "--guidance.mode=cgf"], "did you mean 'cfg'?"),
-        (["train", "--sampler.num_steps", "4.5"], "sampler.num_steps '4.5' must be a whole number"),
-        (["train", "--sampler.num_steps", "1000000000"], "must be in [1, 100000]"),
+        (["train", "--sampler.num_inference_steps", "4.5"], "sampler.num_inference_steps '4.5' must be a whole number"),
+        (["train", "--sampler.num_inference_steps", "1000000000"], "must be in [1, 100000]"),
         (["train", "--optimizer.lr", "nan"], "optimizer.lr nan must be a finite number"),
         (["train", "--optimizer.lr", "fast"], "optimizer.lr 'fast' must be a finite number"),
         (["train", "--train.compile=maybe"], "train.compile 'maybe' must be true or false"),
@@ -229,7 +229,7 @@ def test_a_wrong_value_is_one_line(capsys, words, message):
     ("text", "message"),
     [
         ("train:\n  engine: fsdp\n", "a.yaml: train.engine 'fsdp' is unknown"),
-        ("sampler:\n  num_steps: 4.5\n", "a.yaml: sampler.num_steps 4.5 must be a whole number"),
+        ("sampler:\n  num_inference_steps: 4.5\n", "a.yaml: sampler.num_inference_steps 4.5 must be a whole number"),
         ("optimizer:\n  lr: '1e-4'\n", "a.yaml: optimizer.lr '1e-4' must be a finite number"),
         ("train: 5\n", "train 5 must be a group of settings"),
         ("- train\n", "a.yaml must hold settings as `name: value`"),

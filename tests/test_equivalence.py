@@ -122,7 +122,8 @@ def test_sampling_trajectories_agree(device, solver):
                 num_texture_channels=2, delta_t=0.3,
             )  # fmt: skip
             sample(
-                velocity, noise, delta_t=0.3, config=SamplerConfig(solver=solver, num_steps=9), num_texture_channels=2,
+                velocity, noise, delta_t=0.3, config=SamplerConfig(solver=solver, num_inference_steps=9),
+                num_texture_channels=2,
                 callback=lambda step, tau, x, states=states: states.append(x.clone()),
             )  # fmt: skip
         paths.append(torch.stack(states))

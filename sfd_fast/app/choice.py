@@ -14,7 +14,7 @@ class Choice:
     labels: tuple[int, ...]
     seed: int
     solver: str
-    num_steps: int
+    num_inference_steps: int
     guidance: GuidanceConfig
 
 
@@ -38,16 +38,20 @@ class Origin:
 
     model: str
     guide: str
-    codec: str
+    texture_codec: str
     batch: int
     precision: str
     device: str
 
+    @property
+    def dtype(self) -> str:
+        return {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[self.precision]
+
     def options(self) -> dict[str, object]:
-        """Options of from_pretrained, which `sfd sample` has under the same names; empty ones left out."""
-        named = {"guide": self.guide, "codec": self.codec}
+        """What from_pretrained and `sfd sample` have under the same names; empty ones left out."""
+        named = {"guide": self.guide, "texture_codec": self.texture_codec}
         return {key: value for key, value in named.items() if value} | {
-            "micro_batch_size": self.batch, "precision": self.precision, "device": self.device,
+            "micro_batch_size": self.batch, "device": self.device,
         }  # fmt: skip
 
 
@@ -57,14 +61,15 @@ def as_python(choice: Choice, origin: Origin) -> str:
     set_ones = [f"{f.name}={given[f.name]!r}" for f in fields(GuidanceConfig) if given[f.name] != f.default]
     options = "".join(f", {key}={value!r}" for key, value in origin.options().items())
     return (
+        "import torch\n\n"
         "from sfd_fast import SFDPipeline\n"
         "from sfd_fast.config import GuidanceConfig\n\n"
-        f"pipeline = SFDPipeline.from_pretrained({origin.model!r}{options})\n"
+        f"pipeline = SFDPipeline.from_pretrained({origin.model!r}{options}, torch_dtype={origin.dtype})\n"
         "output = pipeline(\n"
         f"    {list(choice.labels)},\n"
         f"    seed={choice.seed},\n"
         f"    solver={choice.solver!r},\n"
-        f"    num_steps={choice.num_steps},\n"
+        f"    num_inference_steps={choice.num_inference_steps},\n"
         f"    guidance=GuidanceConfig({', '.join(set_ones)}),\n"
         ")\n"
         "for number, image in enumerate(output.images):\n"
@@ -76,8 +81,9 @@ def as_command(choice: Choice, origin: Origin, out: str = "samples") -> str:
     """A command that draws the same pixels on the same machine, into the folder `out`."""
     guidance = choice.guidance
     options = {
-        "model": origin.model, **origin.options(), "labels": ",".join(map(str, choice.labels)), "seed": choice.seed,
-        "solver": choice.solver, "num_steps": choice.num_steps, "guidance_mode": guidance.mode,
+        "model": origin.model, **origin.options(), "precision": origin.precision,
+        "labels": ",".join(map(str, choice.labels)), "seed": choice.seed,
+        "solver": choice.solver, "num_inference_steps": choice.num_inference_steps, "guidance_mode": guidance.mode,
     }  # fmt: skip
     if guidance.mode != "none":
         texture, semantic = guidance.scales
@@ -87,13 +93,6 @@ def as_command(choice: Choice, origin: Origin, out: str = "samples") -> str:
     options["out"] = out
     lines = " \\\n    ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
     return f"sfd sample \\\n    {lines}\n"
-
-
-def class_names(content: dict, num_classes: int) -> list[str]:
-    """The name of every class: id2label of a pipeline.json where it has one, else the class's number."""
-    names = content.get("id2label") or {}
-    names = dict(enumerate(names)) if isinstance(names, list) else {int(key): name for key, name in names.items()}
-    return [f"{names[i]} ({i})" if i in names else f"class {i}" for i in range(num_classes)]
 
 
 def absolute(path: str) -> str:

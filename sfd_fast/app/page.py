@@ -135,7 +135,7 @@ def fields(gr: ModuleType, studio: Studio) -> tuple[list, Any]:
     with gr.Row():
         narrow = {"min_width": 90}
         solver = gr.Dropdown(list(SOLVERS), value=pipeline.sampler.solver, label="solver", elem_id="solver", **narrow)
-        steps = gr.Number(pipeline.sampler.num_steps, label="steps", elem_id="steps", **narrow)
+        steps = gr.Number(pipeline.sampler.num_inference_steps, label="steps", elem_id="steps", **narrow)
     mode = gr.Radio(studio.guidance_modes, value=guidance.mode, label="guidance", elem_id="mode")
     with gr.Group():
         apart = gr.Checkbox(

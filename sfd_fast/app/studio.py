@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from sfd_fast import pictures
-from sfd_fast.app.choice import Choice, Origin, absolute, class_names, number, whole
+from sfd_fast.app.choice import Choice, Origin, absolute, number, whole
 from sfd_fast.config import GuidanceConfig, SamplerConfig, SamplingPrecision, require
-from sfd_fast.files.documents import read_json
+from sfd_fast.sampling.class_names import shown_names
+from sfd_fast.sampling.latents import DTYPES
 from sfd_fast.sampling.pipeline import SFDPipeline
-from sfd_fast.sampling.pipeline_folder import INDEX
-from sfd_fast.sampling.sources import local_folder
 
 NUM_MOMENTS = 20
 """moments of a trajectory that the scrubber shows, besides the borders of the stages"""
@@ -59,23 +58,26 @@ class Studio:
         *,
         twin: str = "",
         guide: str = "",
-        codec: str = "",
+        texture_codec: str = "",
         batch: int = 16,
         precision: SamplingPrecision = "auto",
         device: str = "",
     ) -> None:
-        options = {"micro_batch_size": batch, "precision": precision, "device": device or None}
-        self.name, folder = model, local_folder(model)
-        self.pipeline = SFDPipeline.from_pretrained(folder, guide=guide or None, codec=codec or None, **options)
-        index = folder / INDEX
-        content = read_json(index) if index.is_file() else {}
-        self.names = class_names(content, self.pipeline.config.num_classes)
+        options = {
+            "texture_codec": texture_codec or None, "micro_batch_size": batch, "torch_dtype": DTYPES.get(precision),
+            "device": device or None,
+        }  # fmt: skip
+        self.name = model
+        self.pipeline = SFDPipeline.from_pretrained(model, guide=guide or None, **options)
+        names = shown_names(self.pipeline.id2label, self.pipeline.config.num_classes)
+        self.names = [f"{name} ({i})" if i in (self.pipeline.id2label or {}) else name for i, name in enumerate(names)]
         self.origin = Origin(
-            absolute(model), absolute(guide), absolute(codec), batch, self.pipeline.precision, str(self.pipeline.device)
-        )
+            absolute(model), absolute(guide), absolute(texture_codec), batch, self.pipeline.precision,
+            str(self.pipeline.device),
+        )  # fmt: skip
         self.twin = None
         if twin:
-            self.twin = SFDPipeline.from_pretrained(twin, codec=codec or None, **options)
+            self.twin = SFDPipeline.from_pretrained(twin, **options)
             require_same_latents(self.pipeline, self.twin, twin)
 
     @property
@@ -90,7 +92,7 @@ class Studio:
         num_images: object,
         seed: object,
         solver: str,
-        num_steps: object,
+        num_inference_steps: object,
         mode: str,
         apart: bool,
         scales: tuple[object, object, object],
@@ -102,7 +104,7 @@ class Studio:
         require(bool(labels), "no class is chosen: choose at least one")
         count, batch = whole(num_images, "the number of images"), self.pipeline.micro_batch_size
         require(1 <= count <= batch, f"the number of images is {count}: this page draws 1 to {batch} at once (--batch)")
-        steps = whole(num_steps, "the number of steps")
+        steps = whole(num_inference_steps, "the number of steps")
         require(1 <= steps <= MAX_STEPS, f"the number of steps is {steps}: give 1 to {MAX_STEPS}")
         guidance = replace(
             self.pipeline.guidance, mode="none", scale=1.0, texture_scale=None, semantic_scale=None
@@ -139,7 +141,7 @@ class Studio:
 
 def track(title: str, pipeline: SFDPipeline, choice: Choice) -> Track:
     frames = pipeline.trajectory(
-        list(choice.labels), num_frames=NUM_MOMENTS, seed=choice.seed, num_steps=choice.num_steps,
+        list(choice.labels), num_frames=NUM_MOMENTS, seed=choice.seed, num_inference_steps=choice.num_inference_steps,
         solver=choice.solver, guidance=choice.guidance,
     )  # fmt: skip
     last = frames[-1].semantic

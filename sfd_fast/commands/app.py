@@ -11,14 +11,14 @@ class AppConfig(Settings):
     """Options of the page."""
 
     model: FilePath = ""
-    """pipeline folder or hub name; or a network's folder (RUN/model, or of `sfd convert`) with `codec`"""
+    """pipeline folder or hub name; a run of `sfd train`; or the folder of a network that `sfd convert` wrote"""
     twin: FilePath = ""
     """pipeline folder of another model of the same latents, drawn beside it from the same noise; for example a
     synchronous one (delta_t 0)"""
     guide: FilePath = ""
     """guide network's folder, where the pipeline has none or another is wanted"""
-    codec: FilePath = ""
-    """texture codec's folder or file, for a network's folder"""
+    texture_codec: FilePath = ""
+    """texture codec's folder or file, where the model names none or another is wanted"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 serves every machine that reaches this one"""
     port: int = 0
@@ -48,7 +48,7 @@ def run_app(config: AppConfig) -> None:
     from sfd_fast.app.studio import Studio
 
     studio = Studio(
-        config.model, twin=config.twin, guide=config.guide, codec=config.codec, batch=config.batch,
-        precision=config.precision, device=config.device,
+        config.model, twin=config.twin, guide=config.guide, texture_codec=config.texture_codec,
+        batch=config.batch, precision=config.precision, device=config.device,
     )  # fmt: skip
     launch(studio, host=config.host, port=config.port)

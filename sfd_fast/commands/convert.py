@@ -23,9 +23,9 @@ class ConvertConfig(Settings):
     """Options of `sfd convert`.
 
     A released file becomes a folder, a folder becomes a released file, a training checkpoint of any engine, number of
-    ranks and ZeRO stage becomes either, a released YAML becomes one of ours. With `codec` and `statistics` the result
-    is a whole pipeline folder for `sfd sample` and SFDPipeline. It samples on the exact grid (the released one on
-    request, docs/METHOD.md 5).
+    ranks and ZeRO stage becomes either, a released YAML becomes one of ours. With `texture_codec` and `statistics` the
+    result is a whole pipeline folder for `sfd sample` and SFDPipeline. It samples on the exact grid (the released one
+    on request, docs/METHOD.md 5).
     """
 
     source: FilePath
@@ -38,7 +38,7 @@ class ConvertConfig(Settings):
     """which weights are sampled with: ema or model; of a training checkpoint also ema_1, ema_2, ... (extra averages)"""
     keep_training_state: bool = True
     """also keep optimizer and raw weights, so that converting back gives the identical file"""
-    codec: FilePath = ""
+    texture_codec: FilePath = ""
     """texture autoencoder (released .ckpt or our folder) of the pipeline to assemble"""
     statistics: FilePath = ""
     """folder with latents_stats.pt and latents_sv_stats.pt of the TRAINING latents"""
@@ -52,12 +52,12 @@ class ConvertConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            not self.guide or bool(self.codec and self.statistics),
-            "a guide belongs to a whole pipeline: give --codec and --statistics too",
+            not self.guide or bool(self.texture_codec and self.statistics),
+            "a guide belongs to a whole pipeline: give --texture_codec and --statistics too",
         )
         require(
-            bool(self.codec) == bool(self.statistics),
-            "a pipeline needs both --codec and --statistics (of the latents the model was trained on)",
+            bool(self.texture_codec) == bool(self.statistics),
+            "a pipeline needs both --texture_codec and --statistics (of the latents the model was trained on)",
         )
         require(
             re.fullmatch(r"model|ema(_[1-9]\d*)?", self.weights) is not None,
@@ -87,7 +87,7 @@ def run_convert(config: ConvertConfig) -> None:
         else:
             export_released(source, target)
         print(f"wrote {target} in the released format")
-    elif config.codec:
+    elif config.texture_codec:
         assemble(config)
         print(f"wrote the pipeline {target}: sfd sample --model {target}")
     elif is_checkpoint(source):
@@ -96,7 +96,7 @@ def run_convert(config: ConvertConfig) -> None:
     else:
         require(
             source.is_file(),
-            f"{source} is a folder and {target} too: name a .pt file as target to export, or give --codec and "
+            f"{source} is a folder and {target} too: name a .pt file as target to export, or give --texture_codec and "
             "--statistics to assemble a pipeline",
         )
         result = convert_released(
@@ -125,6 +125,7 @@ def convert_yaml(source: Path, target: Path, overwrite: bool) -> None:
 def assemble(config: ConvertConfig) -> None:
     """Networks, codec and statistics as one pipeline folder."""
     from sfd_fast.diffusion.statistics import LatentStatistics
+    from sfd_fast.formats.imagenet import imagenet_names
     from sfd_fast.formats.model_folder import read_config
     from sfd_fast.formats.released_model import convert_released
     from sfd_fast.sampling.pipeline import SFDPipeline
@@ -132,7 +133,7 @@ def assemble(config: ConvertConfig) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         folders = {}
-        for name, path in (("model", config.source), ("guide", config.guide), ("codec", config.codec)):
+        for name, path in (("model", config.source), ("guide", config.guide), ("codec", config.texture_codec)):
             if path and Path(path).is_file():
                 folders[name] = Path(scratch, name)
                 settings = config.settings or None if name == "model" else None
@@ -142,17 +143,20 @@ def assemble(config: ConvertConfig) -> None:
                 export_checkpoint(path, folders[name], weights=config.weights)
             elif path:
                 folders[name] = Path(path)
-        data = read_config(folders["model"]).data
+        trained = read_config(folders["model"])
+        data = trained.data
         multiplier = config.latent_multiplier
         if multiplier is None:
             multiplier = data.latent_multiplier
         statistics = LatentStatistics.load(config.statistics, multiplier).standardising(
             texture=data.normalise_texture, semantic=data.normalise_semantic
         )
+        known = imagenet_names(trained.model.num_classes) if "imagenet" in data.path.lower() else None
         SFDPipeline.from_pretrained(
             folders["model"],
             guide=folders.get("guide"),
-            codec=folders["codec"],
+            texture_codec=folders["codec"],
             statistics=statistics,
             device="cpu",
+            **({} if known is None else {"id2label": known}),
         ).save_pretrained(config.target)

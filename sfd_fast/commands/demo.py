@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sfd_fast.sampling.pipeline import SFDPipeline
     from sfd_fast.training.loop import TrainResult
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MARK = "demo.json"
 """the settings of the demo that wrote a folder: without it a folder is someone else's"""
 
@@ -54,7 +55,7 @@ class DemoConfig(Settings):
     guide_steps: Count = recipe("DIGITS_GUIDE").max_steps
     guidance_scale: float = recipe("DIGITS").guidance_scale
     """AutoGuidance weight; the released models use 1.5 and 1.6 (docs/METHOD.md 5)"""
-    num_steps: NumSteps = SamplerConfig().num_steps
+    num_inference_steps: NumSteps = SamplerConfig().num_inference_steps
     """steps of the default solver, one network evaluation each"""
     progress: bool = True
 
@@ -100,7 +101,8 @@ def run_demo(config: DemoConfig) -> None:
 
     labels = torch.arange(config.num_images) % 10
     say(f"sampling {config.num_images} digits in three stages")
-    images = pipeline(labels, seed=config.seed, output_type="np", progress=config.progress).images
+    pipeline.set_progress_bar_config(disable=not config.progress)
+    images = np.stack([np.asarray(image) for image in pipeline(labels, seed=config.seed).images])
     np.savez(out / "samples.npz", arr_0=images, arr_1=labels.numpy())
     metrics = judge(config, images, labels.numpy(), train, held_out)
     metrics["seconds"] = time.monotonic() - start
@@ -200,9 +202,10 @@ def assemble(config: DemoConfig, folder: Path, main: "TrainResult", guide: "Trai
     SFDPipeline.from_pretrained(
         main.model,
         guide=guide.model,
-        codec=IdentityCodec(DIGITS.texture_channels, downsampling=2),
-        sampler=SamplerConfig(num_steps=config.num_steps),
+        texture_codec=IdentityCodec(DIGITS.texture_channels, downsampling=2),
+        sampler=SamplerConfig(num_inference_steps=config.num_inference_steps),
         guidance=GuidanceConfig(mode="autoguidance", scale=config.guidance_scale),
+        id2label=NAMES,
         micro_batch_size=100,
         device="cpu",
     ).save_pretrained(folder)

@@ -1,6 +1,7 @@
 """`sfd sample`: any number of images on any number of processes, resumable, each a function of (seed, id, label)."""
 
 import numbers
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from sfd_fast.config import (
     require,
     with_settings,
 )
-from sfd_fast.config.checks import Count, FilePath, Natural, Positive
+from sfd_fast.config.checks import Count, FilePath, Natural, NotNegative, Positive
 from sfd_fast.config.sampling import SETTINGS
 from sfd_fast.ranks import Ranks
 
@@ -34,12 +35,13 @@ class SampleConfig(SingleSettings):
     """Options of large-scale generation."""
 
     model: FilePath = ""
-    """pipeline folder or hub name; or a network's folder (RUN/model, or of `sfd convert`) with `codec`"""
+    """pipeline folder or hub name; a run of `sfd train`; or the folder of a network that `sfd convert` wrote"""
     out: FilePath = "runs/samples"
     num_images: Natural = 0
     """0: one per entry of `labels`, or 64"""
-    labels: tuple[int, ...] | str = ()
-    """comma-separated; image i gets labels[i % len(labels)]; empty: every class in turn, so classes are balanced"""
+    labels: tuple[int | str, ...] | str = ()
+    """numbers or names of classes, comma-separated ("golden retriever,tabby cat"), which images take in turn; empty:
+    every class in turn, so classes are balanced"""
     seed: Natural = 0
     format: Literal["png", "webp", "npz"] = "png"
     """png and webp: out/images/NUMBER.png; npz: out/samples.npz with arr_0 images and arr_1 labels"""
@@ -47,8 +49,10 @@ class SampleConfig(SingleSettings):
     """order of the images in samples.npz"""
     guide: FilePath = ""
     """guide network's folder, where the pipeline has none or another is wanted"""
-    codec: FilePath = ""
-    """texture codec's folder or file, for a network's folder"""
+    texture_codec: FilePath = ""
+    """texture codec's folder or file, where the model names none or another is wanted"""
+    delta_t: NotNegative | None = None
+    """offset of the two clocks; default: that of the training. The model was trained for no other"""
     micro_batch_size: Natural = 0
     """images at once; 0: the pipeline's. Another size changes some pixels by one level of 255"""
     precision: SamplingPrecision = "auto"
@@ -79,15 +83,18 @@ class SampleConfig(SingleSettings):
         return {name: getattr(self, name) for name in SETTINGS}
 
 
-def parse_labels(labels: str | Sequence[int]) -> tuple[int, ...]:
-    """(1, 2), [1, 2] of a YAML file, or "1,2" of the command line. Raises ValueError for what is no whole number."""
-    words = labels.strip("[]() ").replace(",", " ").split() if isinstance(labels, str) else labels
-    try:
-        if not all(isinstance(word, str | numbers.Integral) and not isinstance(word, bool) for word in words):
-            raise ValueError("a class is a whole number")
-        return tuple(int(word) for word in words)
-    except ValueError:
-        raise ValueError(f"labels '{labels}' must be whole numbers of classes, separated by commas") from None
+def parse_labels(labels: str | Sequence[int | str]) -> tuple[int | str, ...]:
+    """("golden retriever", "207") of the command line's "golden retriever,207"; (1, 2) of a YAML file's [1, 2].
+
+    Raises ValueError for what is neither name nor whole number.
+    """
+    if isinstance(labels, str):
+        text = labels.strip("[]() ")
+        words = text.split(",") if re.search(r"[^\d\s,]", text) else text.replace(",", " ").split()
+        labels = [word.strip(" '\"") for word in words if word.strip(" '\"")]
+    if not all(isinstance(word, str | numbers.Integral) and not isinstance(word, bool) for word in labels):
+        raise ValueError(f"labels '{labels}' must be numbers or names of classes, separated by commas")
+    return tuple(word if isinstance(word, str) else int(word) for word in labels)
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,8 @@ def run_sample(config: SampleConfig) -> SampleResult:
     with occupied(out, ranks.rank, config.stall_s):
         generation = prepared(config, load_pipeline(config, ranks))
         if ranks.first:
-            say_untrained(generation.pipeline, config.labels)
-            say_unused_guide(generation.pipeline, generation.guidance)
+            say_untrained(generation.pipeline, generation.pipeline.get_label_ids(config.labels))
+            say_unused_guide(generation.pipeline, generation.request.guidance)
         generation.claim()
         start = time.monotonic()
         made, by_all = generation.run(
@@ -130,11 +137,10 @@ def prepared(config: SampleConfig, pipeline: "SFDPipeline") -> "Generation":
     from sfd_fast.sampling.output import SampleFiles
 
     count, num_classes = config.num_images or len(config.labels) or 64, pipeline.config.num_classes
-    drawn = config.labels or pipeline.classes or range(num_classes)
-    labels, _, seed = pipeline.checked_inputs(balanced_labels(count, drawn), None, config.seed)
+    drawn = pipeline.get_label_ids(config.labels) or pipeline.classes or range(num_classes)
+    request = pipeline.request(balanced_labels(count, drawn), seed=config.seed, **config.settings)
     files = SampleFiles(Path(config.out), config.format, count, pipeline.micro_batch_size)
-    settings = pipeline.resolve(**config.settings)
-    return Generation(pipeline, labels, seed, *settings, files, config.shuffle_seed, config.model)
+    return Generation(pipeline, request, files, config.shuffle_seed, config.model)
 
 
 def finish(config: SampleConfig, generation: "Generation", num_drawn: int, start: float) -> Path | None:
@@ -142,7 +148,7 @@ def finish(config: SampleConfig, generation: "Generation", num_drawn: int, start
     files, drawn = generation.files, []
     if config.grid:
         drawn.append(draw_grid(generation, config.grid))
-    npz = files.gather(generation.labels, config.shuffle_seed)
+    npz = files.gather(generation.request.labels, config.shuffle_seed)
     if config.show_stages:
         drawn.append(draw_stages(generation))
     if num_drawn:
@@ -165,14 +171,10 @@ def draw_grid(generation: "Generation", count: int) -> Path:
 
 def draw_stages(generation: "Generation") -> Path:
     """stages.png: how the first images come about."""
-    pipeline = generation.pipeline
-    path, labels = generation.files.out / STAGES, generation.labels[: min(STRIP_IMAGES, pipeline.micro_batch_size)]
+    pipeline, request, path = generation.pipeline, generation.request, generation.files.out / STAGES
+    labels = request.labels[: min(STRIP_IMAGES, pipeline.micro_batch_size)]
     frames = pipeline.trajectory(
-        labels,
-        num_frames=STRIP_FRAMES,
-        seed=generation.seed,
-        sampler=generation.sampler,
-        guidance=generation.guidance,
+        labels, num_frames=STRIP_FRAMES, seed=request.seed, sampler=request.sampler, guidance=request.guidance
     )
     pictures.stage_strip(
         path,
@@ -186,15 +188,22 @@ def draw_stages(generation: "Generation") -> Path:
 
 
 def load_pipeline(config: SampleConfig, ranks: Ranks) -> "SFDPipeline":
+    from sfd_fast.sampling.latents import DTYPES
     from sfd_fast.sampling.pipeline import SFDPipeline
 
-    options = {"precision": config.precision, "backend": config.backend, "device": ranks.device(config.device)}
+    options = {
+        "torch_dtype": DTYPES.get(config.precision), "backend": config.backend, "device": ranks.device(config.device),
+    }  # fmt: skip
     if config.micro_batch_size:
         options["micro_batch_size"] = config.micro_batch_size
-    return SFDPipeline.from_pretrained(config.model, guide=config.guide or None, codec=config.codec or None, **options)
+    if config.delta_t is not None:
+        options["delta_t"] = config.delta_t
+    return SFDPipeline.from_pretrained(
+        config.model, guide=config.guide or None, texture_codec=config.texture_codec or None, **options
+    )
 
 
-def say_untrained(pipeline: "SFDPipeline", given: tuple[int, ...]) -> None:
+def say_untrained(pipeline: "SFDPipeline", given: list[int]) -> None:
     """One line where the model has classes that its training never showed it."""
     if pipeline.classes is None:
         return

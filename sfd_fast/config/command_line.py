@@ -118,16 +118,18 @@ def unknown(key: str, known: Mapping[str, Any]) -> str:
 
 
 def nearest_key(name: str, keys: Sequence[str]) -> str | None:
-    """The valid key closest to a mistyped one: by its full path, then by its last word, then whatever is least far."""
+    """The valid key closest to a mistyped one: by its full path, then by its last word in its group, then in any, then
+    whatever is least far."""
     close = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
     if close:
         return close[0]
-    last = {key.rsplit(".", 1)[-1]: key for key in keys}
-    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)
-    if close:
-        return last[close[0]]
-    group = name.rpartition(".")[0]
+    group, _, word = name.rpartition(".")
     within = [key for key in keys if group and key.startswith(f"{group}.")]
+    for some, cutoff in ((within, 0.55), (keys, 0.7)):
+        last = {key.rsplit(".", 1)[-1]: key for key in some}
+        close = difflib.get_close_matches(word, last, n=1, cutoff=cutoff)
+        if close:
+            return last[close[0]]
     close = difflib.get_close_matches(name, within or keys, n=1, cutoff=0.0)
     return close[0] if close else None
 

@@ -56,10 +56,10 @@ class SamplerConfig(Settings, section="sampler", may_change=True):
 
     solver: Literal["euler", "midpoint", "heun", "ab2", "abm3", "rk4", "dopri5"] = "abm3"
     """abm3 needs the fewest evaluations for a given error (benchmarks/sampling.py)"""
-    num_steps: NumSteps = 32
+    num_inference_steps: NumSteps = 32
     """steps over the whole interval; network evaluations are as many (heun and midpoint: twice, rk4: four times)"""
     grid: Literal["exact", "released"] = "exact"
-    """exact: stage borders are grid points; released: num_steps + 1 even points, masks at each evaluation"""
+    """exact: stage borders are grid points; released: num_inference_steps + 1 even points, masks at each evaluation"""
     timestep_shift: Positive = 1.0
     """u' = s u / (1 + (s - 1) u) on normalised time; 1 changes nothing"""
     atol: Positive = 1e-6
@@ -68,7 +68,7 @@ class SamplerConfig(Settings, section="sampler", may_change=True):
 
 
 SETTINGS = {
-    "num_steps": (SamplerConfig, "num_steps"),
+    "num_inference_steps": (SamplerConfig, "num_inference_steps"),
     "solver": (SamplerConfig, "solver"),
     "timestep_shift": (SamplerConfig, "timestep_shift"),
     "time_grid": (SamplerConfig, "grid"),

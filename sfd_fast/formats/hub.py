@@ -152,6 +152,53 @@ class Repository:
         )  # fmt: skip
 
 
+def push_folder(
+    folder: Path,
+    name: str,
+    *,
+    message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Uploads a folder as the repository "owner/name", made where there is none; the address of the commit.
+
+    A repository without a README.md gets a short one. Raises OSError where the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants
+
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        name = api.create_repo(name, private=private, exist_ok=True).repo_id
+        if not api.file_exists(name, "README.md"):
+            (folder / "README.md").write_text(CARD.format(name=name))
+        return str(
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, create_pr=create_pr).commit_url
+        )
+    except Exception as error:  # the hub's client raises many kinds: no network, no permission, a bad name
+        raise OSError(f"{name} cannot be uploaded to {endpoint}: {first_line(error)}") from error
+
+
+CARD = """---
+library_name: sfd-fast
+tags:
+- image-generation
+- semantics-first-diffusion
+---
+# {name}
+
+A class-conditional model of Semantics-First Diffusion (arXiv 2512.04926).
+
+```python
+from sfd_fast import SFDPipeline
+
+pipeline = SFDPipeline.from_pretrained("{name}")
+pipeline([0], seed=0).images[0].save("image.png")
+```
+"""
+
+
 def check(path: Path, file: RemoteFile, name: str) -> None:
     """Raises ValueError where a file's content is not what the hub describes."""
     if file.sha256:

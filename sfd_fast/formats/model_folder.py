@@ -31,6 +31,8 @@ from sfd_fast.models.semvae import SemVAE
 
 READABLE = "config.json"
 FORMAT = 1
+CARD = ("classes", "id2label", "texture_codec")
+"""what a network's card tells of its data: labels that it has seen, names of the classes, what encoded the texture"""
 REST = "released.safetensors"
 """what a released file held beside the weights (raw weights, optimizer, settings): kept for the way back"""
 

@@ -35,7 +35,7 @@ def settings_for(command: str, tree: Mapping[str, Any], source: object) -> tuple
     if kind == TOKENIZER:
         raise ValueError(
             f"{source} describes a tokenizer of the released system, which needs no settings here: a texture codec is "
-            "read from its weights (--codec, or `sfd convert`)"
+            "read from its weights (--texture_codec, or `sfd convert`)"
         )
     if COMMANDS.get(command) != kind:
         others = " or ".join(f"`sfd {name}`" for name, use in COMMANDS.items() if use == kind)

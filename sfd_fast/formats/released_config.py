@@ -173,7 +173,8 @@ def _sampler(section: _Section) -> SamplerConfig:
         raise ValueError(f"released setting sample.sampling_method: {solver} is unknown; known: {', '.join(SOLVERS)}")
     return SamplerConfig(
         solver=SOLVERS[solver],
-        num_steps=max(int(section.take("num_sampling_steps", 250)) - 1, 1),  # the released number counts grid points
+        # the released number counts grid points
+        num_inference_steps=max(int(section.take("num_sampling_steps", 250)) - 1, 1),
         grid="released",
         timestep_shift=float(section.take("timestep_shift", 0) or 1.0),  # 0 switches the released shift off
         **{key: float(value) for key, value in section.fields(atol="atol", rtol="rtol").items()},
@@ -208,7 +209,8 @@ def sample_settings(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     given = {
         "model": tree.get("ckpt_path"), "guide": guide, "num_images": sample.get("fid_num"),
         "labels": None if label is None else [label], "micro_batch_size": sample.get("per_proc_batch_size"),
-        "seed": config.train.seed, "solver": sampler.solver, "num_steps": sampler.num_steps, "time_grid": sampler.grid,
+        "seed": config.train.seed, "solver": sampler.solver,
+        "num_inference_steps": sampler.num_inference_steps, "time_grid": sampler.grid,
         "timestep_shift": sampler.timestep_shift, "atol": sampler.atol, "rtol": sampler.rtol,
         "guidance_mode": guidance.mode, "guidance_scale": guidance.scale, "interval_start": guidance.interval_start,
         "interval_mode": guidance.interval_mode,
@@ -256,7 +258,7 @@ def to_released(config: SFDConfig) -> dict[str, Any]:
         },
         "sample": {
             "mode": "ODE", "sampling_method": solver, "atol": sampler.atol, "rtol": sampler.rtol, "reverse": False,
-            "likelihood": False, "num_sampling_steps": sampler.num_steps + 1,
+            "likelihood": False, "num_sampling_steps": sampler.num_inference_steps + 1,
             "cfg_scale": config.guidance.scale, "cfg_interval_start": config.guidance.interval_start,
             "timestep_shift": 0 if sampler.timestep_shift == 1 else sampler.timestep_shift,
             "autoguidance": config.guidance.mode == "autoguidance",

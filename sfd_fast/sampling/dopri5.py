@@ -122,6 +122,6 @@ def sample_dopri5(
             return join_latents(*(part if moves else torch.zeros_like(part) for part, moves in zip(parts, mask)))
 
         x = _integrate(drift, x, start, end, config.atol, config.rtol)
-        if callback is not None:
-            callback(number, end, x)
+        changed = None if callback is None else callback(number, end, x)
+        x = x if changed is None else changed.to(x)
     return x

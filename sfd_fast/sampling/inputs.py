@@ -27,23 +27,34 @@ def whole_numbers(values: Integers, name: str) -> Tensor:
     return torch.tensor(items, dtype=torch.int64)
 
 
-def checked_inputs(
-    labels: Integers, sample_ids: Integers | None, seed: int, num_classes: int
-) -> tuple[Tensor, Tensor, int]:
-    """Labels and sample ids as (N,) int64 tensors on the CPU, and the seed; ValueError for what cannot be drawn."""
-    labels = whole_numbers(labels, "labels")
+def checked_labels(labels: Integers, num_classes: int) -> Tensor:
+    """Classes as (N,) int64 on the CPU; ValueError for one that the model has not."""
+    labels = whole_numbers(labels, "class_labels")
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         raise ValueError(
             f"label {labels[outside][0].item()} is out of range: this model has the classes 0 to {num_classes - 1}"
         )
-    ids = torch.arange(len(labels)) if sample_ids is None else whole_numbers(sample_ids, "sample_ids")
-    require(
-        ids.shape == labels.shape,
-        f"{len(labels)} labels but sample_ids of shape {tuple(ids.shape)}: give one id per label",
-    )
+    return labels
+
+
+def checked_ids(sample_ids: Integers | None, count: int) -> Tensor:
+    """Sample ids as (N,) int64 on the CPU; ValueError where there are not as many as images."""
+    ids = torch.arange(count) if sample_ids is None else whole_numbers(sample_ids, "sample_ids")
+    require(len(ids) == count, f"{count} images but {len(ids)} sample_ids: give one id per image")
     require(not (ids < 0).any(), f"sample id {ids.min().item() if len(ids) else 0} must not be negative")
-    return labels, ids, checked_seed(seed)
+    return ids
+
+
+def checked_noise(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A call's own noise as float32. Raises ValueError for another shape, and for values that are not finite."""
+    given = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+    require(
+        given == shape and latents.is_floating_point(),
+        f"latents must be a tensor of standard normals of shape {shape} (images, channels, height, width), not {given}",
+    )
+    require(bool(latents.isfinite().all()), "latents hold NaN or infinity: give standard normals")
+    return latents.float()
 
 
 def checked_classes(classes: Integers, num_classes: int) -> tuple[int, ...]:

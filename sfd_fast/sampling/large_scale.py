@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sfd_fast.config import GuidanceConfig, SamplerConfig, to_dict
+from sfd_fast.config import to_dict
 from sfd_fast.files.atomic import create_once
 from sfd_fast.files.digest import tensors_digest
 from sfd_fast.ranks import Ranks
 from sfd_fast.sampling.image_writer import AsyncWriter
+from sfd_fast.sampling.images import Request
 from sfd_fast.sampling.output import POLL_S, Progress, SampleFiles, stopped_ranks, wait_for_all
 from sfd_fast.sampling.pipeline import SFDPipeline
 
@@ -41,27 +42,25 @@ def weights_digest(*modules: nn.Module | None) -> str:
 
 @dataclass(frozen=True)
 class Generation:
-    """All that the images of a folder follow from, and where they are. labels: (N,) int64; model: for the record."""
+    """All that the images of a folder follow from, and where they are. model: for the record."""
 
     pipeline: SFDPipeline
-    labels: Tensor
-    seed: int
-    sampler: SamplerConfig
-    guidance: GuidanceConfig
+    request: Request
     files: SampleFiles
     shuffle_seed: int
     model: str
 
     def record(self) -> dict:
-        pipeline, guided = self.pipeline, self.guidance.mode == "autoguidance"
+        pipeline, request = self.pipeline, self.request
+        guided = request.guidance.mode == "autoguidance"
         return {
             "model": self.model,
-            "weights": weights_digest(pipeline.model, pipeline.guide if guided else None),
-            "codec": weights_digest(pipeline.codec),
+            "weights": weights_digest(pipeline.transformer, pipeline.guide if guided else None),
+            "texture_codec": weights_digest(pipeline.texture_codec),
             "statistics": pipeline.statistics.digest(),
-            "num_images": len(self.labels),
-            "labels": tensors_digest({"labels": self.labels})[:16],
-            "seed": self.seed,
+            "num_images": len(request),
+            "labels": tensors_digest({"labels": request.labels})[:16],
+            "seed": request.seed,
             "format": self.files.format,
             "shuffle_seed": self.shuffle_seed,
             "micro_batch_size": pipeline.micro_batch_size,
@@ -69,8 +68,8 @@ class Generation:
             "backend": pipeline.backend,
             "device": pipeline.device.type,
             "delta_t": pipeline.delta_t,
-            "sampler": to_dict(self.sampler),
-            "guidance": to_dict(self.guidance),
+            "sampler": to_dict(request.sampler),
+            "guidance": to_dict(request.guidance),
         }
 
     def claim(self) -> None:
@@ -112,7 +111,7 @@ class Generation:
         files = self.files
         mine = [first for first in files.starts[ranks.rank :: ranks.world_size] if not files.finished(first)]
         chosen = torch.tensor([number for first in mine for number in files.numbers(first)], dtype=torch.int64)
-        images = self.pipeline.generate(self.labels[chosen], chosen, self.seed, self.sampler, self.guidance)
+        images = self.pipeline.generate(self.request.rows(chosen))
         with AsyncWriter(num_writers, max_waiting=4 * max(files.size, num_writers)) as writer:
             for first, part in zip(mine, images, strict=True):
                 files.write(writer, first, part)

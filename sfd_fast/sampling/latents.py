@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SamplingBackend, SamplingPrecision
+from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig, SamplingBackend, require
 from sfd_fast.config.checks import one_of
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
@@ -20,14 +20,23 @@ from sfd_fast.sampling.allocator import keep_freed_memory
 from sfd_fast.sampling.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg
 from sfd_fast.sampling.runner import Recent, StepRunners
 from sfd_fast.sampling.sampler import sample
-from sfd_fast.sampling.solvers import Callback, make_plan
+from sfd_fast.sampling.solvers import Callback, Plan, make_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""what the networks' weights may be held in, by the names of --precision"""
 MAX_PLANS = 64  # kept settings of earlier calls
-PROCESS_OWN = ("runners", "_plans", "_lock", "_last_queue")
+PROCESS_OWN = ("runners", "_plans", "_lock", "_last_queue", "_place_lock")
 """attributes that are not pickled: a copy makes them anew"""
 
 log = logging.getLogger(__name__)
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError for a dtype that the networks cannot be held in."""
+    require(
+        dtype is None or dtype in DTYPES.values(),
+        f"torch_dtype {dtype} is unknown; choose torch.float32 or torch.bfloat16 (None: the best for the device)",
+    )
 
 
 def own_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
@@ -40,8 +49,8 @@ def own_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None 
     return copy.deepcopy(module, shared).eval().to(device, dtype)
 
 
-def chosen_for(device: torch.device, precision: SamplingPrecision, backend: SamplingBackend) -> tuple[str, str]:
-    """What "auto" means on a device, and what was named as it is.
+def chosen_for(device: torch.device, dtype: torch.dtype | None, backend: SamplingBackend) -> tuple[torch.dtype, str]:
+    """The networks' dtype, None: the best for the device, and what backend "auto" means on it.
 
     CUDA: bf16 from compute capability 8 on (below it bf16 is software), and captured graphs. Else fp32, eager: the bits
     that tests compare with the released system's.
@@ -49,11 +58,11 @@ def chosen_for(device: torch.device, precision: SamplingPrecision, backend: Samp
     cuda = device.type == "cuda"
     fast = cuda and torch.cuda.get_device_capability(device)[0] >= 8
     chosen = (
-        ("bf16" if fast else "fp32") if precision == "auto" else precision,
+        dtype or (torch.bfloat16 if fast else torch.float32),
         ("cuda_graph" if cuda else "eager") if backend == "auto" else backend,
     )
-    if cuda and chosen != (precision, backend):
-        log.info("sampling in %s with backend %s; precision and backend name others", *chosen)
+    if cuda and chosen != (dtype, backend):
+        log.info("sampling in %s with backend %s; torch_dtype (--precision) and backend name others", *chosen)
     return chosen
 
 
@@ -61,39 +70,48 @@ class LatentSampler:
     """The networks of a pipeline on their device.
 
     The given networks stay as they are: it works with copies in eval mode, which share their weights where device and
-    precision agree. Several threads may call it: micro-batches take turns. It can be pickled.
+    dtype agree. Several threads may call it: micro-batches take turns. It can be pickled.
     Raises ValueError for unknown settings, and for weights that are not finite.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        transformer: nn.Module,
         guide: nn.Module | None,
         delta_t: float,
         *,
-        precision: SamplingPrecision,
+        torch_dtype: torch.dtype | None,
         backend: SamplingBackend,
         device: torch.device | str | None,
         keep_memory: bool,
     ) -> None:
-        one_of("precision", precision, SamplingPrecision)
+        check_dtype(torch_dtype)
         one_of("backend", backend, SamplingBackend)
-        for name, part in (("model", model), ("guide", guide)):
+        for name, part in (("transformer", transformer), ("guide", guide)):
             if part is not None:
                 require_finite(part.state_dict(), f"the {name}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        precision, backend = chosen_for(self.device, precision, backend)
-        self.delta_t, self.precision, self.backend, self.keep_memory = delta_t, precision, backend, keep_memory
-        self.model = own_copy(model, self.device, DTYPES[precision])
-        self.guide = None if guide is None else own_copy(guide, self.device, DTYPES[precision])
+        self._asked_backend = backend
+        self.dtype, self.backend = chosen_for(self.device, torch_dtype, backend)
+        self.delta_t, self.keep_memory = delta_t, keep_memory
+        self.rounded = transformer.pos_embed.dtype == torch.bfloat16 or self.dtype == torch.bfloat16
+        self.transformer = own_copy(transformer, self.device, self.dtype)
+        self.guide = None if guide is None else own_copy(guide, self.device, self.dtype)
+        self.offloads = False
         self._said_eager = False
         self._start()
+
+    @property
+    def precision(self) -> str:
+        """The name that --precision has for the networks' dtype."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def _start(self) -> None:
         """What belongs to this process: see PROCESS_OWN."""
         if self.keep_memory and self.device.type == "cpu":
             keep_freed_memory()
         self.runners = StepRunners(self.backend, self.device)
+        self._place_lock = threading.RLock()
         self._plans = Recent(MAX_PLANS)
         self._lock = threading.Lock()
         self._last_queue: torch.cuda.Stream | None = None
@@ -107,11 +125,11 @@ class LatentSampler:
 
     @property
     def config(self) -> ModelConfig:
-        return self.model.config
+        return self.transformer.config
 
     def velocity(self, labels: Tensor, guidance: GuidanceConfig) -> Velocity:
         """The guided velocity function for labels (B,) on the pipeline's device; compiled under backend compile."""
-        model, guide = self._timed(self.model), self._timed(self.guide)
+        model, guide = self._timed(self.transformer), self._timed(self.guide)
         main = bind_labels(model, labels)
         common = {"num_texture_channels": self.config.texture_channels, "delta_t": self.delta_t}
         if guidance.mode == "autoguidance" and guidance.active:
@@ -130,10 +148,14 @@ class LatentSampler:
 
         return timed
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the composite latents of one image."""
+        return (self.config.channels, self.config.grid_size, self.config.grid_size)
+
     def initial_noise(self, sample_ids: Tensor, seed: int) -> Tensor:
         """x at tau = 0: (B, C, H, W) float32."""
-        shape = (self.config.channels, self.config.grid_size, self.config.grid_size)
-        return noise(self._on_device(sample_ids), shape, seed, random_numbers.SAMPLE_NOISE)
+        return noise(self._on_device(sample_ids), self.latent_shape, seed, random_numbers.SAMPLE_NOISE)
 
     def _on_device(self, values: Tensor) -> Tensor:
         """A copy that does not wait for what the device is still doing."""
@@ -144,13 +166,12 @@ class LatentSampler:
     def sample_latents(
         self,
         labels: Tensor,
-        sample_ids: Tensor,
-        seed: int,
+        x0: Tensor,
         sampler: SamplerConfig,
         guidance: GuidanceConfig,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Composite latents of one full micro-batch: labels, sample_ids (B,).
+        """Composite latents of one full micro-batch: labels (B,), noise x0 (B, C, H, W) float32.
 
         The network's part of a fixed-step trajectory is allocation-free under backend cuda_graph (runner.py); noise,
         labels and result of each micro-batch come from PyTorch's allocator.
@@ -159,7 +180,7 @@ class LatentSampler:
         # tensors that are kept for later calls must be ordinary ones, whatever mode the first call runs in
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._follow_last_call()
-            labels, x0 = self._on_device(labels), self.initial_noise(sample_ids, seed)
+            labels, x0 = self._on_device(labels), self._on_device(x0)
             if sampler.solver == "dopri5":
                 self._say_eager()
                 return sample(
@@ -170,15 +191,19 @@ class LatentSampler:
                     num_texture_channels=self.config.texture_channels,
                     callback=callback,
                 )
-            plan = self._plans.get((sampler, guidance), lambda: make_plan(sampler, self.delta_t, guidance))
+            plan = self.plan(sampler, guidance)
             weak = weak_labels = None
             if any(plan.needs_weak):
                 null = guidance.mode == "cfg"
-                weak = self.model if null else self.guide
+                weak = self.transformer if null else self.guide
                 weak_labels = torch.full_like(labels, self.config.num_classes) if null else labels
-            runner = self.runners.get(self.model, weak, len(labels), plan)
+            runner = self.runners.get(self.transformer, weak, len(labels), plan)
             runner.load(plan)
             return runner.run(x0, labels, weak_labels, callback).clone()
+
+    def plan(self, sampler: SamplerConfig, guidance: GuidanceConfig) -> Plan:
+        """The plan of a solver with fixed steps, made once."""
+        return self._plans.get((sampler, guidance), lambda: make_plan(sampler, self.delta_t, guidance))
 
     def _follow_last_call(self) -> None:
         """Calls share static tensors: work on another CUDA stream than the last call's waits for that on the device."""

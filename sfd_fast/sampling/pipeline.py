@@ -1,122 +1,88 @@
-"""SFDPipeline: labels in, images out, each a function of (seed, sample id, label) and of nothing else.
+"""SFDPipeline: classes in, images out, with the names and habits of diffusers' pipelines.
 
-The network always runs at one fixed micro-batch, padded where fewer images are wanted: results of one batch size do not
-depend on a sample's place or company in the batch, results of two sizes differ in the last bits.
-Letters: B micro-batch, C channels, H height, W width.
+Letters: N images, C channels, H height, W width.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from sfd_fast.config import (
-    GuidanceConfig,
-    SamplerConfig,
-    SamplingBackend,
-    SamplingPrecision,
-    SFDConfig,
-    require,
-    with_settings,
-)
+from sfd_fast.config import GuidanceConfig, SamplerConfig, SamplingBackend, SFDConfig, require
 from sfd_fast.config.checks import one_of
 from sfd_fast.diffusion.statistics import LatentStatistics
-from sfd_fast.diffusion.transport import split_latents
 from sfd_fast.files.tensors import require_finite
-from sfd_fast.models.texture import to_uint8
-from sfd_fast.sampling.frames import Frame, spread
-from sfd_fast.sampling.inputs import Integers, checked_classes, checked_inputs
-from sfd_fast.sampling.latents import LatentSampler, own_copy
+from sfd_fast.formats.hub import push_folder
+from sfd_fast.sampling.class_names import ClassNames, Labels, checked_id2label
+from sfd_fast.sampling.images import ImageSampler
+from sfd_fast.sampling.inputs import Integers, checked_classes
+from sfd_fast.sampling.latents import own_copy
 from sfd_fast.sampling.pipeline_folder import PipelineSettings, check_parts, load_parts, save_parts
-from sfd_fast.sampling.sampler import check_settings
+from sfd_fast.sampling.pipeline_output import OutputType, PipelineOutput, StepEnd, Steps, formed, joined
 from sfd_fast.sampling.sources import local_folder
 
 DEFAULT_MICRO_BATCH = 32
 
-
-@dataclass
-class PipelineOutput:
-    """What a call returns: images in the order of the labels, with the ids their noise came from."""
-
-    images: list[Image.Image] | np.ndarray
-    labels: Tensor
-    sample_ids: Tensor
+log = logging.getLogger(__name__)
 
 
-@dataclass
-class _Batch:
-    """Images on their way to the host."""
-
-    images: Tensor
-    finite: Tensor
-    labels: Tensor
-    sample_ids: Tensor
-    copied: torch.cuda.Event | None
-
-    def collect(self) -> np.ndarray:
-        if self.copied is not None:
-            self.copied.synchronize()
-        if not self.finite.all():
-            bad = ~self.finite
-            raise ValueError(
-                f"sample {self.sample_ids[bad][0].item()} (label {self.labels[bad][0].item()}) is not finite: lower "
-                "the guidance scale, or sample in fp32"
-            )
-        return self.images.numpy()
-
-
-class SFDPipeline(LatentSampler):
+class SFDPipeline(ImageSampler):
     """Two-clock diffusion transformer, optional guide, texture codec and the statistics of their latents.
 
     pipeline = SFDPipeline.from_pretrained(folder_or_hub_id)
-    image = pipeline([207], num_steps=50, guidance_scale=1.5, seed=0).images[0]
+    image = pipeline("golden retriever", num_inference_steps=50, guidance_scale=1.5, seed=0).images[0]
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        transformer: nn.Module,
         *,
+        texture_codec: nn.Module,
         statistics: LatentStatistics,
-        codec: nn.Module,
         delta_t: float,
         guide: nn.Module | None = None,
         sampler: SamplerConfig | None = None,
         guidance: GuidanceConfig | None = None,
-        micro_batch_size: int = DEFAULT_MICRO_BATCH,
-        precision: SamplingPrecision = "auto",
-        backend: SamplingBackend = "auto",
-        device: torch.device | str | None = None,
-        training: SFDConfig | None = None,
+        id2label: Mapping[int | str, str] | Sequence[str] | None = None,
         classes: Sequence[int] | None = None,
+        training: SFDConfig | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backend: SamplingBackend = "auto",
+        micro_batch_size: int = DEFAULT_MICRO_BATCH,
         keep_memory: bool = True,
     ) -> None:
-        """model, guide: LightningDiT; codec: TextureCodec or IdentityCodec; delta_t: of the model's training.
+        """transformer, guide: LightningDiT; texture_codec: TextureCodec or IdentityCodec; delta_t: of the training.
 
-        sampler, guidance: defaults of every call. precision bf16 holds the networks' weights in bf16; the state stays
-        fp32; backend: eager, compile or cuda_graph; auto: bf16 and cuda_graph on CUDA, else fp32 and eager.
-        device: default cuda where there is one. training: config of the model's training, saved along with it.
-        classes: those that the model has seen in training, where they are not all.
-        keep_memory: on a CPU, freed memory stays in the process from now on (allocator.py), which spares page faults.
+        sampler, guidance: defaults of every call. id2label: names of the classes. classes: those that the model has
+        seen in training, where they are not all. training: its config, saved along with the model.
+        torch_dtype: float32 or bfloat16, of the networks' weights; the state stays fp32. None: bfloat16 on a GPU that
+        computes in it, else float32. device: default cuda where there is one. backend: eager, compile or cuda_graph;
+        auto: cuda_graph on CUDA, else eager. keep_memory: on a CPU, freed memory stays in the process from now on
+        (allocator.py), which spares page faults.
         The given networks and codec stay as they are; the pipeline's copies share their weights where they can.
         Raises ValueError where the parts do not fit together or weights are not finite.
         """
         require(micro_batch_size >= 1, f"micro_batch_size {micro_batch_size} must be at least 1")
-        check_parts(model.config, statistics, codec, delta_t, None if guide is None else guide.config)
-        require_finite(codec.state_dict(), "the texture codec")
+        check_parts(transformer.config, statistics, texture_codec, delta_t, None if guide is None else guide.config)
+        require_finite(texture_codec.state_dict(), "the texture codec")
+        say_other_delta_t(delta_t, training)
         super().__init__(
-            model, guide, delta_t, precision=precision, backend=backend, device=device, keep_memory=keep_memory
-        )
-        self.codec = own_copy(codec, self.device)
+            transformer, guide, delta_t, torch_dtype=torch_dtype, backend=backend, device=device,
+            keep_memory=keep_memory,
+        )  # fmt: skip
+        self.texture_codec = own_copy(texture_codec, self.device)
         self.statistics = statistics.to(self.device)
         self.micro_batch_size, self.training = micro_batch_size, training
         self.classes = None if classes is None else checked_classes(classes, self.config.num_classes)
+        self.id2label = checked_id2label(id2label, self.config.num_classes)
         self.sampler = sampler or SamplerConfig()
         self.guidance = guidance or GuidanceConfig()
+        self._progress_bar_config: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -124,7 +90,7 @@ class SFDPipeline(LatentSampler):
         source: str | Path,
         *,
         guide: str | Path | None = None,
-        codec: str | Path | nn.Module | None = None,
+        texture_codec: str | Path | nn.Module | None = None,
         statistics: LatentStatistics | None = None,
         variant: str | None = None,
         revision: str | None = None,
@@ -134,175 +100,97 @@ class SFDPipeline(LatentSampler):
     ) -> "SFDPipeline":
         """The pipeline of a folder that save_pretrained wrote, or of that name on the Hugging Face hub ("owner/name").
 
-        source may also be a single network: a folder that training or `sfd convert` wrote, with guide (another such
-        folder) and codec (a folder or released file of a texture codec, or a codec). statistics: of the training
-        latents, where the folder holds none. variant: which of the authors' models, for "SFD-Project/SFD": xl-80ep,
-        xl-800ep, xxl-80ep or xxl-800ep. revision, token: as huggingface_hub takes them; cache_dir: where fetched files
-        are kept. options: micro_batch_size, precision, backend, device, sampler, guidance.
+        source may also be a run of `sfd train` or a single network: a folder that training or `sfd convert` wrote, with
+        guide (another such folder) and texture_codec (a folder or released file, or a codec) where it names none.
+        statistics: of the training latents, where the folder holds none. variant: which of the authors' models, for
+        "SFD-Project/SFD": xl-80ep, xl-800ep, xxl-80ep or xxl-800ep. revision, token: as huggingface_hub takes them;
+        cache_dir: where fetched files are kept. options: torch_dtype, device, backend, micro_batch_size, sampler,
+        guidance, id2label, and delta_t to sample at another offset than that of the training.
         Raises FileNotFoundError, or ValueError where parts are damaged or of another data set.
         """
         folder = local_folder(source, variant=variant, revision=revision, token=token, cache_dir=cache_dir)
-        return cls(**load_parts(folder, guide, codec, statistics) | options)
+        return cls(**load_parts(folder, guide, texture_codec, statistics) | options)
 
     def __call__(
         self,
-        labels: Integers,
+        class_labels: Labels,
         *,
+        num_images_per_prompt: int = 1,
         seed: int = 0,
         sample_ids: Integers | None = None,
+        latents: Tensor | None = None,
         sampler: SamplerConfig | None = None,
         guidance: GuidanceConfig | None = None,
-        output_type: Literal["pil", "np"] = "pil",
-        progress: bool = False,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        generator: object = None,
         **settings: object,
-    ) -> PipelineOutput:
-        """One image per label.
+    ) -> PipelineOutput | tuple:
+        """num_images_per_prompt images of every class, by number or by name.
 
-        sample_ids (default 0, 1, ...) choose each image's noise, with the seed: the same (seed, sample id, label) is
-        the same image to the bit, in whatever order and company. settings: single ones instead of the pipeline's own,
-        by the names of `sfd sample`: num_steps, solver, timestep_shift, time_grid, atol, rtol, guidance_scale (of
-        AutoGuidance where the pipeline has a guide, else of CFG), guidance_mode, texture_scale, semantic_scale,
-        interval_start, interval_mode. sampler and guidance replace all of the pipeline's before single ones do.
-        Returns images as PIL, or with output_type "np" as one (N, H, W, 3) uint8 array.
-        Raises ValueError for labels that are no classes of the model, and settings that do not exist or contradict.
+        sample_ids (default 0, 1, ...) choose each image's noise, with the seed: the same (seed, sample id, class) is
+        the same image to the bit, in whatever order and company. latents (N, C, H, W): noise of your own instead.
+        settings: single ones instead of the pipeline's own, by the names of `sfd sample`: num_inference_steps, solver,
+        timestep_shift, time_grid, atol, rtol, guidance_scale (of AutoGuidance where the pipeline has a guide, else of
+        CFG), guidance_mode, texture_scale, semantic_scale, interval_start, interval_mode. sampler and guidance replace
+        all of the pipeline's before single ones do.
+        output_type: pil; np, (N, H, W, 3) float in [0, 1]; pt, (N, 3, H, W) float in [0, 1]; latent, (N, C, H, W),
+        which `decode` takes. return_dict=False returns (images,).
+        callback_on_step_end(pipeline, step, tau, tensors) follows every step of the solver (of dopri5: every stage) for
+        each micro-batch in turn; of a dictionary that it returns "latents" goes on. See pipeline_output.StepEnd.
+        Raises ValueError for classes that the model has not, and settings that do not exist or contradict.
         """
-        one_of("output_type", output_type, ("pil", "np"))
-        labels, ids, seed = self.checked_inputs(labels, sample_ids, seed)
-        chosen = self.resolve(sampler, guidance, **settings)
-        parts = []
-        bar = _progress(len(labels), progress)
-        for part in self.generate(labels, ids, seed, *chosen):
-            parts.append(part)
-            bar.update(len(part))
-        bar.close()
+        one_of("output_type", output_type, OutputType)
+        require(
+            generator is None,
+            "generator is not taken: noise is a function of seed and sample_ids, so that an image is the same in any "
+            "company; give seed=..., and sample_ids=... for other images of a class",
+        )
+        request = self.request(
+            class_labels, num_images_per_prompt=num_images_per_prompt, seed=seed, sample_ids=sample_ids,
+            latents=latents, sampler=sampler, guidance=guidance, **settings,
+        )  # fmt: skip
+        with self.progress_bar(total=self.num_steps(request)) as bar:
+            steps = Steps(self, bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            parts = list(self.generate(request, form=output_type, steps=steps))
         size = self.image_size
-        images = np.concatenate(parts) if parts else np.zeros((0, size, size, 3), np.uint8)
-        if output_type == "pil":
-            images = [Image.fromarray(image) for image in images]
-        return PipelineOutput(images, labels, ids)
+        images = joined(parts, output_type, (0, *((3, size, size) if output_type != "latent" else self.latent_shape)))
+        return PipelineOutput(images, request.labels, request.sample_ids) if return_dict else (images,)
+
+    def decode(self, latents: Tensor, *, output_type: OutputType = "pil") -> Any:
+        """Images of composite latents (N, C, H, W), as output_type "latent" or a callback gives them."""
+        one_of("output_type", output_type, ("pil", "np", "pt"))
+        with self.using(), torch.no_grad():
+            images = formed(self.decoded(latents), output_type)
+        return joined([images if output_type == "pt" else images.cpu().numpy()], output_type, ())
 
     @property
-    def image_size(self) -> int:
-        return self.config.grid_size * self.codec.downsampling
+    def components(self) -> dict[str, Any]:
+        """What the pipeline is made of: SFDPipeline(**pipeline.components) draws the same, and shares the weights."""
+        names = ("transformer", "guide", "texture_codec", "statistics", "delta_t", "sampler", "guidance", "id2label",
+                 "classes", "training")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
-    def checked_inputs(self, labels: Integers, sample_ids: Integers | None, seed: int) -> tuple[Tensor, Tensor, int]:
-        """Labels and sample ids as (N,) int64 tensors, and the seed; ValueError for what the model cannot draw."""
-        return checked_inputs(labels, sample_ids, seed, self.config.num_classes)
+    @property
+    def labels(self) -> dict[str, int]:
+        """The class of every name that means one."""
+        return ClassNames(self.id2label).labels
 
-    def resolve(
-        self, sampler: SamplerConfig | None = None, guidance: GuidanceConfig | None = None, **settings: object
-    ) -> tuple[SamplerConfig, GuidanceConfig]:
-        """The pipeline's sampler and guidance settings with a call's put in; ValueError where they contradict."""
-        mode = "cfg" if self.guide is None else "autoguidance"
-        sampler, guidance = with_settings(sampler or self.sampler, guidance or self.guidance, settings, mode=mode)
-        require(
-            guidance.mode != "autoguidance" or not guidance.active or self.guide is not None,
-            "guidance mode 'autoguidance' needs a guide model, which this pipeline has not: load one with guide=... "
-            "(`sfd sample --guide`), or use mode 'cfg' or 'none' (--guidance_mode)",
-        )
-        check_settings(sampler, guidance, self.config, self.delta_t)
-        return sampler, guidance
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """The classes of names. Raises ValueError for a name that is none, or that several classes have."""
+        return ClassNames(self.id2label).numbers(label)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images of composite latents (B, C, H, W): only texture is decoded.  Returns (B, H, W, 3) uint8."""
-        texture, _ = split_latents(latents, self.config)
-        return to_uint8(self.codec.decode(self.statistics.denormalize_texture(texture)))
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of tqdm for the bar of a call, for example disable=True."""
+        self._progress_bar_config = options
 
-    def generate(
-        self,
-        labels: Tensor,
-        sample_ids: Tensor,
-        seed: int,
-        sampler: SamplerConfig,
-        guidance: GuidanceConfig,
-        micro_batch_size: int | None = None,
-    ) -> Iterator[np.ndarray]:
-        """Images of checked labels and ids, micro-batch by micro-batch: (at most B, H, W, 3) uint8.
+    def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> Any:
+        """A bar with the options of set_progress_bar_config."""
+        from tqdm.auto import tqdm
 
-        On CUDA the next micro-batch is queued before the last one is waited for, so the device never idles.
-        Raises ValueError where a sample is not finite.
-        """
-        size = micro_batch_size or self.micro_batch_size
-        queued: _Batch | None = None
-        for part, ids in zip(labels.split(size), sample_ids.split(size)):
-            if len(part) == 0:
-                return
-            launched = self._launch(part, ids, size, seed, sampler, guidance)
-            if queued is not None:
-                yield queued.collect()
-            queued = launched
-        if queued is not None:
-            yield queued.collect()
-
-    def _launch(
-        self, labels: Tensor, ids: Tensor, size: int, seed: int, sampler: SamplerConfig, guidance: GuidanceConfig
-    ) -> "_Batch":
-        count = len(labels)
-        latents = self.sample_latents(_padded(labels, size), _padded(ids, size), seed, sampler, guidance)
-        finite = latents[:count].flatten(1).isfinite().all(dim=1)
-        images = self.decode(latents)[:count]
-        if self.device.type != "cuda":
-            return _Batch(images, finite, labels, ids, None)
-        on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (images, finite)]
-        for target, value in zip(on_host, (images, finite)):
-            target.copy_(value, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return _Batch(*on_host, labels, ids, copied)
-
-    def trajectory(
-        self,
-        labels: Integers,
-        *,
-        num_frames: int = 10,
-        seed: int = 0,
-        sample_ids: Integers | None = None,
-        sampler: SamplerConfig | None = None,
-        guidance: GuidanceConfig | None = None,
-        **settings: object,
-    ) -> list[Frame]:
-        """Moments of one micro-batch's way from noise to images, for a picture of the three stages.
-
-        At most num_frames + 2 moments: evenly spread ones among the solver's steps, and the stage borders always.
-        labels: at most one micro-batch.  Other arguments as a call's.  Raises ValueError for more.
-        """
-        labels, ids, seed = self.checked_inputs(labels, sample_ids, seed)
-        chosen = self.resolve(sampler, guidance, **settings)
-        count, size = len(labels), self.micro_batch_size
-        require(1 <= count <= size, f"a trajectory shows 1 to micro_batch_size = {size} samples, not {count}")
-        states: list[tuple[float, Tensor]] = [(0.0, self.initial_noise(ids, seed))]
-        self.sample_latents(
-            _padded(labels, size),
-            _padded(ids, size),
-            seed,
-            *chosen,
-            callback=lambda step, tau, x: states.append((tau, x[:count].clone())),
-        )
-        return [self._frame(tau, state) for tau, state in spread(states, num_frames, self.delta_t)]
-
-    def _frame(self, tau: float, state: Tensor) -> Frame:
-        _, semantic = split_latents(state, self.config)
-        images = self.decode(_padded(state, self.micro_batch_size))[: len(state)]
-        return Frame(tau, semantic.float().cpu().numpy(), images.cpu().numpy())
-
-    def micro_batch_difference(
-        self,
-        labels: Integers,
-        sizes: tuple[int, int] = (1, 32),
-        *,
-        seed: int = 0,
-        sample_ids: Integers | None = None,
-        **settings: object,
-    ) -> dict[str, float]:
-        """How much images depend on the micro-batch size, the one thing they do depend on.
-
-        Returns {"share": of the values 0 to 255 that differ, "largest": difference in levels}.
-        """
-        inputs = *self.checked_inputs(labels, sample_ids, seed), *self.resolve(**settings)
-        one, other = (np.concatenate(list(self.generate(*inputs, size))).astype(np.int16) for size in sizes)
-        difference = np.abs(one - other)
-        return {"share": float((difference > 0).mean()), "largest": int(difference.max(initial=0))}
+        return tqdm(iterable, total=total, **({"unit": "step"} | self._progress_bar_config))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the pipeline as a folder that from_pretrained reads.
@@ -310,27 +198,43 @@ class SFDPipeline(LatentSampler):
         Raises ValueError where the weights have been cast to bf16, OSError where the place cannot be written.
         """
         require(
-            self.precision == "fp32",
-            "a pipeline in bf16 has lost bits of its weights: load it with precision='fp32' to save it",
+            not self.rounded,
+            "a pipeline in bf16 has lost bits of its weights: load it with torch_dtype=torch.float32 to save it",
         )
         settings = PipelineSettings(
-            self.delta_t,
-            self.micro_batch_size,
-            self.sampler,
-            self.guidance,
-            self.statistics.multiplier,
-            self.classes,
+            self.delta_t, self.micro_batch_size, self.sampler, self.guidance, self.statistics.multiplier, self.classes
         )
-        statistics = self.statistics.to("cpu")
-        save_parts(Path(folder), self.model, self.guide, self.codec, statistics, self.training, settings)
+        save_parts(
+            Path(folder), self.transformer, self.guide, self.texture_codec, self.statistics.to("cpu"), self.training,
+            settings, self.id2label,
+        )  # fmt: skip
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload SFDPipeline",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads what save_pretrained writes to the Hugging Face hub, as "owner/name"; the address of the commit.
+
+        The repository is made where there is none. Raises as save_pretrained, and OSError where the hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "pipeline")
+            self.save_pretrained(folder)
+            return push_folder(
+                folder, repo_id, message=commit_message, private=private, token=token, create_pr=create_pr
+            )
 
 
-def _padded(values: Tensor, size: int) -> Tensor:
-    """(N, ...) with zeros up to (size, ...)."""
-    return nn.functional.pad(values, (0, 0) * (values.dim() - 1) + (0, size - len(values)))
-
-
-def _progress(total: int, shown: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="image", disable=not shown)
+def say_other_delta_t(delta_t: float, training: SFDConfig | None) -> None:
+    """A warning where a model is sampled at another offset than it was trained with."""
+    trained = delta_t if training is None else training.transport.delta_t
+    if delta_t != trained:
+        log.warning(
+            "sampling with delta_t %g: the model was trained with %g and has not seen other offsets of its two clocks",
+            delta_t, trained,
+        )  # fmt: skip

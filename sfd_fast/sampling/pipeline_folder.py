@@ -22,11 +22,13 @@ from sfd_fast.formats.texture import load_codec, save_codec
 RUN_MODEL, CHECKPOINTS, CHECKPOINT_STATE = "model", "checkpoints", "state.json"
 """parts of a run directory, which stands for its model"""
 DIGEST = "digest"
+ID2LABEL = "id2label"
+"""names of the classes, in pipeline.json and in a network's card: people may write them anew"""
 
 
 @dataclass(frozen=True)
 class PipelineSettings(Settings):
-    """What pipeline.json holds; it marks a folder as a pipeline. People may add other keys."""
+    """What pipeline.json holds beside the names of classes; it marks a folder as a pipeline. People may add keys."""
 
     delta_t: NotNegative
     micro_batch_size: Count
@@ -39,12 +41,13 @@ class PipelineSettings(Settings):
 
 def save_parts(
     folder: Path,
-    model: nn.Module,
+    transformer: nn.Module,
     guide: nn.Module | None,
-    codec: nn.Module,
+    texture_codec: nn.Module,
     statistics: LatentStatistics,
     training: SFDConfig | None,
     settings: PipelineSettings,
+    id2label: Mapping[int, str] | None = None,
     notes: Mapping[str, object] | None = None,
 ) -> None:
     """Writes a pipeline's folder, in one step. notes: further keys of its pipeline.json, which loading does not read.
@@ -53,15 +56,16 @@ def save_parts(
     """
 
     def write(temporary: Path) -> None:
-        save_model(temporary / "transformer", model, config=training, statistics=statistics)
+        save_model(temporary / "transformer", transformer, config=training, statistics=statistics)
         if guide is not None:
             save_model(temporary / "guide", guide, statistics=statistics)
-        save_codec(temporary / "texture_codec", codec)
+        save_codec(temporary / "texture_codec", texture_codec)
         (temporary / "statistics").mkdir()
         statistics.save(temporary / "statistics")
         content = to_dict(settings)
-        text = json.dumps({**(notes or {}), **content} | {DIGEST: settings_digest(content)}, indent=1) + "\n"
-        (temporary / INDEX).write_text(text)
+        named = {} if id2label is None else {ID2LABEL: {str(number): name for number, name in id2label.items()}}
+        whole = {**(notes or {}), **content, DIGEST: settings_digest(content), **named}
+        (temporary / INDEX).write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
 
     replace_marked(folder, "pipeline", write)
 
@@ -97,7 +101,10 @@ def folder_of_model(path: Path) -> Path:
 
 
 def load_parts(
-    folder: Path, guide: str | Path | None, codec: str | Path | nn.Module | None, statistics: LatentStatistics | None
+    folder: Path,
+    guide: str | Path | None,
+    texture_codec: str | Path | nn.Module | None,
+    statistics: LatentStatistics | None,
 ) -> dict:
     """Arguments of SFDPipeline from files; raises as from_pretrained."""
     parts: dict = {}
@@ -106,21 +113,24 @@ def load_parts(
         settings = read_settings(folder / INDEX)
         for name in ("delta_t", "micro_batch_size", "sampler", "guidance", "classes"):
             parts[name] = getattr(settings, name)
+        parts[ID2LABEL] = read_json(folder / INDEX).get(ID2LABEL)
         statistics = statistics or LatentStatistics.load(folder / "statistics", settings.latent_multiplier)
         model_folder = folder / "transformer"
         guide = guide or ((folder / "guide") if (folder / "guide").is_dir() else None)
-        codec = codec or folder / "texture_codec"
+        texture_codec = texture_codec or folder / "texture_codec"
         with contextlib.suppress(ValueError):  # saved without the config of its training
             parts["training"] = read_config(model_folder)
     else:
         model_folder = folder
         parts["training"] = training = read_config(model_folder)
         card = read_description(model_folder)[1].get("card", {})
-        parts["delta_t"], parts["classes"] = training.transport.delta_t, card.get("classes")
+        parts["delta_t"], parts["classes"], parts[ID2LABEL] = (
+            training.transport.delta_t, card.get("classes"), card.get(ID2LABEL),
+        )  # fmt: skip
         # The released grid stays on request: its dopri5 lets an image depend on its batch (docs/METHOD.md 5).
         parts["sampler"], parts["guidance"] = replace(training.sampler, grid="exact"), training.guidance
         statistics = statistics or read_statistics(model_folder)
-        codec = codec or training.data.texture_codec or None
+        texture_codec = texture_codec or training.data.texture_codec or card.get("texture_codec")
     if guide is not None and Path(guide).is_dir():
         guide = folder_of_model(Path(guide))
     require(
@@ -128,15 +138,18 @@ def load_parts(
         f"{folder} holds no statistics of its latents: give those of the training cache as statistics="
         "LatentStatistics.load(CACHE)",
     )
-    require(codec is not None, f"{folder} names no texture codec: give its folder or file as codec=...")
+    require(
+        texture_codec is not None,
+        f"{folder} names no texture codec: give its folder or file as texture_codec=... (--texture_codec)",
+    )
     parts["statistics"] = statistics
     check_multiplier(statistics, parts.get("training"), model_folder)
-    for name, place in (("model", model_folder), ("guide", guide)):
+    for name, place, what in (("transformer", model_folder, "model"), ("guide", guide, "guide")):
         if place is not None:
             parts[name] = load_model(place)
             recorded = read_statistics(place) if Path(place).is_dir() else None
-            check_statistics(statistics, recorded, f"the {name} in {place}")
-    parts["codec"] = codec if isinstance(codec, nn.Module) else load_codec(codec)
+            check_statistics(statistics, recorded, f"the {what} in {place}")
+    parts["texture_codec"] = texture_codec if isinstance(texture_codec, nn.Module) else load_codec(texture_codec)
     return parts
 
 
@@ -163,7 +176,11 @@ def check_multiplier(statistics: LatentStatistics, training: SFDConfig | None, m
 
 
 def check_parts(
-    model: ModelConfig, statistics: LatentStatistics, codec: nn.Module, delta_t: float, guide: ModelConfig | None
+    model: ModelConfig,
+    statistics: LatentStatistics,
+    texture_codec: nn.Module,
+    delta_t: float,
+    guide: ModelConfig | None,
 ) -> None:
     """Raises ValueError where model, statistics, codec and guide are not of one system."""
     require(
@@ -178,9 +195,9 @@ def check_parts(
             f"statistics of {have} {stream} channels for a model with {want}: they belong to another data set",
         )
     require(
-        codec.latent_channels == model.texture_channels,
-        f"the texture codec has {codec.latent_channels} latent channels, the model {model.texture_channels} texture "
-        "channels: use the codec that the latents were encoded with",
+        texture_codec.latent_channels == model.texture_channels,
+        f"the texture codec has {texture_codec.latent_channels} latent channels, the model {model.texture_channels} "
+        "texture channels: use the codec that the latents were encoded with",
     )
     if guide is None:
         return

@@ -88,5 +88,7 @@ def sample(
     if config.solver != "dopri5":
         return _sample_fixed(velocity, x0, delta_t, config, num_texture_channels, callback)
     if config.grid == "released":
-        return _sample_released_dopri5(velocity, x0, delta_t, config, num_texture_channels)
+        x = _sample_released_dopri5(velocity, x0, delta_t, config, num_texture_channels)
+        changed = None if callback is None else callback(1, 1 + delta_t, x)
+        return x if changed is None else changed.to(x)
     return sample_dopri5(velocity, x0, delta_t, config, num_texture_channels, callback)

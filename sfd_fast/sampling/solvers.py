@@ -63,27 +63,27 @@ def time_grid(config: SamplerConfig, delta_t: float) -> Tensor:
 
     On normalised time u = tau / (1 + delta_t) points are even before the shift u' = s u / (1 + (s - 1) u).
     exact: every stage border is a grid point; each stage gets its share of the steps, at least one, and even points
-    between its borders (before the shift). released: linspace(0, 1 + delta_t, num_steps + 1), in float32.
-    Returns (num_steps + 1,) float64, or float32 for the released grid.
-    Raises ValueError where num_steps is smaller than the number of stages.  Source: docs/METHOD.md 5.
+    between its borders (before the shift). released: linspace(0, 1 + delta_t, num_inference_steps + 1), in float32.
+    Returns (num_inference_steps + 1,) float64, or float32 for the released grid.
+    Raises ValueError where num_inference_steps is smaller than the number of stages.  Source: docs/METHOD.md 5.
     """
     if config.grid == "released":
         end = 1 + delta_t
-        even = torch.linspace(0, end, config.num_steps + 1, dtype=torch.float32) / end
+        even = torch.linspace(0, end, config.num_inference_steps + 1, dtype=torch.float32) / end
         return _shift(even, config.timestep_shift) * end
     borders = stage_borders(delta_t)
     num_stages = len(borders) - 1
-    if config.num_steps < num_stages:
+    if config.num_inference_steps < num_stages:
         raise ValueError(
-            f"num_steps {config.num_steps} is too small: delta_t {delta_t} has {num_stages} stages and each of them "
-            f"needs a step; use num_steps >= {num_stages}"
+            f"num_inference_steps {config.num_inference_steps} is too small: delta_t {delta_t} has {num_stages} stages "
+            f"and each of them needs a step; use num_inference_steps >= {num_stages}"
         )
     s, end = config.timestep_shift, borders[-1]
     u = [b / end / (s - (s - 1) * b / end) for b in borders]  # the inverse of the shift
-    shares = [(b - a) * config.num_steps for a, b in zip(u, u[1:])]
+    shares = [(b - a) * config.num_inference_steps for a, b in zip(u, u[1:])]
     steps = [max(int(share), 1) for share in shares]
-    while sum(steps) != config.num_steps:
-        sign = 1 if sum(steps) < config.num_steps else -1
+    while sum(steps) != config.num_inference_steps:
+        sign = 1 if sum(steps) < config.num_inference_steps else -1
         lags = [(share - n) * sign if n + sign >= 1 else float("-inf") for share, n in zip(shares, steps)]
         steps[max(range(num_stages), key=lags.__getitem__)] += sign
     points = [torch.zeros(1, dtype=torch.float64)]
@@ -93,8 +93,8 @@ def time_grid(config: SamplerConfig, delta_t: float) -> Tensor:
     return torch.cat(points)
 
 
-Callback = Callable[[int, float, Tensor], None]
-"""callback(number of steps done, tau, x) after every step."""
+Callback = Callable[[int, float, Tensor], Tensor | None]
+"""callback(number of steps done, tau, x) after every step; a tensor that it returns goes on in the place of x."""
 
 
 class Rows(NamedTuple):

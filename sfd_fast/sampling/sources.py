@@ -8,6 +8,7 @@ from sfd_fast.diffusion.statistics import SEMANTIC_FILE, TEXTURE_FILE, LatentSta
 from sfd_fast.files.documents import read_json
 from sfd_fast.files.torch_file import read_torch_file
 from sfd_fast.formats.hub import Repository
+from sfd_fast.formats.imagenet import imagenet_names
 from sfd_fast.formats.marked_folder import MARK, WEIGHTS, strangers
 from sfd_fast.formats.model_folder import READABLE, REST
 from sfd_fast.formats.released_model import convert_released
@@ -112,11 +113,12 @@ def assemble(chosen: Variant, target: Path, origin: dict, models: Repository, co
         convert_released(codec, Path(scratch, "codec"), keep_training_state=False)
         statistics = LatentStatistics.load((folder / STATISTICS_FILES[0]).parent)
         parts = load_parts(Path(scratch, "main"), Path(scratch, "guide"), Path(scratch, "codec"), statistics)
-        network, guide, codec, delta_t = (parts[key] for key in ("model", "guide", "codec", "delta_t"))
+        network, guide, codec, delta_t = (parts[key] for key in ("transformer", "guide", "texture_codec", "delta_t"))
         check_parts(network.config, statistics, codec, delta_t, guide.config)
         save_parts(
             target, network, guide, codec, statistics, parts["training"],
-            PipelineSettings(delta_t, 32, SamplerConfig(), chosen.guidance, statistics.multiplier), {"origin": origin},
+            PipelineSettings(delta_t, 32, SamplerConfig(), chosen.guidance, statistics.multiplier),
+            imagenet_names(network.config.num_classes), {"origin": origin},
         )  # fmt: skip
 
 

@@ -92,7 +92,8 @@ class Trajectory:
     def run(self, step: Callable[[bool], None], callback: Callback | None) -> Tensor:
         """All rows of the loaded plan from where `start` put the state; step(whether the weak velocity is needed).
 
-        callback(steps done, tau, x) follows every step of the solver.
+        callback(steps done, tau, x) follows every step of the solver; a tensor that it returns goes on in the place of
+        x. A multistep method keeps the velocities that it has.
         Returns the state itself (B, C, H, W), which the next trajectory overwrites.
         """
         done = 0
@@ -100,5 +101,10 @@ class Trajectory:
             step(guided)
             done += ends
             if ends and callback is not None:
-                callback(done, self.plan.grid[done], self.x)
+                self._replace(callback(done, self.plan.grid[done], self.x))
         return self.x
+
+    def _replace(self, changed: Tensor | None) -> None:
+        for state in (self.x, self.base):
+            if changed is not None and state is not None and state is not changed:
+                state.copy_(changed)

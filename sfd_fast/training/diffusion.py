@@ -3,7 +3,7 @@
 Letters: B batch, C channels, H height, W width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.config import SFDConfig, require
-from sfd_fast.data.cache.describe import describe
+from sfd_fast.data.cache.describe import CacheSizes, describe
 from sfd_fast.data.load.held_out import SPREAD
 from sfd_fast.data.load.latents import LatentShards
 from sfd_fast.data.load.loader import LatentLoader
@@ -21,7 +21,7 @@ from sfd_fast.diffusion.posterior import add_posterior_noise
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import sample_tau, training_loss
 from sfd_fast.files.digest import tensors_digest
-from sfd_fast.formats.model_folder import save_model
+from sfd_fast.formats.model_folder import CARD, save_model
 from sfd_fast.formats.released_model import load_model
 from sfd_fast.models.dit import LightningDiT, num_flops
 from sfd_fast.training.engines.interface import Batch, Engine
@@ -211,12 +211,18 @@ def save_averaged(
     *,
     config: SFDConfig,
     statistics: LatentStatistics,
-    classes: tuple[int, ...] | None,
+    card: Mapping[str, object],
 ) -> None:
     with torch.device("meta"):
         averaged = LightningDiT(config.model)
     averaged.load_state_dict(state, assign=True)
-    save_model(folder, averaged, statistics=statistics, config=config, card={"step": step, "classes": classes})
+    save_model(folder, averaged, statistics=statistics, config=config, card={"step": step, **card})
+
+
+def card_of(cache: CacheSizes, num_classes: int) -> dict[str, object]:
+    """What a model tells of the data it was trained on, for whoever samples it: see CARD."""
+    names = {str(i): name for i, name in enumerate(cache.class_names or ()) if i < num_classes}
+    return dict(zip(CARD, (cache.trained_classes, names or None, cache.texture_codec), strict=True))
 
 
 def identity_of(
@@ -258,7 +264,8 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
     statistics = latent_statistics(config, shards)
     targets, held_out_targets = targets_of(config, shards, held_out, statistics)
     check_data(config, shards, targets)
-    classes = describe(config.data.path, config.data.cache_folder).trained_classes
+    cache = describe(config.data.path, config.data.cache_folder)
+    classes, card = cache.trained_classes, card_of(cache, config.model.num_classes)
     model = initial_model(config)
     data = partial(
         LatentLoader,
@@ -287,7 +294,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         objective=partial(training_loss, config=config, seed=config.train.seed),
         terms=term_names(config),
         batches=batches,
-        export=partial(save_averaged, config=config, statistics=statistics, classes=classes),
+        export=partial(save_averaged, config=config, statistics=statistics, card=card),
         evaluate=None if held_out is None else validate,
         flaw=data().flaw,
         samples=partial(sample_picture, **drawn),
@@ -296,7 +303,7 @@ def diffusion_job(config: SFDConfig, *, decode: Callable[[Tensor], Tensor] | Non
         num_bins=CLOCK_BINS,
         identity=identity_of(config, shards, statistics, targets),
         fingerprint=tensors_digest(shards.gather(*a_few(len(shards)), features=False)),
-        record={"statistics": statistics.to_json(), "classes": classes},
+        record={"statistics": statistics.to_json(), **card},
         num_samples=len(shards),
         flops_per_sample=num_flops(model.config, training=True),
         notes=notes_of(config, shards.max_label + 1 if classes is None else len(classes)),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sfd_fast.config import SemVAEConfig, SFDConfig, from_dict, require
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.files.messages import first_line
-from sfd_fast.formats.model_folder import save_model
+from sfd_fast.formats.model_folder import CARD, save_model
 from sfd_fast.formats.released_model import export_released, write_released_dit
 from sfd_fast.models.dit import LightningDiT
 from sfd_fast.models.semvae import SemVAE
@@ -45,7 +45,7 @@ def export_checkpoint(source: str | Path, target: str | Path, *, weights: str = 
     model, options = untrained(folder)
     values = stored_weights(folder, model, weights)
     state = read_state(folder)
-    card = {"step": state["step"], "weights": weights, "classes": state["record"].get("classes")}
+    card = {"step": state["step"], "weights": weights} | {name: state["record"].get(name) for name in CARD}
     save_model(target, model, weights=values, card=card, **options)
 
 

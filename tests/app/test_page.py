@@ -11,7 +11,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from harness.tiny_pipelines import build
+from harness.tiny_pipelines import build, drawn
 from PIL import Image
 
 from sfd_fast.app.page import launch
@@ -103,7 +103,7 @@ def test_a_click_gives_the_pictures_of_the_pipeline(tab, folder):
     draw(tab, seed=7)
     assert re.match(r"4 images of each model with seed 7 in [\d.]+ s", tab.inner_text("#status"))
     pipeline = SFDPipeline.from_pretrained(folder, micro_batch_size=4, device="cpu")
-    images = pipeline([0, 0, 0, 0], seed=7, num_steps=4, output_type="np").images
+    images = drawn(pipeline, [0, 0, 0, 0], seed=7, num_inference_steps=4)
     assert np.array_equal(pictures(tab, "texture"), np.concatenate([images, images]))  # the model, and its twin
 
 

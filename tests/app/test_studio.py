@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from harness.tiny_pipelines import STATISTICS, TINY, build, random_model
+from harness.tiny_pipelines import STATISTICS, TINY, build, drawn, random_model
 from PIL import Image
 
-from sfd_fast.app.choice import Choice, as_command, as_python, class_names
+from sfd_fast.app.choice import Choice, as_command, as_python
 from sfd_fast.app.studio import Studio
 from sfd_fast.app.view import moment_html, stage_bar
 from sfd_fast.cli import parse
@@ -28,13 +28,13 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("app")
     ours = build()
     save_parts(
-        root / "model", ours.model, ours.guide, ours.codec, ours.statistics, None,
+        root / "model", ours.transformer, ours.guide, ours.texture_codec, ours.statistics, None,
         PipelineSettings(ours.delta_t, 4, ours.sampler, ours.guidance, 1.0),
-        {"id2label": {"0": "cat", "3": "dog & co"}},
+        {0: "cat", 3: "dog & co"},
     )  # fmt: skip
     SFDPipeline(
-        random_model(replace(TINY, two_clocks=False), 2), statistics=STATISTICS, codec=IdentityCodec(4, 2), delta_t=0.0,
-        device="cpu",
+        random_model(replace(TINY, two_clocks=False), 2), statistics=STATISTICS, texture_codec=IdentityCodec(4, 2),
+        delta_t=0.0, device="cpu",
     ).save_pretrained(root / "twin")  # fmt: skip
     return root
 
@@ -46,8 +46,8 @@ def studio(folders):
 
 def chosen(studio, **changes):
     values = {
-        "labels": [3, 0], "num_images": 3, "seed": 5, "solver": "heun", "num_steps": 4, "mode": "autoguidance",
-        "apart": False, "scales": (1.5, 1.0, 1.0),
+        "labels": [3, 0], "num_images": 3, "seed": 5, "solver": "heun", "num_inference_steps": 4,
+        "mode": "autoguidance", "apart": False, "scales": (1.5, 1.0, 1.0),
     }  # fmt: skip
     return studio.chosen(**values | changes)
 
@@ -55,7 +55,6 @@ def chosen(studio, **changes):
 def test_classes_have_the_names_of_the_pipeline_and_numbers_where_it_has_none(studio):
     assert studio.names[:4] == ["cat (0)", "class 1", "class 2", "dog & co (3)"]
     assert len(studio.names) == 10
-    assert class_names({"id2label": ["a", "b"]}, 3) == ["a (0)", "b (1)", "class 2"]
 
 
 def test_images_take_the_chosen_classes_in_turn(studio):
@@ -73,9 +72,9 @@ def test_one_scale_serves_both_parts_and_two_serve_each(studio):
     [
         ({"labels": []}, "no class is chosen"),
         ({"num_images": 5}, "the number of images is 5: this page draws 1 to 4"),
-        ({"num_steps": 0}, "the number of steps is 0: give 1 to 1000"),
-        ({"num_steps": 10**9}, "the number of steps is 1000000000: give 1 to 1000"),
-        ({"num_steps": 4.5}, "the number of steps is 4.5: give a whole number"),
+        ({"num_inference_steps": 0}, "the number of steps is 0: give 1 to 1000"),
+        ({"num_inference_steps": 10**9}, "the number of steps is 1000000000: give 1 to 1000"),
+        ({"num_inference_steps": 4.5}, "the number of steps is 4.5: give a whole number"),
         ({"seed": None}, "the seed is empty: give a whole number"),
         ({"scales": (None, 1.0, 1.0)}, "the texture scale is empty: give a number"),
         ({"scales": (float("nan"), 1.0, 1.0)}, "the texture scale is nan: give a number"),
@@ -94,14 +93,12 @@ def test_what_only_the_pipeline_knows_is_refused_in_its_words(studio):
 def test_the_last_moment_is_what_the_pipeline_draws(folders, studio):
     choice = chosen(studio)
     pipeline = SFDPipeline.from_pretrained(folders / "model", micro_batch_size=4, device="cpu")
-    images = pipeline(
-        [3, 0, 3], seed=5, solver="heun", num_steps=4, guidance_scale=1.5, output_type="np"
-    ).images
+    images = drawn(pipeline, [3, 0, 3], seed=5, solver="heun", num_inference_steps=4, guidance_scale=1.5)
     assert np.array_equal(studio.draw(choice)[0].moments[-1].texture, images)
 
 
 def test_stage_one_moves_semantics_alone_and_stage_three_texture_alone(studio):
-    track = studio.draw(chosen(studio, num_steps=26))[0]
+    track = studio.draw(chosen(studio, num_inference_steps=26))[0]
     start, first = track.at(0), track.at(0.3 / 1.3)
     late, end = track.at(1 / 1.3), track.at(1)
     assert [start.tau, first.tau, late.tau, end.tau] == pytest.approx([0, 0.3, 1, 1.3])
@@ -120,8 +117,8 @@ def test_the_twin_starts_from_the_same_noise_and_ends_at_its_own_time(studio):
 
 def test_a_twin_of_other_classes_is_refused(folders, tmp_path):
     SFDPipeline(
-        random_model(replace(TINY, num_classes=3), 2), statistics=STATISTICS, codec=IdentityCodec(4, 2), delta_t=0.3,
-        device="cpu",
+        random_model(replace(TINY, num_classes=3), 2), statistics=STATISTICS, texture_codec=IdentityCodec(4, 2),
+        delta_t=0.3, device="cpu",
     ).save_pretrained(tmp_path / "other")  # fmt: skip
     with pytest.raises(ValueError, match="num_classes = 3, the model 10"):
         Studio(str(folders / "model"), twin=str(tmp_path / "other"), batch=4, device="cpu")

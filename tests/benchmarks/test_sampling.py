@@ -53,7 +53,7 @@ def test_the_default_is_compared_with_every_solver(bench, tmp_path):
 def test_the_fewest_evaluations_are_exact_to_one_step(bench):
     case = problem(bench)
     points = bench.curve(case, "heun")
-    wanted = case.error(SamplerConfig(solver="heun", num_steps=9))
+    wanted = case.error(SamplerConfig(solver="heun", num_inference_steps=9))
     assert bench.fewest_evaluations(case, "heun", points, wanted) == 18
     assert bench.fewest_evaluations(case, "heun", points, 0.0) is None
 

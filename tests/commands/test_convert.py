@@ -43,15 +43,16 @@ def test_released_parts_become_a_pipeline_that_samples(tmp_path):
     run_convert(
         ConvertConfig(
             source=str(GOLDEN / "sfd.official.pt"), target=str(tmp_path / "pipeline"), statistics=str(statistics),
-            codec=str(GOLDEN / "sdvae.weights.safetensors"),
+            texture_codec=str(GOLDEN / "sdvae.weights.safetensors"),
         )
     )  # fmt: skip
     pipeline = SFDPipeline.from_pretrained(tmp_path / "pipeline", device="cpu", micro_batch_size=2)
     assert pipeline.sampler.grid == "exact"
-    images = pipeline([1, 2], num_steps=3, output_type="np").images
+    images = pipeline([1, 2], num_inference_steps=3, output_type="np").images
     assert images.shape == (2, 128, 128, 3)
     weights = load_golden("sfd.weights")
-    assert torch.equal(pipeline.model.state_dict()["final_layer.linear.weight"], weights["final_layer.linear.weight"])
+    name = "final_layer.linear.weight"
+    assert torch.equal(pipeline.transformer.state_dict()[name], weights[name])
 
 
 def test_a_released_yaml_becomes_one_of_ours(tmp_path):
@@ -79,7 +80,7 @@ def test_a_released_yaml_becomes_one_of_ours(tmp_path):
     ("options", "message"),
     [
         ({"source": "absent.pt"}, "source absent.pt does not exist"),
-        ({"source": "absent.pt", "codec": "c"}, "needs both --codec and --statistics"),
+        ({"source": "absent.pt", "texture_codec": "c"}, "needs both --texture_codec and --statistics"),
         ({"source": "absent.pt", "guide": "g"}, "a guide belongs to a whole pipeline"),
     ],
 )

@@ -45,7 +45,7 @@ def made(tmp_path_factory):
         data__validation_samples=3, data__targets="semvae", data__semvae=root / "semvae" / "model",
         data__texture_codec=codec, model__hidden_size=32, model__depth=2, model__num_heads=2, model__grid_size=8,
         model__texture_channels=4, model__semantic_channels=3, model__num_classes=3, model__repa_channels=24,
-        model__repa_depth=1, model__repa_hidden=16, sampler__num_steps=3,
+        model__repa_depth=1, model__repa_hidden=16, sampler__num_inference_steps=3,
     )  # fmt: skip
     return root
 

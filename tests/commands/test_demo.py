@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from harness.tiny_pipelines import drawn
 from PIL import Image
 
 from sfd_fast.commands.demo import DemoConfig, report, run_demo, uint8
@@ -19,7 +20,7 @@ def made(tmp_path_factory):
     run_demo(
         DemoConfig(
             out=str(out), num_images=500, encoder_steps=60, semvae_steps=30, train_steps=40, guide_steps=10,
-            num_steps=4, progress=False,
+            num_inference_steps=4, progress=False,
         )
     )  # fmt: skip
     return out
@@ -49,7 +50,7 @@ def test_the_metrics_stand_beside_those_of_real_digits(made):
 
 def test_the_pipeline_draws_the_same_digits_again(made):
     pipeline = SFDPipeline.from_pretrained(made / "model", device="cpu")
-    again = pipeline([3, 7], sample_ids=[3, 7], seed=0, output_type="np").images
+    again = drawn(pipeline, ["three", 7], sample_ids=[3, 7], seed=0)
     threads = torch.get_num_threads()
     assert threads == 1
     assert np.array_equal(again, np.load(made / "samples.npz")["arr_0"][[3, 7]])

@@ -46,7 +46,7 @@ def get(what, tmp_path, **options):
 def test_a_pipeline_samples(hub, tmp_path, capsys):
     folder = get("xxl-80ep", tmp_path)
     assert "released/xxl-80ep is ready: sfd sample --model released/xxl-80ep" in capsys.readouterr().out
-    words = ["--labels", "1,2", "--num_steps", "3", "--out", "out", "--progress", "false"]
+    words = ["--labels", "1,2", "--num_inference_steps", "3", "--out", "out", "--progress", "false"]
     main(["sample", "--model", str(folder), *words])
     assert (tmp_path / "out" / "grid.png").is_file()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness.tiny_pipelines import drawn
 from PIL import Image
 
 from sfd_fast import pictures
@@ -56,9 +57,9 @@ def model(tmp_path_factory):
     pipeline = SFDPipeline(
         network,
         statistics=LatentStatistics(torch.zeros(4), torch.full((4,), 0.5), torch.zeros(2), torch.ones(2)),
-        codec=IdentityCodec(4, 2),
+        texture_codec=IdentityCodec(4, 2),
         delta_t=0.3,
-        sampler=SamplerConfig(solver="euler", num_steps=4),
+        sampler=SamplerConfig(solver="euler", num_inference_steps=4),
         micro_batch_size=4,
         device="cpu",
     )
@@ -100,7 +101,7 @@ def test_npz_has_the_evaluators_layout_shuffled_by_the_recorded_seed(model, tmp_
     assert np.array_equal(ids, random_numbers.permutation(18, seed=3, stream=random_numbers.OUTPUT_ORDER).numpy())
     assert np.array_equal(labels, ids % 5)
     pipeline = SFDPipeline.from_pretrained(model, device="cpu")
-    direct = pipeline(torch.arange(18) % 5, output_type="np").images
+    direct = drawn(pipeline, torch.arange(18) % 5)
     assert np.array_equal(images, direct[ids])
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "grid.png", "run.json", "samples.npz"]
     assert Image.open(tmp_path / "grid.png").size == (3 * 48 + 2 * 2,) * 2
@@ -171,7 +172,7 @@ def test_pictures_hold_the_exact_pixels_and_their_run_goes_on(kind, model, tmp_p
     files = sorted((tmp_path / "images").iterdir())
     assert [f.name for f in files] == [f"{i:06d}.{kind}" for i in range(18)]
     pipeline = SFDPipeline.from_pretrained(model, device="cpu")
-    direct = pipeline(torch.arange(18) % 5, output_type="np").images
+    direct = drawn(pipeline, torch.arange(18) % 5)
     assert all(np.array_equal(np.asarray(Image.open(f)), image) for f, image in zip(files, direct))
     assert np.load(tmp_path / "labels.npy").tolist() == [i % 5 for i in range(18)]
     files[9].unlink()
@@ -180,10 +181,10 @@ def test_pictures_hold_the_exact_pixels_and_their_run_goes_on(kind, model, tmp_p
 
 
 def test_options_of_a_run_replace_the_pipelines(model, tmp_path):
-    guided = settings(model, tmp_path, guidance_mode="cfg", guidance_scale=2.0, num_steps=3, solver="heun")
+    guided = settings(model, tmp_path, guidance_mode="cfg", guidance_scale=2.0, num_inference_steps=3, solver="heun")
     run_sample(guided)
     record = json.loads((tmp_path / "run.json").read_text())
-    assert record["sampler"] | {"solver": "heun", "num_steps": 3} == record["sampler"]
+    assert record["sampler"] | {"solver": "heun", "num_inference_steps": 3} == record["sampler"]
     assert (record["guidance"]["mode"], record["guidance"]["scale"]) == ("cfg", 2.0)
 
 
@@ -196,14 +197,22 @@ def test_one_option_leaves_the_pipelines_others_alone(model):
     assert (guidance.scales, guidance.interval_start) == ((1.3, pipeline.guidance.scale), 0.2)
 
 
-@pytest.mark.parametrize("labels", ["1,2", "1 2", "[1, 2]", [1, 2], (1, 2)])
-def test_labels_are_given_as_people_write_them(labels):
-    assert SampleConfig(labels=labels).labels == (1, 2)
+@pytest.mark.parametrize(
+    "labels, found",
+    [
+        *((labels, ("1", "2")) for labels in ("1,2", "1 2", "[1, 2]", "'1','2'")),
+        *((labels, (1, 2)) for labels in ([1, 2], (1, 2))),
+        ("golden retriever, tabby cat,7", ("golden retriever", "tabby cat", "7")),
+        (["tabby cat", 7], ("tabby cat", 7)),
+    ],
+)
+def test_labels_are_given_as_people_write_them(labels, found):
+    assert SampleConfig(labels=labels).labels == found
 
 
-@pytest.mark.parametrize("labels", ["cat", "0.7, 1.9", [0.7, 1.9], [1.0], [None]])
-def test_labels_that_are_no_whole_numbers_are_an_error(labels):
-    with pytest.raises(ValueError, match="labels '.*' must be whole numbers of classes"):
+@pytest.mark.parametrize("labels", [[0.7, 1.9], [1.0], [None], [True]])
+def test_labels_that_are_neither_names_nor_whole_numbers_are_an_error(labels):
+    with pytest.raises(ValueError, match=r"labels '.*' must be numbers or names of classes"):
         SampleConfig(labels=labels)
 
 
@@ -217,7 +226,7 @@ def test_the_three_stage_strip_shows_each_stage_moving_its_streams(model, tmp_pa
         strip(path, taus, semantic, texture, labels, delta_t)
 
     monkeypatch.setattr(pictures, "stage_strip", spy)
-    result = run_sample(settings(model, tmp_path, show_stages=True, num_steps=13, labels=(3, 1, 4, 2)))
+    result = run_sample(settings(model, tmp_path, show_stages=True, num_inference_steps=13, labels=(3, 1, 4, 2)))
     taus = drawn["taus"]
     assert taus[0] == 0 and taus[-1] == pytest.approx(1.3)
     assert 0.3 in [round(tau, 6) for tau in taus] and 1.0 in [round(tau, 6) for tau in taus]
@@ -238,14 +247,14 @@ def test_a_folder_of_other_samples_is_an_error(model, tmp_path):
     run_sample(settings(model, tmp_path))
     with pytest.raises(ValueError, match="holds samples of other settings: seed is 0 there and 1 now"):
         run_sample(settings(model, tmp_path, seed=1))
-    with pytest.raises(ValueError, match="sampler is .*num_steps.*choose another folder with --out"):
-        run_sample(settings(model, tmp_path, num_steps=5))
+    with pytest.raises(ValueError, match="sampler is .*num_inference_steps.*choose another folder with --out"):
+        run_sample(settings(model, tmp_path, num_inference_steps=5))
 
 
 def test_other_weights_in_the_same_folder_are_an_error(model, tmp_path):
     run_sample(settings(model, tmp_path / "out"))
     pipeline = SFDPipeline.from_pretrained(model, device="cpu")
-    pipeline.model.final_layer.linear.bias.data[0] += 1
+    pipeline.transformer.final_layer.linear.bias.data[0] += 1
     pipeline.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="holds samples of other settings: weights is"):
         run_sample(settings(tmp_path / "other", tmp_path / "out"))
@@ -480,9 +489,9 @@ def test_what_is_there_already_is_counted_over_all_processes(model, tmp_path, mo
 def test_a_guide_that_is_not_used_is_said_with_the_flag_that_uses_it(model, tmp_path, capsys):
     pipeline = SFDPipeline.from_pretrained(model, device="cpu")
     guided = SFDPipeline(
-        pipeline.model, guide=pipeline.model, statistics=pipeline.statistics, codec=pipeline.codec, delta_t=0.3,
-        sampler=pipeline.sampler, guidance=GuidanceConfig(mode="autoguidance", scale=1.0), micro_batch_size=4,
-        device="cpu",
+        pipeline.transformer, guide=pipeline.transformer, statistics=pipeline.statistics,
+        texture_codec=pipeline.texture_codec, delta_t=0.3, sampler=pipeline.sampler,
+        guidance=GuidanceConfig(mode="autoguidance", scale=1.0), micro_batch_size=4, device="cpu",
     )  # fmt: skip
     guided.save_pretrained(tmp_path / "guided")
     said = "the guide is not used, as guidance is off: --guidance_mode autoguidance --guidance_scale 1.5 would use it"
@@ -541,7 +550,7 @@ def test_a_claim_that_is_being_written_is_read_when_it_is_whole(model, tmp_path,
     "changes, message",
     [
         ({"labels": (5,)}, "label 5 is out of range: this model has the classes 0 to 4"),
-        ({"num_steps": 2}, "num_steps 2 is too small"),
+        ({"num_inference_steps": 2}, "num_inference_steps 2 is too small"),
         ({"guidance_mode": "autoguidance", "guidance_scale": 1.5}, "needs a guide model"),
         ({"model": ""}, "model is empty; give a pipeline folder"),
         ({"backend": "cuda_graph"}, "'cuda_graph' needs a CUDA device"),

@@ -26,7 +26,7 @@ def save(folder, step, num_values=5):
 def pipeline(guide=None):
     codec = IdentityCodec(4, 2)
     return SFDPipeline(
-        random_model(TINY, 0), guide=guide, statistics=STATISTICS, codec=codec, delta_t=0.3, device="cpu"
+        random_model(TINY, 0), guide=guide, statistics=STATISTICS, texture_codec=codec, delta_t=0.3, device="cpu"
     )
 
 

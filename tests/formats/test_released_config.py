@@ -102,7 +102,7 @@ def test_a_released_file_becomes_our_configuration():
     assert (config.data.path, config.data.latent_multiplier) == ("outputs/latents", 1.0)
     assert (config.train.max_steps, config.train.global_batch_size, config.train.seed) == (4_000_000, 256, 3)
     assert (config.run.out, config.run.checkpoint_every) == ("outputs/train/sfd_xl", 80_000)
-    assert config.sampler == SamplerConfig(solver="dopri5", num_steps=249, grid="released")
+    assert config.sampler == SamplerConfig(solver="dopri5", num_inference_steps=249, grid="released")
     assert config.guidance == GuidanceConfig(mode="autoguidance", scale=1.5, interval_start=0.2)
 
 
@@ -146,7 +146,7 @@ def test_a_released_shift_of_zero_changes_nothing_and_others_are_kept():
 @pytest.mark.parametrize("theirs, ours", [("euler", "euler"), ("heun2", "heun"), ("rk4", "rk4"), ("dopri5", "dopri5")])
 def test_released_points_become_steps(theirs, ours):
     sampler = read_config(changed("sample", sampling_method=theirs, num_sampling_steps=11)).config.sampler
-    assert (sampler.solver, sampler.num_steps) == (ours, 10)
+    assert (sampler.solver, sampler.num_inference_steps) == (ours, 10)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_two_clocks_without_their_distance_are_refused():
     "config",
     [
         read_config(RELEASED).config,
-        SFDConfig(sampler=SamplerConfig(solver="heun", num_steps=20, grid="released", timestep_shift=0.5)),
+        SFDConfig(sampler=SamplerConfig(solver="heun", num_inference_steps=20, grid="released", timestep_shift=0.5)),
         SFDConfig(model=ModelConfig(two_clocks=False), transport=TransportConfig(delta_t=0.0, repa_mode="cos_mse"),
                   sampler=SamplerConfig(solver="midpoint", grid="released"),
                   guidance=GuidanceConfig(mode="cfg", scale=2.5)),
@@ -352,7 +352,7 @@ def test_options_of_sampling():
     (options, ignored) = sample_settings(changed("sample", class_label=207))
     assert options == {
         "model": "outputs/train/sfd_xl/checkpoints/4000000.pt", "num_images": 50_000, "labels": [207],
-        "micro_batch_size": 4, "seed": 3, "solver": "dopri5", "num_steps": 249, "time_grid": "released",
+        "micro_batch_size": 4, "seed": 3, "solver": "dopri5", "num_inference_steps": 249, "time_grid": "released",
         "timestep_shift": 1.0, "atol": 1e-6, "rtol": 1e-3, "guidance_mode": "autoguidance", "guidance_scale": 1.5,
         "interval_start": 0.2, "interval_mode": "both",
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from sfd_fast.config import GuidanceConfig, ModelConfig, SamplerConfig
@@ -30,13 +31,18 @@ def random_model(config, seed):
     return model
 
 
+def drawn(pipeline, *arguments, **options):
+    """The pictures of a call as one (N, H, W, 3) uint8 array."""
+    return np.stack([np.asarray(image) for image in pipeline(*arguments, **options).images])
+
+
 def build(**options):
     defaults = {
         "statistics": STATISTICS,
-        "codec": IdentityCodec(4, 2),
+        "texture_codec": IdentityCodec(4, 2),
         "delta_t": 0.3,
         "guide": random_model(replace(TINY, depth=1), 1),
-        "sampler": SamplerConfig(solver="heun", num_steps=4),
+        "sampler": SamplerConfig(solver="heun", num_inference_steps=4),
         "guidance": GuidanceConfig(mode="autoguidance", scale=1.5),
         "micro_batch_size": 4,
         "device": "cpu",

@@ -72,7 +72,7 @@ def tiny_config(data: Path | str, out: Path | str, **train: object) -> SFDConfig
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=3, ema_decay=0.9, max_grad_norm=1.0, schedule="cosine"),
         data=DataConfig(path=str(data), validation_samples=8),
         **run_and_train(out=str(out), **settings),
-        sampler=SamplerConfig(num_steps=6, solver="euler"),
+        sampler=SamplerConfig(num_inference_steps=6, solver="euler"),
     )
 
 

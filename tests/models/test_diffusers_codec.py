@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from harness.tiny_encoders import save_autoencoder
-from harness.tiny_pipelines import STATISTICS, TINY, random_model
+from harness.tiny_pipelines import STATISTICS, TINY, drawn, random_model
 from harness.tiny_run import MODEL, tiny_config, with_data, write_data
 from safetensors.torch import load_file, save_file
 
@@ -48,13 +48,13 @@ def test_the_codec_saved_last_is_the_one_that_is_loaded(folder, tmp_path, first)
 
 def test_a_pipeline_with_it_is_saved_and_decodes_like_diffusers(folder, tmp_path):
     pipe = SFDPipeline(
-        random_model(TINY, 0), statistics=STATISTICS, codec=load_codec(folder), delta_t=0.3, device="cpu"
+        random_model(TINY, 0), statistics=STATISTICS, texture_codec=load_codec(folder), delta_t=0.3, device="cpu"
     )
     pipe.save_pretrained(tmp_path / "pipeline")
     again = SFDPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
-    decode, seen = again.codec.decode, []
-    again.codec.decode = lambda latents: seen.append(latents) or decode(latents)
-    images = again([1, 2], num_steps=3, output_type="np").images
+    decode, seen = again.texture_codec.decode, []
+    again.texture_codec.decode = lambda latents: seen.append(latents) or decode(latents)
+    images = drawn(again, [1, 2], num_inference_steps=3)
     expected = (127.5 * own_images(folder, seen[0])[:2] + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     assert images.shape == (2, 16, 16, 3) and images.std() > 1
     assert (torch.from_numpy(images) == expected).all()
@@ -75,7 +75,7 @@ def test_a_network_with_it_samples(tmp_path):
     codec = save_autoencoder(tmp_path / "vae", latent_channels=MODEL.texture_channels)
     config = with_data(tiny_config(write_data(tmp_path / "data"), tmp_path / "run"), texture_codec=str(codec))
     model = run_train(replace(config, train=replace(config.train, max_steps=1)), device="cpu", progress=False).model
-    assert SFDPipeline.from_pretrained(model, device="cpu")([0], num_steps=3, output_type="np").images.any()
+    assert SFDPipeline.from_pretrained(model, device="cpu")([0], num_inference_steps=3, output_type="np").images.any()
 
 
 def damaged(folder, target, change):

@@ -159,7 +159,7 @@ def test_dopri5_on_the_released_grid_evaluates_past_the_end_with_an_unclamped_te
     options = {"method": "dopri5", "atol": 1e-6, "rtol": 1e-3}
     expected = odeint(drift, x0, end, **options)[-1]
     assert max(latest) > 1.05
-    config = SamplerConfig(solver="dopri5", num_steps=4, grid="released")
+    config = SamplerConfig(solver="dopri5", num_inference_steps=4, grid="released")
     ours = sample(curved, x0, delta_t=0.25, config=config, num_texture_channels=1)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
     clamped = odeint(lambda tau, x: drift(tau, x, 1.0), x0, end, **options)[-1]

@@ -17,29 +17,36 @@ def on_cuda(monkeypatch, capability):
 @pytest.mark.parametrize(
     ("capability", "given", "expected"),
     [
-        ((9, 0), ("auto", "auto"), ("bf16", "cuda_graph")),
-        ((8, 0), ("auto", "auto"), ("bf16", "cuda_graph")),
-        ((7, 5), ("auto", "auto"), ("fp32", "cuda_graph")),  # bf16 is software there
-        ((9, 0), ("fp32", "auto"), ("fp32", "cuda_graph")),
-        ((9, 0), ("auto", "compile"), ("bf16", "compile")),
-        ((9, 0), ("fp32", "eager"), ("fp32", "eager")),
+        ((9, 0), (None, "auto"), (torch.bfloat16, "cuda_graph")),
+        ((8, 0), (None, "auto"), (torch.bfloat16, "cuda_graph")),
+        ((7, 5), (None, "auto"), (torch.float32, "cuda_graph")),  # bf16 is software there
+        ((9, 0), (torch.float32, "auto"), (torch.float32, "cuda_graph")),
+        ((9, 0), (None, "compile"), (torch.bfloat16, "compile")),
+        ((9, 0), (torch.float32, "eager"), (torch.float32, "eager")),
     ],
 )
 def test_a_gpu_samples_in_bf16_with_graphs_unless_told_otherwise(monkeypatch, caplog, capability, given, expected):
     with caplog.at_level(logging.INFO, "sfd_fast.sampling.latents"):
         assert chosen_for(on_cuda(monkeypatch, capability), *given) == expected
     said = [record.message for record in caplog.records]
-    assert said == ([] if given == expected else [f"sampling in {expected[0]} with backend {expected[1]}; precision "
-                                                  "and backend name others"])  # fmt: skip
+    wanted = f"sampling in {expected[0]} with backend {expected[1]}; torch_dtype (--precision) and backend name others"
+    assert said == ([] if given == expected else [wanted])
 
 
 def test_a_cpu_samples_in_fp32_eagerly():
     pipeline = build(device="cpu")
     assert (pipeline.precision, pipeline.backend) == ("fp32", "eager")
-    assert chosen_for(torch.device("cpu"), "bf16", "compile") == ("bf16", "compile")
+    assert chosen_for(torch.device("cpu"), torch.bfloat16, "compile") == (torch.bfloat16, "compile")
 
 
-@pytest.mark.parametrize(("name", "value"), [("precision", "fp16"), ("backend", "graph")])
-def test_a_setting_that_does_not_exist_is_refused_with_the_list(name, value):
-    with pytest.raises(ValueError, match=f"{name} '{value}' is unknown; choose auto, "):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("torch_dtype", torch.float16, "torch_dtype torch.float16 is unknown; choose torch.float32 or torch.bfloat16"),
+        ("torch_dtype", "bf16", "torch_dtype bf16 is unknown"),
+        ("backend", "graph", "backend 'graph' is unknown; choose auto, "),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_refused_with_the_list(name, value, message):
+    with pytest.raises(ValueError, match=message):
         build(device="cpu", **{name: value})

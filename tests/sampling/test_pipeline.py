@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from harness.tiny_pipelines import STATISTICS, TINY, build, random_model
+from harness.tiny_pipelines import STATISTICS, TINY, build, drawn, random_model
 from PIL import Image
 
 from sfd_fast.config import DataConfig, GuidanceConfig, SamplerConfig, SFDConfig
@@ -24,7 +24,7 @@ LABELS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5])
 
 
 def test_returns_one_pil_image_per_label(pipeline):
-    output = pipeline(LABELS[:3], num_steps=3)
+    output = pipeline(LABELS[:3], num_inference_steps=3)
     assert [type(image) for image in output.images] == [Image.Image] * 3
     assert output.images[0].size == (8, 8)
     assert output.sample_ids.tolist() == [0, 1, 2]
@@ -64,8 +64,8 @@ def test_decoding_uses_the_statistics_and_the_released_rounding():
     """A network of velocity 0 leaves the noise: pixels follow in closed form."""
     model = LightningDiT(TINY)  # zero-initialised output
     pipe = build(guide=None, guidance=GuidanceConfig())
-    pipe.model.load_state_dict(model.state_dict())
-    image = pipe([0], output_type="np").images[0].astype(np.int64)
+    pipe.transformer.load_state_dict(model.state_dict())
+    image = drawn(pipe, [0])[0].astype(np.int64)
     noise = pipe.initial_noise(torch.tensor([0]), 0)[0, :4]
     texture = noise * STATISTICS.texture_std.view(4, 1, 1) + STATISTICS.texture_mean.view(4, 1, 1)
     pixels = torch.nn.functional.pixel_shuffle(texture, 2)[0]
@@ -94,7 +94,7 @@ def test_guidance_scale_means_cfg_where_there_is_no_guide():
 
 def test_repa_head_never_runs():
     pipe = build()
-    pipe.model.repa_projector.forward = None
+    pipe.transformer.repa_projector.forward = None
     pipe.guide.repa_projector.forward = None
     pipe([1])
 
@@ -113,47 +113,48 @@ def test_saved_pipeline_gives_the_same_bits(pipeline, tmp_path):
 def test_a_pipeline_is_made_from_what_training_writes(tmp_path):
     from sfd_fast.formats.model_folder import save_model
 
-    config = SFDConfig(model=TINY, sampler=SamplerConfig(num_steps=5))
+    config = SFDConfig(model=TINY, sampler=SamplerConfig(num_inference_steps=5))
     save_model(tmp_path / "main", random_model(TINY, 0), config=config, statistics=STATISTICS)
     save_model(tmp_path / "guide", random_model(TINY, 1), statistics=STATISTICS)
     pipe = SFDPipeline.from_pretrained(
-        tmp_path / "main", guide=tmp_path / "guide", codec=IdentityCodec(4, 2), device="cpu"
+        tmp_path / "main", guide=tmp_path / "guide", texture_codec=IdentityCodec(4, 2), device="cpu"
     )
     assert pipe.delta_t == 0.3
-    assert pipe.sampler.num_steps == 5
+    assert pipe.sampler.num_inference_steps == 5
     pipe.save_pretrained(tmp_path / "whole")
     assert SFDPipeline.from_pretrained(tmp_path / "whole", device="cpu").training == config
 
 
 def test_trajectory_shows_the_borders_and_ends_at_the_image(pipeline):
-    frames = pipeline.trajectory(LABELS[:2], num_steps=10, num_frames=5)
+    frames = pipeline.trajectory(LABELS[:2], num_inference_steps=10, num_frames=5)
     taus = [frame.tau for frame in frames]
     assert {0.0, 0.3, 1.0, 1.3} <= set(taus)
     assert taus == sorted(taus)
-    assert np.array_equal(frames[-1].images, pipeline(LABELS[:2], num_steps=10, output_type="np").images)
+    assert np.array_equal(frames[-1].images, drawn(pipeline, LABELS[:2], num_inference_steps=10))
     by_tau = {frame.tau: frame for frame in frames}
     assert np.array_equal(by_tau[0.0].images, by_tau[0.3].images)  # texture waits in stage I
     assert np.array_equal(by_tau[1.0].semantic, by_tau[1.3].semantic)  # semantics are done in stage III
 
 
 def test_bf16_network_keeps_an_fp32_state():
-    pipe = build(precision="bf16")
-    assert pipe.model.x_embedder.proj.weight.dtype == torch.bfloat16
-    latents = pipe.sample_latents(LABELS[:4], torch.arange(4), 0, *pipe.resolve())
+    pipe = build(torch_dtype=torch.bfloat16)
+    assert pipe.transformer.x_embedder.proj.weight.dtype == torch.bfloat16
+    x0 = pipe.initial_noise(torch.arange(4), 0)
+    latents = pipe.sample_latents(LABELS[:4], x0, *pipe.resolve())
     assert latents.dtype == torch.float32
     assert not torch.equal(latents, latents.bfloat16().float())
-    exact = build().sample_latents(LABELS[:4], torch.arange(4), 0, *pipe.resolve())
+    exact = build().sample_latents(LABELS[:4], x0, *pipe.resolve())
     torch.testing.assert_close(latents, exact, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize(
     "guidance", [GuidanceConfig(mode="autoguidance", scale=1.5), GuidanceConfig(mode="cfg", scale=2.0)]
 )
-@pytest.mark.parametrize("sampler", [SamplerConfig(num_steps=5), SamplerConfig(solver="dopri5", rtol=0.05)])
+@pytest.mark.parametrize("sampler", [SamplerConfig(num_inference_steps=5), SamplerConfig(solver="dopri5", rtol=0.05)])
 def test_compiled_images_equal_eager_ones(pipeline, sampler, guidance):
-    settings = {"sampler": sampler, "guidance": guidance, "output_type": "np"}
-    compiled = build(backend="compile")(LABELS[:4], **settings).images.astype(np.int64)
-    assert np.abs(compiled - pipeline(LABELS[:4], **settings).images).max() <= 1
+    settings = {"sampler": sampler, "guidance": guidance}
+    compiled = drawn(build(backend="compile"), LABELS[:4], **settings).astype(np.int64)
+    assert np.abs(compiled - drawn(pipeline, LABELS[:4], **settings)).max() <= 1
 
 
 def test_dopri5_runs_the_compiled_network_under_backend_compile(monkeypatch):
@@ -187,11 +188,11 @@ def test_dopri5_says_once_that_it_runs_without_cuda_graphs(caplog):
 def test_a_call_takes_every_solver_setting(pipeline):
     given = SamplerConfig(solver="dopri5", grid="released", atol=1e-5, rtol=1e-2)
     assert pipeline.resolve(sampler=given)[0] == given
-    assert pipeline.resolve(num_steps=7, sampler=given)[0] == replace(given, num_steps=7)
-    with pytest.raises(ValueError, match="num_steps 2 is too small"):
-        pipeline([1], sampler=SamplerConfig(num_steps=2))
-    grids = [SamplerConfig(solver="euler", num_steps=5, grid=grid) for grid in ("exact", "released")]
-    images = [pipeline(LABELS[:2], sampler=sampler, output_type="np").images for sampler in grids]
+    assert pipeline.resolve(num_inference_steps=7, sampler=given)[0] == replace(given, num_inference_steps=7)
+    with pytest.raises(ValueError, match="num_inference_steps 2 is too small"):
+        pipeline([1], sampler=SamplerConfig(num_inference_steps=2))
+    grids = [SamplerConfig(solver="euler", num_inference_steps=5, grid=grid) for grid in ("exact", "released")]
+    images = [drawn(pipeline, LABELS[:2], sampler=sampler) for sampler in grids]
     assert not np.array_equal(*images)
     frames = pipeline.trajectory(LABELS[:2], num_frames=3, sampler=grids[1])
     assert np.array_equal(frames[-1].images, images[1])
@@ -200,8 +201,8 @@ def test_a_call_takes_every_solver_setting(pipeline):
 def test_settings_of_many_calls_are_not_kept_for_ever():
     pipe = build(micro_batch_size=1)
     pipe._plans.size = 4
-    for num_steps in range(3, 11):
-        pipe([1], num_steps=num_steps)
+    for num_inference_steps in range(3, 11):
+        pipe([1], num_inference_steps=num_inference_steps)
     assert len(pipe._plans.kept) == 4
     assert len(pipe.runners.runners.kept) == 1  # heun's tables have room for all of them
 
@@ -215,16 +216,16 @@ def test_label_out_of_range_is_an_error(pipeline, label):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"labels": [0.5]}, "labels must be one-dimensional integers"),
-        ({"labels": [[1], [2]]}, "labels must be one-dimensional integers"),
-        ({"labels": [1, 2], "sample_ids": [0]}, "2 labels but sample_ids of shape"),
-        ({"labels": [1], "seed": -1}, r"seed -1 must be in \[0, 2\^63\)"),
-        ({"labels": [1], "seed": 2**63}, r"must be in \[0, 2\^63\)"),
-        ({"labels": [1], "solver": "heunn"}, r"solver 'heunn' is unknown; .*did you mean 'heun'\?"),
-        ({"labels": [1], "num_step": 9}, "unknown key 'num_step'; did you mean 'num_steps'"),
-        ({"labels": [1], "num_steps": 2}, "num_steps 2 is too small"),
-        ({"labels": [1], "num_steps": 0}, r"num_steps 0 must be in \[1, 100000\]"),
-        ({"labels": [1], "output_type": "jpeg"}, "output_type 'jpeg' is unknown"),
+        ({"class_labels": [0.5]}, "class_labels must be one-dimensional integers"),
+        ({"class_labels": [[1], [2]]}, "class_labels must be one-dimensional integers"),
+        ({"class_labels": [1, 2], "sample_ids": [0]}, "2 images but 1 sample_ids"),
+        ({"class_labels": [1], "seed": -1}, r"seed -1 must be in \[0, 2\^63\)"),
+        ({"class_labels": [1], "seed": 2**63}, r"must be in \[0, 2\^63\)"),
+        ({"class_labels": [1], "solver": "heunn"}, r"solver 'heunn' is unknown; .*did you mean 'heun'\?"),
+        ({"class_labels": [1], "num_inference_step": 9}, "'num_inference_step'; did you mean 'num_inference_steps'"),
+        ({"class_labels": [1], "num_inference_steps": 2}, "num_inference_steps 2 is too small"),
+        ({"class_labels": [1], "num_inference_steps": 0}, r"num_inference_steps 0 must be in \[1, 100000\]"),
+        ({"class_labels": [1], "output_type": "jpeg"}, "output_type 'jpeg' is unknown"),
     ],
 )
 def test_bad_calls_say_what_is_wrong(pipeline, arguments, message):
@@ -238,7 +239,7 @@ def test_autoguidance_without_a_guide_is_an_error():
         pipe([1], guidance=GuidanceConfig(mode="autoguidance", scale=1.5))
 
 
-@pytest.mark.parametrize("part", ["model", "guide"])
+@pytest.mark.parametrize("part", ["transformer", "guide"])
 def test_weights_that_are_not_finite_are_an_error(part):
     broken = random_model(TINY, 0)
     broken.blocks[1].attn.qkv.weight.data[3, 5] = float("nan")
@@ -246,12 +247,12 @@ def test_weights_that_are_not_finite_are_an_error(part):
         if part == "guide":
             build(guide=broken)
         else:
-            SFDPipeline(broken, statistics=STATISTICS, codec=IdentityCodec(4, 2), delta_t=0.3, device="cpu")
+            SFDPipeline(broken, statistics=STATISTICS, texture_codec=IdentityCodec(4, 2), delta_t=0.3, device="cpu")
 
 
 def test_a_sample_that_is_not_finite_is_an_error_naming_it():
     pipe = build()
-    pipe.model.y_embedder.embedding_table.weight.data[7] = float("inf")  # after the check at construction
+    pipe.transformer.y_embedder.embedding_table.weight.data[7] = float("inf")  # after the check at construction
     with pytest.raises(ValueError, match=r"sample 2 \(label 7\) is not finite"):
         pipe([1, 2, 7])
 
@@ -261,10 +262,10 @@ def test_a_sample_that_is_not_finite_is_an_error_naming_it():
     [
         ({"delta_t": 0.0}, "delta_t is 0.0 but the model was built with two clocks"),
         ({"statistics": LatentStatistics.identity(4, 3)}, "statistics of 3 semantic channels for a model with 2"),
-        ({"codec": IdentityCodec(3, 1)}, "texture codec has 3 latent channels, the model 4"),
+        ({"texture_codec": IdentityCodec(3, 1)}, "texture codec has 3 latent channels, the model 4"),
         ({"guide": random_model(replace(TINY, num_classes=7), 0)}, "the guide has num_classes = 7, the model 10"),
         ({"micro_batch_size": 0}, "micro_batch_size 0 must be at least 1"),
-        ({"precision": "fp16"}, "precision 'fp16' is unknown"),
+        ({"torch_dtype": torch.float16}, "torch_dtype torch.float16 is unknown; choose torch.float32 or torch.bf"),
         ({"backend": "tensorrt"}, "backend 'tensorrt' is unknown"),
     ],
 )
@@ -288,7 +289,7 @@ def test_another_latent_multiplier_than_in_training_is_an_error(tmp_path):
 
     config = SFDConfig(model=TINY, data=DataConfig(latent_multiplier=0.18215))
     save_model(tmp_path / "main", random_model(TINY, 0), config=config)
-    parts = {"codec": IdentityCodec(4, 2), "device": "cpu"}
+    parts = {"texture_codec": IdentityCodec(4, 2), "device": "cpu"}
     with pytest.raises(ValueError, match=r"latent multiplier 1\.0 is given, but .* trained on latents times 0\.18215"):
         SFDPipeline.from_pretrained(tmp_path / "main", statistics=STATISTICS, **parts)
     fitting = replace(STATISTICS, multiplier=0.18215)
@@ -300,7 +301,8 @@ def test_a_network_trained_for_the_released_grid_samples_on_the_exact_one(tmp_pa
 
     config = SFDConfig(model=TINY, sampler=SamplerConfig(solver="dopri5", grid="released"))
     save_model(tmp_path / "main", random_model(TINY, 0), config=config, statistics=STATISTICS)
-    pipe = SFDPipeline.from_pretrained(tmp_path / "main", codec=IdentityCodec(4, 2), device="cpu", micro_batch_size=2)
+    options = {"texture_codec": IdentityCodec(4, 2), "device": "cpu", "micro_batch_size": 2}
+    pipe = SFDPipeline.from_pretrained(tmp_path / "main", **options)
     assert pipe.sampler == SamplerConfig(solver="dopri5", grid="exact")
     together = pipe(LABELS[:4], output_type="np").images
     alone = pipe(LABELS[2:3], sample_ids=[2], output_type="np").images
@@ -315,9 +317,9 @@ def test_saving_without_a_guide_forgets_an_earlier_one(pipeline, tmp_path):
 
 def test_separate_scales_with_one_clock_are_an_error():
     model = random_model(replace(TINY, two_clocks=False), 0)
-    pipe = SFDPipeline(model, statistics=STATISTICS, codec=IdentityCodec(4, 2), delta_t=0.0, device="cpu")
+    pipe = SFDPipeline(model, statistics=STATISTICS, texture_codec=IdentityCodec(4, 2), delta_t=0.0, device="cpu")
     with pytest.raises(ValueError, match="separate guidance scales .* need two clocks"):
-        pipe([1], num_steps=2, guidance=GuidanceConfig(mode="cfg", texture_scale=1.3, semantic_scale=1.8))
+        pipe([1], num_inference_steps=2, guidance=GuidanceConfig(mode="cfg", texture_scale=1.3, semantic_scale=1.8))
 
 
 def test_a_guide_of_another_cache_is_an_error(pipeline, tmp_path):

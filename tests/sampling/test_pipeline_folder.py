@@ -41,7 +41,7 @@ def load(folder, **options):
         ({"micro_batch_size": 0}, "micro_batch_size 0 must be at least 1"),
         ({"micro_batch_size": 2.5}, "micro_batch_size 2.5 must be a whole number"),
         ({"sampler": []}, r"sampler \[\] must be a group of settings"),
-        ({"sampler": {"num_steps": 1e9}}, "num_steps 1000000000.0 must be a whole number"),
+        ({"sampler": {"num_inference_steps": 1e9}}, "num_inference_steps 1000000000.0 must be a whole number"),
         ({"sampler": {"solvr": "heun"}}, "unknown key 'sampler.solvr'; did you mean 'sampler.solver'"),
         ({"guidance": {"mode": "cgf"}}, "mode 'cgf' is unknown; choose none, cfg or autoguidance"),
         ({"guidance": "left out"}, "guidance is missing"),
@@ -68,9 +68,9 @@ def test_a_pipeline_json_that_is_none_is_one_line_with_its_name(saved, content):
 
 def test_names_of_classes_may_be_added_and_settings_edited_on_purpose(saved):
     change(saved, id2label={"0": "cat"})
-    assert load(saved).sampler == SamplerConfig(solver="heun", num_steps=4)
-    change(saved, sampler={"solver": "euler", "num_steps": 9}, digest="left out")
-    assert load(saved).sampler == SamplerConfig(solver="euler", num_steps=9)
+    assert load(saved).sampler == SamplerConfig(solver="heun", num_inference_steps=4)
+    change(saved, sampler={"solver": "euler", "num_inference_steps": 9}, digest="left out")
+    assert load(saved).sampler == SamplerConfig(solver="euler", num_inference_steps=9)
 
 
 @pytest.mark.parametrize("part", ["transformer", "guide"])
@@ -89,9 +89,10 @@ def test_a_run_directory_stands_for_its_model_and_its_guide(tmp_path):
         config = SFDConfig(model=model.config)
         save_model(tmp_path / name / "model", model, config=config, statistics=STATISTICS)
         (tmp_path / name / "checkpoints" / "00000010").mkdir(parents=True)
-    options = {"guide": tmp_path / "weak", "codec": IdentityCodec(4, 2)}
+    options = {"guide": tmp_path / "weak", "texture_codec": IdentityCodec(4, 2)}
     by_run, by_model = load(tmp_path / "run", **options), load(tmp_path / "run" / "model", **options)
-    images = [pipe([1], num_steps=4, guidance_scale=1.5, output_type="np").images for pipe in (by_run, by_model)]
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.5, "output_type": "np"}
+    images = [pipe([1], **settings).images for pipe in (by_run, by_model)]
     assert np.array_equal(*images)
 
 
@@ -115,7 +116,7 @@ def test_classes_that_training_saw_go_with_the_pipeline(tmp_path):
     model, codec = random_model(TINY, 0), IdentityCodec(4, 2)
     card = {"step": 3, "classes": [7, 2, 5]}
     save_model(tmp_path / "run", model, config=SFDConfig(model=TINY), statistics=STATISTICS, card=card)
-    pipe = load(tmp_path / "run", codec=codec)
+    pipe = load(tmp_path / "run", texture_codec=codec)
     assert pipe.classes == (2, 5, 7)
     pipe.save_pretrained(tmp_path / "whole")
     assert load(tmp_path / "whole").classes == (2, 5, 7)
@@ -127,11 +128,11 @@ def test_classes_that_training_saw_go_with_the_pipeline(tmp_path):
 
 def test_cfg_on_a_model_without_a_trained_null_class_is_refused():
     model = random_model(replace(TINY, class_dropout=0.0), 0)
-    pipe = SFDPipeline(model, statistics=STATISTICS, codec=IdentityCodec(4, 2), delta_t=0.3, device="cpu")
+    pipe = SFDPipeline(model, statistics=STATISTICS, texture_codec=IdentityCodec(4, 2), delta_t=0.3, device="cpu")
     for settings in ({"guidance_scale": 1.5}, {"guidance": GuidanceConfig(mode="cfg", scale=2.0)}):
         with pytest.raises(ValueError, match=r"'cfg' needs a null class, .* trained without one \(class_dropout 0\)"):
-            pipe([1], num_steps=4, **settings)
-    assert len(pipe([1], num_steps=4, guidance_scale=1.0).images) == 1
+            pipe([1], num_inference_steps=4, **settings)
+    assert len(pipe([1], num_inference_steps=4, guidance_scale=1.0).images) == 1
 
 
 def test_a_pipeline_behind_a_symbolic_link_is_found(saved, tmp_path):

@@ -29,7 +29,7 @@ def expected():
 def test_threads_on_one_pipeline_draw_what_one_thread_draws():
     """Four threads, five calls each, with settings that change from call to call."""
     pipeline, wrong, failed = build(), [], []
-    alone = [images(build(), seed=seed, num_steps=3 + seed) for seed in range(5)]
+    alone = [images(build(), seed=seed, num_inference_steps=3 + seed) for seed in range(5)]
     start = threading.Barrier(4)
 
     def work(number):
@@ -37,7 +37,7 @@ def test_threads_on_one_pipeline_draw_what_one_thread_draws():
             start.wait()
             for i in range(5):
                 seed = (i + number) % 5
-                if not np.array_equal(images(pipeline, seed=seed, num_steps=3 + seed), alone[seed]):
+                if not np.array_equal(images(pipeline, seed=seed, num_inference_steps=3 + seed), alone[seed]):
                     wrong.append((number, seed))
         except Exception as error:
             failed.append(error)
@@ -94,7 +94,7 @@ def test_gradients_that_are_wanted_outside_do_not_reach_into_a_call(expected):
         assert np.array_equal(images(build()), expected)
 
 
-@pytest.mark.parametrize("part", ["model", "guide"])
+@pytest.mark.parametrize("part", ["transformer", "guide"])
 @pytest.mark.parametrize("layer", ["t_embedder_tex", "t_embedder_sem", "y_embedder", "blocks"])
 def test_weights_that_change_in_place_change_the_images_as_in_a_fresh_pipeline(part, layer, expected):
     pipeline = build()
@@ -108,29 +108,29 @@ def test_weights_that_change_in_place_change_the_images_as_in_a_fresh_pipeline(p
     assert not np.array_equal(changed, expected)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_callers_networks_stay_as_they_are(precision):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_callers_networks_stay_as_they_are(dtype):
     model, guide, codec = random_model(TINY, 0).train(), random_model(replace(TINY, depth=1), 1), IdentityCodec(4, 2)
     codec.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wants_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
     pipeline = SFDPipeline(
-        model, guide=guide, statistics=STATISTICS, codec=codec, delta_t=0.3, device="cpu", precision=precision,
+        model, guide=guide, statistics=STATISTICS, texture_codec=codec, delta_t=0.3, device="cpu", torch_dtype=dtype,
         guidance=GuidanceConfig(mode="autoguidance", scale=1.5), micro_batch_size=4,
     )  # fmt: skip
-    images(pipeline, num_steps=4)
+    images(pipeline, num_inference_steps=4)
     assert model.training and guide.training and codec.training
-    assert not pipeline.model.training and not any(p.requires_grad for p in pipeline.model.parameters())
+    assert not pipeline.transformer.training and not any(p.requires_grad for p in pipeline.transformer.parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wants_gradient
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    shared = model.final_layer.linear.weight.data_ptr() == pipeline.model.final_layer.linear.weight.data_ptr()
-    assert shared == (precision == "fp32")
+    shared = model.final_layer.linear.weight.data_ptr() == pipeline.transformer.final_layer.linear.weight.data_ptr()
+    assert shared == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
-    "sampler", [None, ADAPTIVE, SamplerConfig(solver="euler", num_steps=5, grid="released")], ids=str
+    "sampler", [None, ADAPTIVE, SamplerConfig(solver="euler", num_inference_steps=5, grid="released")], ids=str
 )
 def test_another_default_dtype_changes_no_image(dtype, sampler, tmp_path):
     build().save_pretrained(tmp_path)
@@ -162,16 +162,16 @@ def test_labels_ids_and_seeds_of_every_integer_type_mean_the_same(labels, expect
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"labels": [True, False]}, "labels must be one-dimensional integers of 64 bits, not True"),
-        ({"labels": np.array([True])}, "labels must be one-dimensional integers of 64 bits, not True"),
-        ({"labels": ["cat"]}, "labels must be one-dimensional integers of 64 bits, not cat"),
-        ({"labels": [None]}, "labels must be one-dimensional integers of 64 bits, not None"),
-        ({"labels": [2**63]}, "labels must be one-dimensional integers of 64 bits, not 9223372036854775808"),
-        ({"labels": [1], "sample_ids": [0.0]}, "sample_ids must be one-dimensional integers of 64 bits, not 0.0"),
-        ({"labels": [1], "sample_ids": [-3]}, "sample id -3 must not be negative"),
-        ({"labels": [1], "seed": True}, "seed True must be a whole number"),
-        ({"labels": [1], "seed": 1.5}, "seed 1.5 must be a whole number"),
-        ({"labels": [1], "seed": np.int64(-1)}, r"seed -1 must be in \[0, 2\^63\)"),
+        ({"class_labels": [True, False]}, "class_labels must be one-dimensional integers of 64 bits, not True"),
+        ({"class_labels": np.array([True])}, "class_labels must be one-dimensional integers of 64 bits, not True"),
+        ({"class_labels": ["cat"]}, r"'cat' is no number, and this model has no names of classes \(id2label\)"),
+        ({"class_labels": [None]}, "class_labels must be one-dimensional integers of 64 bits, not None"),
+        ({"class_labels": [2**63]}, "must be one-dimensional integers of 64 bits, not 9223372036854775808"),
+        ({"class_labels": [1], "sample_ids": [0.0]}, "sample_ids must be one-dimensional integers of 64 bits, not 0.0"),
+        ({"class_labels": [1], "sample_ids": [-3]}, "sample id -3 must not be negative"),
+        ({"class_labels": [1], "seed": True}, "seed True must be a whole number"),
+        ({"class_labels": [1], "seed": 1.5}, "seed 1.5 must be a whole number"),
+        ({"class_labels": [1], "seed": np.int64(-1)}, r"seed -1 must be in \[0, 2\^63\)"),
     ],
 )
 def test_what_is_no_label_id_or_seed_is_an_error(arguments, message):

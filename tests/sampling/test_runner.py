@@ -74,17 +74,19 @@ def plain(config, settings=None, model=MODEL):
 )
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "ab2", "abm3", "rk4"])
 def test_steps_over_tables_equal_the_plain_sampler(solver, settings):
-    config = SamplerConfig(solver=solver, num_steps=5)
+    config = SamplerConfig(solver=solver, num_inference_steps=5)
     torch.testing.assert_close(run(config, settings), plain(config, settings), rtol=1e-5, atol=1e-5)
 
 
 def test_released_grid_keeps_its_coefficients():
-    config = SamplerConfig(solver="heun", num_steps=5, grid="released")
+    config = SamplerConfig(solver="heun", num_inference_steps=5, grid="released")
     torch.testing.assert_close(run(config, GUIDED), plain(config, GUIDED), rtol=1e-5, atol=1e-5)
 
 
 def test_a_runner_serves_plans_of_other_lengths_and_shifts_in_the_same_tensors():
-    first, second, third = (SamplerConfig(num_steps=n, timestep_shift=s) for n, s in ((5, 1.0), (12, 0.5), (4, 2.0)))
+    first, second, third = (
+        SamplerConfig(num_inference_steps=n, timestep_shift=s) for n, s in ((5, 1.0), (12, 0.5), (4, 2.0))
+    )
     runner = StepRunner(MODEL, GUIDE, micro_batch_size=BATCH, plan=make_plan(first, DELTA), backend="eager")
     pointers = [t.data_ptr() for t in tables(runner)]
     for config in (first, second, third, first):
@@ -94,17 +96,22 @@ def test_a_runner_serves_plans_of_other_lengths_and_shifts_in_the_same_tensors()
 
 
 @pytest.mark.parametrize(
-    "config", [SamplerConfig(num_steps=65), SamplerConfig(solver="ab2"), SamplerConfig(solver="heun", num_steps=4)]
+    "config",
+    [
+        SamplerConfig(num_inference_steps=65),
+        SamplerConfig(solver="ab2"),
+        SamplerConfig(solver="heun", num_inference_steps=4),
+    ],
 )
 def test_a_runner_takes_no_plan_that_its_tables_have_no_room_for(config):
-    plan = make_plan(SamplerConfig(num_steps=5), DELTA)
+    plan = make_plan(SamplerConfig(num_inference_steps=5), DELTA)
     runner = StepRunner(MODEL, None, micro_batch_size=BATCH, plan=plan, backend="eager")
     assert not runner.fits(make_plan(config, DELTA))
 
 
 def test_a_trajectory_copies_into_and_writes_only_static_tensors():
     """What a replay relies on: whatever a trajectory changes keeps its place, other labels and noise included."""
-    config = SamplerConfig(num_steps=5)
+    config = SamplerConfig(num_inference_steps=5)
     plan = make_plan(config, DELTA)
     runner = StepRunner(MODEL, GUIDE, micro_batch_size=BATCH, plan=plan, backend="eager")
     run(config, GUIDED, runner=runner)
@@ -131,7 +138,7 @@ def test_the_weak_network_is_left_out_where_it_makes_no_difference():
 
     guide = Counting(replace(TINY, depth=1)).eval()
     settings = GuidanceConfig(mode="autoguidance", texture_scale=1.5, semantic_scale=1.0)
-    run(SamplerConfig(solver="euler", num_steps=13), settings, guide=guide)
+    run(SamplerConfig(solver="euler", num_inference_steps=13), settings, guide=guide)
     assert len(calls) == 10  # not in the three steps of stage I
 
 
@@ -144,12 +151,12 @@ def test_times_of_the_grid_are_embedded_once_for_a_trajectory_and_not_per_sample
         return original(self, t_tex, t_sem)
 
     monkeypatch.setattr(LightningDiT, "embed_times", counted)
-    run(SamplerConfig(solver="heun", num_steps=5), GUIDED)
+    run(SamplerConfig(solver="heun", num_inference_steps=5), GUIDED)
     assert rows == [10, 10]  # the main network's and the guide's
 
 
 def test_weights_that_change_in_place_change_the_embedded_times():
-    model, config = random_model(), SamplerConfig(num_steps=5)
+    model, config = random_model(), SamplerConfig(num_inference_steps=5)
     runner = StepRunner(model, None, micro_batch_size=BATCH, plan=make_plan(config, DELTA), backend="eager")
     plan = make_plan(config, DELTA)
     before = run(config, model=model, runner=runner)
@@ -175,20 +182,20 @@ def test_conditions_from_embedded_times_equal_the_networks_own(two_clocks):
 
 def test_bf16_networks_update_an_fp32_state():
     model, guide = random_model(dtype=torch.bfloat16), random_model(replace(TINY, depth=1), 1, torch.bfloat16)
-    out = run(SamplerConfig(num_steps=5), GUIDED, model=model, guide=guide)
+    out = run(SamplerConfig(num_inference_steps=5), GUIDED, model=model, guide=guide)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, plain(SamplerConfig(num_steps=5), GUIDED), rtol=0.05, atol=0.1)
+    torch.testing.assert_close(out, plain(SamplerConfig(num_inference_steps=5), GUIDED), rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize(
     "settings", [None, GUIDED, GuidanceConfig(mode="cfg", scale=2.0)], ids=["none", "guide", "null"]
 )
 def test_compiled_networks_equal_eager_ones(settings):
-    config = SamplerConfig(num_steps=5)
+    config = SamplerConfig(num_inference_steps=5)
     torch.testing.assert_close(run(config, settings, backend="compile"), run(config, settings), rtol=1e-4, atol=1e-5)
 
 
-SOLVERS = [SamplerConfig(solver="euler", num_steps=4), SamplerConfig(num_steps=4)]
+SOLVERS = [SamplerConfig(solver="euler", num_inference_steps=4), SamplerConfig(num_inference_steps=4)]
 
 
 def test_compiled_networks_of_many_sizes_do_not_use_up_the_compilers_limit(monkeypatch):
@@ -216,20 +223,20 @@ def test_cuda_graphs_without_a_cuda_device_are_an_error():
 
 def test_runners_are_kept_by_topology_and_room_for_evaluations():
     runners = StepRunners("eager", torch.device("cpu"))
-    plan = make_plan(SamplerConfig(num_steps=5), DELTA)
+    plan = make_plan(SamplerConfig(num_inference_steps=5), DELTA)
     first = runners.get(MODEL, GUIDE, 3, plan)
-    for num_steps, shift in ((5, 2.0), (6, 1.0), (50, 1.0), (64, 1.0)):
-        other = make_plan(SamplerConfig(num_steps=num_steps, timestep_shift=shift), DELTA)
+    for num_inference_steps, shift in ((5, 2.0), (6, 1.0), (50, 1.0), (64, 1.0)):
+        other = make_plan(SamplerConfig(num_inference_steps=num_inference_steps, timestep_shift=shift), DELTA)
         assert runners.get(MODEL, GUIDE, 3, other) is first
-    longer = make_plan(SamplerConfig(num_steps=65), DELTA)
+    longer = make_plan(SamplerConfig(num_inference_steps=65), DELTA)
     others = [(None, 3, plan), (MODEL, 3, plan), (GUIDE, 4, plan), (GUIDE, 3, longer)]
     assert len({id(runners.get(MODEL, *other)) for other in others} | {id(first)}) == 5
-    assert runners.get(MODEL, GUIDE, 3, make_plan(SamplerConfig(num_steps=120), DELTA)).shape.capacity == 128
+    assert runners.get(MODEL, GUIDE, 3, make_plan(SamplerConfig(num_inference_steps=120), DELTA)).shape.capacity == 128
 
 
 def test_of_many_runners_the_least_recently_used_is_dropped():
     runners = StepRunners("eager", torch.device("cpu"))
-    plan = make_plan(SamplerConfig(num_steps=5), DELTA)
+    plan = make_plan(SamplerConfig(num_inference_steps=5), DELTA)
     made = [runners.get(MODEL, None, batch, plan) for batch in range(1, graphs.MAX_RUNNERS + 1)]
     assert runners.get(MODEL, None, 1, plan) is made[0]
     runners.get(MODEL, None, graphs.MAX_RUNNERS + 1, plan)
@@ -275,7 +282,7 @@ def test_captures_come_after_all_warm_ups_and_replays_give_the_trajectory(solver
     monkeypatch.setattr(graphs.torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(graphs.torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     settings = GuidanceConfig(mode="autoguidance", texture_scale=1.4, semantic_scale=1.0)
-    config = SamplerConfig(solver=solver, num_steps=6)
+    config = SamplerConfig(solver=solver, num_inference_steps=6)
     runner = Runner(MODEL, GUIDE, micro_batch_size=BATCH, plan=make_plan(config, DELTA), backend="cuda_graph")
     out = run(config, settings, runner=runner)
     assert torch.equal(out, run(config, settings))
@@ -285,7 +292,7 @@ def test_captures_come_after_all_warm_ups_and_replays_give_the_trajectory(solver
     assert names.count("warm up") == 3 * graphs.WARM_UP_STEPS
     before = len(events)
     assert torch.equal(run(config, settings, runner=runner), out)
-    longer = replace(config, num_steps=9)
+    longer = replace(config, num_inference_steps=9)
     assert torch.equal(run(longer, settings, runner=runner), run(longer, settings))
     assert {event[0] for event in events[before:]} == {"replay"}
 
@@ -329,7 +336,7 @@ def test_a_step_under_fake_cuda_tensors_reads_nothing_back(solver, dtype, monkey
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else x.clone(**dense))
     monkeypatch.setattr(torch.Tensor, "copy_", lambda x, y: x.add_(y.expand(x.shape)))  # wants a runtime as well
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    plan = make_plan(SamplerConfig(solver=solver, num_steps=5), DELTA)
+    plan = make_plan(SamplerConfig(solver=solver, num_inference_steps=5), DELTA)
     with torch.device("meta"):
         model = LightningDiT(TINY, attention_backend="sdpa").eval().to(dtype)
         guide = LightningDiT(replace(TINY, depth=1), attention_backend="sdpa").eval().to(dtype)
@@ -351,7 +358,7 @@ def test_a_step_under_fake_cuda_tensors_reads_nothing_back(solver, dtype, monkey
 @pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "abm3", "rk4"])
 def test_captured_graphs_equal_eager_steps_on_cuda(solver, settings):
     model, guide = random_model().cuda(), random_model(replace(TINY, depth=1), 1).cuda()
-    config = SamplerConfig(solver=solver, num_steps=6)
+    config = SamplerConfig(solver=solver, num_inference_steps=6)
     eager = run(config, settings, model=model, guide=guide, device="cuda")
     captured = run(config, settings, model=model, guide=guide, device="cuda", backend="cuda_graph")
     torch.testing.assert_close(captured, eager, rtol=1e-5, atol=1e-5)
@@ -360,7 +367,7 @@ def test_captured_graphs_equal_eager_steps_on_cuda(solver, settings):
 @pytest.mark.gpu
 def test_a_trajectory_neither_allocates_nor_synchronises():
     model, guide = random_model().cuda(), random_model(replace(TINY, depth=1), 1).cuda()
-    config = SamplerConfig(num_steps=6)
+    config = SamplerConfig(num_inference_steps=6)
     plan = make_plan(config, DELTA, GUIDED)
     runner = StepRunner(model, guide, micro_batch_size=BATCH, plan=plan, backend="cuda_graph")
     run(config, GUIDED, model=model, guide=guide, device="cuda", runner=runner)

@@ -49,7 +49,9 @@ def test_released_grid_equals_the_released_samplers(name):
                 int(fields[1]),
                 float(fields[2][5:]),
             )
-        settings = SamplerConfig(solver=solver, num_steps=points - 1, grid="released", timestep_shift=shift or 1.0)
+        settings = SamplerConfig(
+            solver=solver, num_inference_steps=points - 1, grid="released", timestep_shift=shift or 1.0
+        )
         out = sample(velocity, tensors["sample.z"], config=settings, **common)
         tolerance = DOPRI5_TOLERANCE[name] if solver == "dopri5" else 1e-5
         torch.testing.assert_close(out, expected, rtol=max(1e-4, tolerance), atol=tolerance)
@@ -61,7 +63,7 @@ def test_released_grid_equals_the_released_samplers(name):
 def test_velocity_one_moves_the_state_by_one(solver):
     x0 = torch.linspace(-4, 4, 32).view(4, 4, 2, 1)
     for num_steps, delta_t, shift in [(3, 0.3, 1.0), (10, 0.1, 0.3), (50, 0.5, 1.0), (250, 0.3, 1.0), (100, 0.0, 2.0)]:
-        config = SamplerConfig(solver=solver, num_steps=num_steps, timestep_shift=shift)
+        config = SamplerConfig(solver=solver, num_inference_steps=num_steps, timestep_shift=shift)
         moved = sample(ONES, x0, delta_t=delta_t, config=config, num_texture_channels=3) - x0
         torch.testing.assert_close(moved, torch.ones_like(x0), rtol=0, atol=1e-6)
 
@@ -75,13 +77,13 @@ def test_order_of_convergence_stage_by_stage(solver, order, delta_t):
     expected = tight_states(x0, delta_t)
     borders = stage_borders(delta_t)[1:]
     errors = []
-    for num_steps in (104, 208):
+    for num_inference_steps in (104, 208):
         states = {}
         sample(
             curved,
             x0,
             delta_t=delta_t,
-            config=SamplerConfig(solver=solver, num_steps=num_steps),
+            config=SamplerConfig(solver=solver, num_inference_steps=num_inference_steps),
             num_texture_channels=1,
             callback=lambda step, tau, x, states=states: states.update({tau: x.clone()}),
         )
@@ -107,7 +109,7 @@ def test_a_still_stream_never_sees_its_velocity(solver):
         velocity,
         torch.zeros(2, 3, 2, 2),
         delta_t=0.3,
-        config=SamplerConfig(solver=solver, num_steps=26),
+        config=SamplerConfig(solver=solver, num_inference_steps=26),
         num_texture_channels=2,
         callback=lambda step, tau, x: states.update({tau: x.clone()}),
     )
@@ -119,7 +121,7 @@ def test_a_still_stream_never_sees_its_velocity(solver):
 def test_sampling_leaves_the_noise_as_it_is():
     x0 = start_state()
     kept = x0.clone()
-    sample(curved, x0, delta_t=0.3, config=SamplerConfig(num_steps=5), num_texture_channels=1)
+    sample(curved, x0, delta_t=0.3, config=SamplerConfig(num_inference_steps=5), num_texture_channels=1)
     assert torch.equal(x0, kept)
 
 
@@ -133,7 +135,7 @@ def test_num_steps_counts_steps_and_the_callback_follows_each():
     for solver, per_step in [("euler", 1), ("midpoint", 2), ("heun", 2), ("ab2", 1), ("abm3", 1), ("rk4", 4)]:
         calls[0] = 0
         taus.clear()
-        config = SamplerConfig(solver=solver, num_steps=7)
+        config = SamplerConfig(solver=solver, num_inference_steps=7)
         sample(
             counted, start_state(), delta_t=0.3, config=config, num_texture_channels=1,
             callback=lambda step, tau, x: taus.append((step, tau)),
@@ -151,7 +153,7 @@ def test_guidance_is_evaluated_only_where_it_matters():
 
     config = GuidanceConfig(mode="autoguidance", texture_scale=2.0, semantic_scale=1.0)
     velocity = guidance.autoguidance(ONES, weak, config, num_texture_channels=1, delta_t=0.3)
-    settings = SamplerConfig(solver="euler", num_steps=13)
+    settings = SamplerConfig(solver="euler", num_inference_steps=13)
     moved = sample(velocity, start_state(dtype=torch.float32), delta_t=0.3, config=settings, num_texture_channels=1)
     moved = moved - start_state(dtype=torch.float32)
     assert len(calls) == 10  # not in the three steps in which semantics alone move
@@ -173,7 +175,7 @@ def test_guided_sampling_equals_sampling_the_mixed_velocity():
     ):
         velocity = guidance.autoguidance(curved, weak, settings, num_texture_channels=1, delta_t=0.3)
         for solver in FIXED:
-            config = SamplerConfig(solver=solver, num_steps=8)
+            config = SamplerConfig(solver=solver, num_inference_steps=8)
             common = {"delta_t": 0.3, "config": config, "num_texture_channels": 1}
             fused = sample(velocity, start_state(), **common)
             mixed = sample(lambda x, a, b, velocity=velocity: velocity(x, a, b), start_state(), **common)
@@ -193,7 +195,7 @@ def test_a_nan_guide_does_not_touch_the_stream_that_is_not_guided(solver):
     config = GuidanceConfig(mode="autoguidance", texture_scale=1.0, semantic_scale=1.8)
     common = {"delta_t": 0.3, "num_texture_channels": 1}
     velocity = guidance.autoguidance(alone, weak, config, **common)
-    x0, settings = start_state(dtype=torch.float32), SamplerConfig(solver=solver, num_steps=7)
+    x0, settings = start_state(dtype=torch.float32), SamplerConfig(solver=solver, num_inference_steps=7)
     guided = sample(velocity, x0, config=settings, **common)
     plain = sample(alone, x0, config=settings, **common)
     assert torch.equal(guided[:, :1], plain[:, :1])

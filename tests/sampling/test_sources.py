@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from harness.hub_stand_in import HubStandIn
-from harness.tiny_pipelines import STATISTICS, TINY, build
+from harness.tiny_pipelines import STATISTICS, TINY, build, drawn
 from harness.tiny_released import EMA_ONLY, write_repositories
 
 from sfd_fast.config import GuidanceConfig
@@ -52,9 +52,9 @@ def test_a_variant_fetches_what_it_needs_and_is_put_together(hub, repositories):
 
     folder = repositories[REPOSITORY]
     state = load_released(folder / "model_weights/sfd_xl/checkpoints/4000000.pt").state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in pipeline.model.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in pipeline.transformer.state_dict().items())
     assert torch.equal(pipeline.statistics.texture_std, STATISTICS.texture_std)
-    assert pipeline([1, 2], num_steps=3, output_type="np").images.shape == (2, 8, 8, 3)
+    assert pipeline([1, 2], num_inference_steps=3, output_type="np").images.shape == (2, 8, 8, 3)
 
 
 def test_a_checkpoint_without_settings_takes_the_published_ones(hub, monkeypatch):
@@ -129,3 +129,25 @@ def test_the_names_of_files_are_those_of_the_authors_configurations():
         "model_type": "LightningDiT-XL/1", "in_chans": 48, "semantic_chans": 16, "semfirst_delta_t": 0.3,
     }  # fmt: skip
     assert settings["data"]["latent_multiplier"] == 1.0
+
+
+def test_a_pipeline_is_pushed_and_fetched_again(hub, tmp_path, monkeypatch):
+    hub.creates = tmp_path / "remote"
+    pipeline = build(id2label=["zero", "one"])
+    address = pipeline.push_to_hub("somebody/digits", private=True, token="hf_secret", commit_message="The first")
+    assert address == f"{hub.address}/somebody/digits/commit/0123456789abcdef0123456789abcdef01234567"
+    assert "Bearer hf_secret" in hub.tokens
+    card = (hub.creates / "somebody/digits/README.md").read_text()
+    assert 'SFDPipeline.from_pretrained("somebody/digits")' in card
+    again = SFDPipeline.from_pretrained("somebody/digits", cache_dir=hub.cache, device="cpu")
+    assert again.id2label == {0: "zero", 1: "one"}
+    assert np.array_equal(drawn(again, ["one", 5]), drawn(pipeline, ["one", 5]))
+    (hub.creates / "somebody/digits/README.md").write_text("my own words")
+    pipeline.push_to_hub("somebody/digits")
+    assert (hub.creates / "somebody/digits/README.md").read_text() == "my own words"
+
+
+def test_a_push_that_the_hub_refuses_is_one_line(hub):
+    with pytest.raises(OSError, match=f"somebody/digits cannot be uploaded to {hub.address}: ") as refused:
+        build().push_to_hub("somebody/digits")
+    assert "\n" not in str(refused.value)

@@ -1,14 +1,16 @@
-"""What a cache tells of the model to be trained on it: channels, grid, classes, width of features."""
+"""What a cache tells of the model to be trained on it: channels, grid, classes and their names, width of features."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sfd_fast.config import require
 from sfd_fast.data.cache import layout
 from sfd_fast.data.cache.manifest import read_manifest
 from sfd_fast.data.cache.remote import open_shards
 from sfd_fast.data.cache.shards import map_tensors
+from sfd_fast.formats.imagenet import spelled_out
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class CacheSizes:
     """labels that have images; None: the manifest does not tell"""
     feature_channels: int | None
     """F of the VFM features that are stored, or of the VFM that the latents were encoded with; None: nothing tells"""
+    class_names: tuple[str, ...] | None = None
+    """of every class in the order of the labels, ImageNet's in English; None: nothing tells, or they are its numbers"""
+    texture_codec: str | None = None
+    """what encoded the texture, as it was named; None: nothing tells"""
 
 
 def describe(paths: str | Path | Iterable[str | Path], cache_folder: str | Path | None = None) -> CacheSizes:
@@ -57,4 +63,11 @@ def describe(paths: str | Path | Iterable[str | Path], cache_folder: str | Path 
         found = [layout.largest_label(path, part) for path, part in zip(files, labels) if part is not None]
         largest = max(found, default=-1)
         classes, trained = 1 + largest, None
-    return CacheSizes(counts[0], sum(counts[1:]), grid, classes, trained, width)
+    codec = manifest.get("sources", {}).get("texture_codec")
+    return CacheSizes(counts[0], sum(counts[1:]), grid, classes, trained, width, class_names(manifest), codec)
+
+
+def class_names(manifest: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names of a manifest's classes for people; None where there are none but their numbers."""
+    names = [str(name) for name in manifest.get("classes", ())]
+    return None if names == [str(i) for i in range(len(names))] else tuple(spelled_out(names))

@@ -91,7 +91,7 @@ def test_sampling_tells_of_its_progress(tmp_path, data, monkeypatch):
     monkeypatch.setattr(TorchEngine, "beat", lambda self: beats.append(1))
     config = tiny_config(data, tmp_path / "run", sample_every=8)
     train(config)
-    assert len(beats) >= config.sampler.num_steps
+    assert len(beats) >= config.sampler.num_inference_steps
 
 
 def test_a_watchdog_watches_from_the_first_beat_until_it_is_stopped(monkeypatch):

@@ -203,7 +203,7 @@ def test_a_grid_decodes_a_few_images_at_once(config, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampler.num_steps": 2}, "num_steps 2 is too small: delta_t 0.3 has 3 stages"),
+        ({"sampler.num_inference_steps": 2}, "num_inference_steps 2 is too small: delta_t 0.3 has 3 stages"),
         ({"guidance.mode": "cfg", "guidance.scale": 2.0, "model.class_dropout": 0.0}, "'cfg' needs a null class"),
     ],
 )
