@@ -23,6 +23,21 @@ def sfd(command, **flags):
     cli.main([command, *(word for key, value in flags.items() for word in (f"--{key.replace('__', '.')}", str(value)))])
 
 
+TRAINING = {"run__log_every": 1, "run__tensorboard": "false", "train__precision": "fp32"}
+
+
+def run_of(root, **changes):
+    """The flags of the transformer's run on the cache below root."""
+    return TRAINING | {
+        "run__out": root / "run", "train__max_steps": 3, "train__global_batch_size": 6, "run__validate_every": 3,
+        "run__sample_every": 3, "run__num_sample_images": 4, "data__path": root / "latents",
+        "data__validation_samples": 3, "data__targets": "semvae", "data__semvae": root / "semvae" / "model",
+        "data__texture_codec": root / "codec", "model__hidden_size": 32, "model__depth": 2, "model__num_heads": 2,
+        "model__grid_size": 8, "model__texture_channels": 4, "model__semantic_channels": 3, "model__num_classes": 3,
+        "model__repa_channels": 24, "model__repa_depth": 1, "model__repa_hidden": 16, "sampler__num_inference_steps": 3,
+    } | changes  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder in which every command but `sample` has run."""
@@ -30,23 +45,15 @@ def made(tmp_path_factory):
     images = write_tree(root / "tree", COUNTS)
     vfm, codec = save_dinov2(root / "vfm"), save_autoencoder(root / "codec")
     preparing = {"images": images, "vfm": vfm, "image_size": 32, "shard_size": 4, "num_threads": 1, "device": "cpu"}
-    training = {"run__log_every": 1, "run__tensorboard": "false", "train__precision": "fp32"}
     sfd("features", **preparing, out=root / "features", grid_size=8)
     sfd(
-        "train-semvae", **training, run__out=root / "semvae", train__max_steps=4, train__global_batch_size=6,
+        "train-semvae", **TRAINING, run__out=root / "semvae", train__max_steps=4, train__global_batch_size=6,
         run__validate_every=4, data__path=root / "features", data__validation_samples=3,
         semvae__feature_channels=24, semvae__hidden_size=24, semvae__num_heads=2, semvae__encoder_depth=1,
         semvae__decoder_depth=1, semvae__latent_channels=3,
     )  # fmt: skip
     sfd("encode", **preparing, out=root / "latents", texture_codec=codec, semvae=root / "semvae" / "model")
-    sfd(
-        "train", **training, run__out=root / "run", train__max_steps=3, train__global_batch_size=6,
-        run__validate_every=3, run__sample_every=3, run__num_sample_images=4, data__path=root / "latents",
-        data__validation_samples=3, data__targets="semvae", data__semvae=root / "semvae" / "model",
-        data__texture_codec=codec, model__hidden_size=32, model__depth=2, model__num_heads=2, model__grid_size=8,
-        model__texture_channels=4, model__semantic_channels=3, model__num_classes=3, model__repa_channels=24,
-        model__repa_depth=1, model__repa_hidden=16, sampler__num_inference_steps=3,
-    )  # fmt: skip
+    sfd("train", **run_of(root))
     return root
 
 
@@ -93,6 +100,24 @@ def test_images_come_out_decoded_with_the_statistics_of_the_cache(made, tmp_path
     expected = (127.5 * decoded[0][1][:6] + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert shown.shape == (6, 32, 32, 3) and np.array_equal(shown, expected)
     assert len({picture.tobytes() for picture in shown}) == 6
+
+
+def test_a_run_that_names_no_codec_is_sampled_as_it_is_by_the_names_of_its_folders(made, tmp_path):
+    """The codec that made the cache goes with the model, and so do the names of the class folders."""
+    sfd("train", **run_of(made, data__texture_codec="", run__out=tmp_path / "run", run__sample_every=0))
+    names = list(COUNTS)
+    out = {"device": "cpu", "progress": "false", "num_inference_steps": 3}
+    sfd("sample", model=tmp_path / "run", out=tmp_path / "images", labels=f"{names[2]},{names[0]}", **out)
+    assert np.load(tmp_path / "images" / "labels.npy").tolist() == [2, 0]
+    sfd("sample", model=made / "run", out=tmp_path / "same", labels="2,0", **out)
+    ours, theirs = (sorted((tmp_path / name / "images").iterdir()) for name in ("images", "same"))
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+
+
+def test_another_offset_is_sampled_with_a_warning_and_recorded(made, tmp_path, caplog):
+    sfd("sample", model=made / "run", out=tmp_path, num_images=2, device="cpu", progress="false", delta_t=0.2)
+    assert "sampling with delta_t 0.2: the model was trained with 0.3" in caplog.text
+    assert json.loads((tmp_path / "run.json").read_text())["delta_t"] == 0.2
 
 
 def test_statistics_of_another_cache_are_refused_when_sampling(made, tmp_path):

@@ -15,7 +15,8 @@ from sfd_fast.formats.texture import to_ldm
 from sfd_fast.models.texture import TextureCodec
 
 CODEC = TextureConfig(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, latent_channels=4)
-GUIDE = replace(TINY, depth=1)
+NETWORK = replace(TINY, num_classes=1000)
+GUIDE = replace(NETWORK, depth=1)
 EMA_ONLY = "model_weights/sfd_xl/checkpoints/0400000.pt"
 """the one checkpoint that carries no settings"""
 
@@ -24,10 +25,10 @@ def write_repositories(root: Path) -> dict[str, Path]:
     """Both repositories below root: name -> folder."""
     models, codecs = root / "models", root / "codecs"
     networks = {
-        "sfd_xl/checkpoints/4000000.pt": (TINY, 10),
-        "sfd_xl/checkpoints/4000000_full.pt": (TINY, 10),
-        "sfd_1p0/checkpoints/0400000.pt": (TINY, 12),
-        "sfd_1p0/checkpoints/4000000.pt": (TINY, 13),
+        "sfd_xl/checkpoints/4000000.pt": (NETWORK, 10),
+        "sfd_xl/checkpoints/4000000_full.pt": (NETWORK, 10),
+        "sfd_1p0/checkpoints/0400000.pt": (NETWORK, 12),
+        "sfd_1p0/checkpoints/4000000.pt": (NETWORK, 13),
         "sfd_autoguidance_b/checkpoints/0060000.pt": (GUIDE, 14),
         "sfd_autoguidance_b/checkpoints/0070000.pt": (GUIDE, 15),
         "sfd_autoguidance_b/checkpoints/0120000.pt": (GUIDE, 16),
@@ -35,7 +36,7 @@ def write_repositories(root: Path) -> dict[str, Path]:
     for path, (config, seed) in networks.items():
         state = random_model(config, seed).state_dict()
         write_released_dit(made(models / "model_weights" / path), SFDConfig(model=config), raw=state, average=state)
-    write_torch_file(made(models / EMA_ONLY), {"ema": OrderedDict(random_model(TINY, 11).state_dict())})
+    write_torch_file(made(models / EMA_ONLY), {"ema": OrderedDict(random_model(NETWORK, 11).state_dict())})
     STATISTICS.save(made(models / LATENTS / "latents_stats.pt").parent)
     (models / LATENTS / "latents_rank00_shard000.safetensors").write_bytes(b"the cache, which nobody asked for")
     (models / "README.md").write_text("a model card\n")

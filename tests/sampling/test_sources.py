@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from harness.hub_stand_in import HubStandIn
-from harness.tiny_pipelines import STATISTICS, TINY, build, drawn
-from harness.tiny_released import EMA_ONLY, write_repositories
+from harness.tiny_pipelines import STATISTICS, build, drawn
+from harness.tiny_released import EMA_ONLY, NETWORK, write_repositories
 
 from sfd_fast.config import GuidanceConfig
 from sfd_fast.config.presets import PRESETS
@@ -48,20 +48,22 @@ def test_a_variant_fetches_what_it_needs_and_is_put_together(hub, repositories):
         f"{latents}/latents_stats.pt", f"{latents}/latents_sv_stats.pt", CODEC_FILE,
     }  # fmt: skip
     assert pipeline.guidance == GuidanceConfig(mode="autoguidance", scale=1.5)
-    assert (pipeline.delta_t, pipeline.config) == (0.3, TINY)
+    assert (pipeline.delta_t, pipeline.config) == (0.3, NETWORK)
 
     folder = repositories[REPOSITORY]
     state = load_released(folder / "model_weights/sfd_xl/checkpoints/4000000.pt").state_dict()
     assert all(torch.equal(value, state[name]) for name, value in pipeline.transformer.state_dict().items())
     assert torch.equal(pipeline.statistics.texture_std, STATISTICS.texture_std)
-    assert pipeline([1, 2], num_inference_steps=3, output_type="np").images.shape == (2, 8, 8, 3)
+    assert pipeline.id2label[207] == "golden retriever" and len(pipeline.id2label) == 1000
+    output = pipeline(["golden retriever", "tabby cat"], num_inference_steps=3, output_type="np")
+    assert output.images.shape == (2, 8, 8, 3) and output.class_labels.tolist() == [207, 281]
 
 
 def test_a_checkpoint_without_settings_takes_the_published_ones(hub, monkeypatch):
-    monkeypatch.setitem(PRESETS, "XL", TINY)
+    monkeypatch.setitem(PRESETS, "XL", NETWORK)
     pipeline = SFDPipeline.from_pretrained(REPOSITORY, variant="xl-80ep", cache_dir=hub.cache, device="cpu")
     assert EMA_ONLY in fetched(hub)
-    assert (pipeline.delta_t, pipeline.config.semantic_channels) == (0.3, TINY.semantic_channels)
+    assert (pipeline.delta_t, pipeline.config.semantic_channels) == (0.3, NETWORK.semantic_channels)
     assert pipeline.guidance.scale == 1.6
 
 
