@@ -10,6 +10,7 @@ from harness.tiny_run import tiny_config, write_data
 
 from sfd_fast.data.cache.describe import describe
 from sfd_fast.data.cache.manifest import MANIFEST
+from sfd_fast.files.digest import file_digest
 from sfd_fast.formats.imagenet import imagenet_names, rows
 from sfd_fast.sampling.class_names import ClassNames, checked_id2label, shown_names
 from sfd_fast.sampling.pipeline import SFDPipeline
@@ -125,7 +126,10 @@ def test_names_go_with_the_saved_pipeline_and_may_be_rewritten_by_hand(pipeline,
 )
 def test_names_travel_from_the_caches_manifest_into_the_pipeline(classes, names, tmp_path):
     data = write_data(tmp_path / "data")
-    shards = {path.name: {"bytes": path.stat().st_size} for path in sorted(data.glob("*.safetensors"))}
+    shards = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(data.glob("*.safetensors"))
+    }
     manifest = {
         "format": 1, "complete": True, "settings": {}, "sources": {"texture_codec": "pixels:2"}, "classes": classes,
         "class_counts": [8] * 5, "shards": shards,
