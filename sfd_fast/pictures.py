@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.home import with_home
 
 MARK = "sfd_fast"
 
@@ -38,6 +39,7 @@ def square_grid(images: Sequence[np.ndarray], **options: int) -> np.ndarray:
     return tile(images, max(1, round(len(images) ** 0.5)), **options)
 
 
+@with_home
 def save(path: str | Path, picture: np.ndarray) -> None:
     """Writes a picture (H, W, 3) uint8, whole or not at all; the kind of file by the suffix. A PNG carries our mark."""
     mark = PngInfo()
@@ -64,6 +66,7 @@ def figure(width: float, height: float, **options):
     return made
 
 
+@with_home
 def sample_grid(
     path: str | Path,
     real: np.ndarray,
@@ -98,6 +101,7 @@ def padded(images: np.ndarray, count: int) -> list[np.ndarray]:
     return list(images) + [blank] * (count - len(images))
 
 
+@with_home
 def loss_curves(path: str | Path, runs: Mapping[str, list[dict]], plain: Mapping[str, Sequence[float]]) -> None:
     """One panel a run: training loss and its terms, validation loss as points.
 
@@ -149,6 +153,7 @@ def principal_colours(latents: np.ndarray, reference: np.ndarray | None = None) 
     return picture
 
 
+@with_home
 def stage_strip(
     path: str | Path,
     taus: Sequence[float],

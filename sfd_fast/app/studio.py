@@ -13,6 +13,7 @@ import torch
 from sfd_fast import pictures
 from sfd_fast.app.choice import Choice, Origin, absolute, number, whole
 from sfd_fast.config import GuidanceConfig, SamplerConfig, SamplingPrecision, require
+from sfd_fast.files.home import with_home
 from sfd_fast.sampling.class_names import shown_names
 from sfd_fast.sampling.latents import DTYPES
 from sfd_fast.sampling.pipeline import SFDPipeline
@@ -158,6 +159,7 @@ def twin_guidance(guidance: GuidanceConfig, twin: SFDPipeline) -> GuidanceConfig
     return guidance
 
 
+@with_home
 def require_same_latents(pipeline: SFDPipeline, twin: SFDPipeline, folder: str | Path) -> None:
     for name in ("grid_size", "texture_channels", "semantic_channels", "num_classes"):
         ours, theirs = getattr(pipeline.config, name), getattr(twin.config, name)

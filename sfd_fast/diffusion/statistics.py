@@ -14,6 +14,7 @@ from torch import Tensor
 from sfd_fast.diffusion.transport import join_latents
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.files.digest import tensors_digest
+from sfd_fast.files.home import with_home
 from sfd_fast.files.messages import first_line
 from sfd_fast.files.torch_file import read_torch_file
 
@@ -247,6 +248,7 @@ class LatentStatistics:
                 "statistics belong to different caches"
             )
 
+    @with_home
     def save(self, folder: str | Path) -> None:
         """Writes latents_stats.pt and latents_sv_stats.pt in the released form, atomically.
 
@@ -272,6 +274,7 @@ class LatentStatistics:
             write_atomically(path, content.getbuffer())
 
     @classmethod
+    @with_home
     def load(
         cls, folder: str | Path, multiplier: float = 1.0, *, semantic: bool = True, pca_channels: int = 0
     ) -> "LatentStatistics":

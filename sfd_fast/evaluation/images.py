@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sfd_fast.files.ahead import ahead
+from sfd_fast.files.home import with_home
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOLDER_ORDER_SEED = 0
@@ -150,6 +151,7 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+@with_home
 def open_images(path: str | Path, *, num_workers: int = 4) -> ImageSet:
     """The images of an npz file, of a folder, or of a folder that `sfd sample` wrote (its grid is no sample).
 

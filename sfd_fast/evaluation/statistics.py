@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.home import with_home
 
 ROUNDING = 1e-5
 """of the largest entry: more than fp32 loses where a covariance was computed or stored in it"""
@@ -97,6 +98,7 @@ class StoredStatistics:
     spatial: Statistics | None
 
 
+@with_home
 def save_statistics(path: str | Path, kind: str, pool: Statistics, spatial: Statistics | None = None) -> None:
     """Write mu, sigma (and mu_s, sigma_s) as in OpenAI's reference batches, plus `kind` and `num_images`."""
     arrays = {"mu": pool.mean, "sigma": pool.covariance}
@@ -126,6 +128,7 @@ def is_covariance(matrix: Tensor) -> bool:
     return bool(torch.linalg.eigvalsh(matrix)[0] >= -ROUNDING * len(matrix) * scale) if len(matrix) else True
 
 
+@with_home
 def load_statistics(path: str | Path) -> StoredStatistics | None:
     """Statistics stored in an npz, or None where it holds none (images only).
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from sfd_fast.files.home import with_home
 from sfd_fast.files.messages import first_line
 
 TEMPORARY = ".writing-"
@@ -39,6 +40,7 @@ class AtomicFile:
     Raises OSError naming the file and the reason (disk full, no permission).
     """
 
+    @with_home
     def __init__(self, path: str | Path, *, reserve: int = 0, durable: bool = True):
         self.path = Path(path)
         self.temporary = temporary_path(self.path)
@@ -163,6 +165,7 @@ def create_once(path: Path, content: bytes) -> bool:
     return True
 
 
+@with_home
 def replace_folder(target: str | Path, write: Callable[[Path], None]) -> None:
     """write(folder) fills a folder that then takes the place of `target` in one step, durably.
 
@@ -218,6 +221,7 @@ def exchange(one: Path, other: Path) -> bool:
     return libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
+@with_home
 def sweep(folder: str | Path) -> None:
     """Removes what killed processes left of files and folders in `folder`. Only while no process writes there."""
     for path in Path(folder).glob(f"{TEMPORARY}*"):

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sfd_fast.files.home import with_home
 
+
+@with_home
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sfd_fast.files.home import with_home
+
 LIMIT = 64 * 2**20
 """bytes; the state of a run on ten thousand ranks has two million"""
 
 
+@with_home
 def read_json(path: str | Path, *, limit: int = LIMIT) -> dict[str, Any]:
     """The JSON object in a file. Raises FileNotFoundError, or ValueError for anything else than one JSON object."""
     path = Path(path)

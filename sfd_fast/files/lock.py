@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from sfd_fast.files.home import with_home
+
 NAME = ".lock"
 SETTLING_S = 0.5
 """so long a lock that another holds is asked for: its first holder may still be writing who it is"""
@@ -79,6 +81,7 @@ class FolderLock:
     cannot be written.
     """
 
+    @with_home
     def __init__(
         self,
         folder: str | Path,

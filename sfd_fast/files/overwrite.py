@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from sfd_fast.files.home import with_home
 
+
+@with_home
 def require_free(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: bool = False) -> None:
     """Raises ValueError where something is at `path` that this system did not write, before any work is done.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sfd_fast.files.atomic import write_atomically
+from sfd_fast.files.home import with_home
 from sfd_fast.files.messages import first_line
 
 
@@ -69,6 +70,7 @@ STAND_INS: dict[str, Callable] = {
 }
 
 
+@with_home
 def read_torch_file(path: str | Path) -> object:
     """The content of a torch file as plain data and tensors (memory-mapped where the format allows).
 
@@ -168,6 +170,7 @@ def require_backed(tensor: Tensor) -> None:
         raise Refused(f"a tensor of shape {tuple(tensor.shape)} stands for more numbers than the file holds")
 
 
+@with_home
 def write_torch_file(path: str | Path, tree: object) -> None:
     """Writes such a tree as a torch file that the released code loads, OmegaConf settings as OmegaConf; atomic."""
     path = Path(path)

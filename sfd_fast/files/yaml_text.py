@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from sfd_fast.files.home import with_home
+
 MAX_BYTES = 2**18
 MAX_DEPTH = 100
 MAX_VALUES = 100_000
@@ -43,6 +45,7 @@ def to_float(text: str) -> float:
     return float(text.replace(".", "") if text[-1:].isalpha() else text)
 
 
+@with_home
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds. Raises OSError, or ValueError of one line that names the file."""
     path = Path(path)

@@ -20,6 +20,7 @@ from urllib.request import Request, urlopen
 from sfd_fast.config import require
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.files.digest import file_digest
+from sfd_fast.files.home import with_home
 from sfd_fast.files.messages import first_line
 
 PART = ".part"
@@ -43,6 +44,7 @@ class RemoteFile:
 class Repository:
     """A repository of the hub at one revision. token: as huggingface_hub takes it; cache_dir: where files are kept."""
 
+    @with_home
     def __init__(
         self,
         name: str,
@@ -56,7 +58,7 @@ class Repository:
         self.name, self.token, self.revision = name, token, revision or "main"
         self.endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
         self.api = HfApi(endpoint=self.endpoint, token=token)
-        self.cache = Path(cache_dir or Path(constants.HF_HOME, "sfd_fast")).expanduser()
+        self.cache = Path(cache_dir or Path(constants.HF_HOME, "sfd_fast"))
         self.commit = self._commit()
         self.folder = self._own / self.commit
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from sfd_fast.files.atomic import not_written, replace_folder
 from sfd_fast.files.digest import file_digest, settings_digest
 from sfd_fast.files.documents import read_json, require_kinds
+from sfd_fast.files.home import with_home
 from sfd_fast.files.tensors import read_description
 
 MARK = "sfd_fast.json"
@@ -31,6 +32,7 @@ UNMARKED = {
 log = logging.getLogger(__name__)
 
 
+@with_home
 def replace_marked(folder: str | Path, kind: str, write: Callable[[Path], None]) -> None:
     """write(temporary) fills a folder that takes the place of `folder` in one step, with our mark.
 
@@ -128,6 +130,7 @@ def read_mark(folder: Path) -> dict:
     return content
 
 
+@with_home
 def check_files(folder: str | Path) -> None:
     """Raises ValueError naming the first file of a folder of ours that is missing or not what was written."""
     folder = Path(folder)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, from_dict, to_dict
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.files import tensors as files
+from sfd_fast.files.home import with_home
 from sfd_fast.files.messages import naming
 from sfd_fast.files.pretrained import MOST_LAYERS
 from sfd_fast.files.tensors import (
@@ -45,6 +46,7 @@ class Stored(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+@with_home
 def write_directory(
     folder: str | Path,
     kind: str,
@@ -69,6 +71,7 @@ def write_directory(
     replace_marked(folder, kind, write)
 
 
+@with_home
 def read_description(folder: str | Path, kind: str | None = None) -> tuple[str, dict[str, Any]]:
     """(kind, content) of a directory without its tensors; `kind` insists on one.
 
@@ -89,6 +92,7 @@ def read_description(folder: str | Path, kind: str | None = None) -> tuple[str, 
     return found, {key: value for key, value in description.items() if key not in ("kind", "format")}
 
 
+@with_home
 def read_directory(folder: str | Path, kind: str | None = None) -> Stored:
     """Reads what `write_directory` wrote.
 
@@ -101,6 +105,7 @@ def read_directory(folder: str | Path, kind: str | None = None) -> Stored:
     return Stored(found, content, tensors)
 
 
+@with_home
 def save_model(
     path: str | Path,
     model: LightningDiT | SemVAE,
@@ -134,6 +139,7 @@ def save_model(
     write_directory(path, kind, tensors, content, rest)
 
 
+@with_home
 def read_config(path: str | Path) -> SFDConfig:
     """Config of the run that trained the LightningDiT of a directory. ValueError where it was saved without one."""
     with naming(path):
@@ -145,6 +151,7 @@ def read_config(path: str | Path) -> SFDConfig:
         return from_dict(SFDConfig, settings)
 
 
+@with_home
 def read_statistics(path: str | Path) -> LatentStatistics | None:
     """Statistics of the latents that the LightningDiT of a directory was trained on, if they were saved."""
     with naming(path):

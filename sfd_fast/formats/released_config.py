@@ -17,6 +17,7 @@ from sfd_fast.config import (
     TransportConfig,
 )
 from sfd_fast.config.presets import RELEASED_NAMES
+from sfd_fast.files.home import with_home
 from sfd_fast.files.yaml_text import read_yaml
 from sfd_fast.formats.released_network import (
     NETWORK_KEYS,
@@ -42,6 +43,7 @@ FIXED = {
 }
 
 
+@with_home
 def read_settings(path: str | Path) -> dict:
     """A released YAML file. Raises FileNotFoundError, or ValueError where it is no mapping."""
     path = Path(path)

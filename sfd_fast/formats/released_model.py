@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from sfd_fast.config import ModelConfig, SemVAEConfig, SFDConfig, from_dict
+from sfd_fast.files.home import with_home
 from sfd_fast.files.messages import naming
 from sfd_fast.files.tensors import read_safetensors, require_finite
 from sfd_fast.files.torch_file import PickledConfig, read_torch_file, write_torch_file
@@ -40,6 +41,7 @@ ReleasedSettings = Mapping[str, Any] | str | Path
 """a released YAML (path or tree), or the released constructor's arguments"""
 
 
+@with_home
 def load_model(path: str | Path, **runtime: Any) -> LightningDiT:
     """The network of a directory that `save_model` wrote (or of a released file), on the CPU, in eval mode.
 
@@ -53,6 +55,7 @@ def load_model(path: str | Path, **runtime: Any) -> LightningDiT:
         return build_dit(from_dict(ModelConfig, stored.content["config"]["model"]), stored.tensors, path, **runtime)
 
 
+@with_home
 def load_semvae(path: str | Path, config: ReleasedSettings | None = None) -> SemVAE:
     """The SemVAE of our directory or of a released file (.pt, .safetensors), on the CPU, in eval mode.
 
@@ -67,6 +70,7 @@ def load_semvae(path: str | Path, config: ReleasedSettings | None = None) -> Sem
         return build_semvae(semvae_config(released.weights, released.settings), released.weights, path)
 
 
+@with_home
 def load_released(
     path: str | Path, config: ReleasedSettings | None = None, *, weights: str = "ema"
 ) -> LightningDiT:
@@ -91,6 +95,7 @@ class Converted(NamedTuple):
     """released settings without a counterpart here (they are kept for the way back)"""
 
 
+@with_home
 def convert_released(
     source: str | Path,
     target: str | Path,
@@ -127,6 +132,7 @@ def convert_released(
     return Converted("semvae" if settings is None else "dit", ignored)
 
 
+@with_home
 def export_released(source: str | Path, target: str | Path) -> None:
     """Writes a directory as a file that the released code loads: identical to the one it was converted from, or for a
     model of our own with the released keys and settings (EMA and raw weights the same, no optimizer state).
@@ -157,6 +163,7 @@ def export_released(source: str | Path, target: str | Path) -> None:
         raise ValueError(f"{source} holds a '{stored.kind}' codec, which has no released format")
 
 
+@with_home
 def write_released_dit(
     target: str | Path, config: SFDConfig, *, raw: Mapping[str, Tensor], average: Mapping[str, Tensor]
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfd_fast.config import TextureConfig, to_dict
 from sfd_fast.files.documents import read_json
+from sfd_fast.files.home import with_home
 from sfd_fast.files.messages import naming
 from sfd_fast.files.pretrained import load_pretrained
 from sfd_fast.files.tensors import check_fit, float32_by_default, read_safetensors, require_finite
@@ -124,6 +125,7 @@ def texture_codec_from_ldm(tensors: Mapping[str, Tensor], source: object = "the 
     return codec.eval()
 
 
+@with_home
 def save_codec(
     path: str | Path, codec: Codec, rest: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 ) -> None:
@@ -144,6 +146,7 @@ PIXELS = re.compile(r"(?:pixels|identity)(?::([1-9]\d?))?")
 """the names of pixel space, with the edge of the squares that are folded into channels"""
 
 
+@with_home
 def load_codec(path: str | Path) -> Codec:
     """The texture codec of a directory saved by diffusers, of our directory, or of a released LDM file (.ckpt, .pt,
     .safetensors), or pixel space (pixels, pixels:2); frozen, on the CPU.

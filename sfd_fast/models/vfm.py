@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfd_fast.files.home import with_home
 from sfd_fast.files.pretrained import load_pretrained, read_config
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -111,6 +112,7 @@ class VFM(nn.Module):
         return hidden[:, self.family.prefix(self.model.config) :]
 
 
+@with_home
 def load_vfm(path_or_id: str | Path, *, grid_size: int = 16) -> VFM:
     """An encoder from a local directory (no network attempt), a short name of NAMES, or a Hugging Face hub id.
 

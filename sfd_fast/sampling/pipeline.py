@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sfd_fast.config import GuidanceConfig, SamplerConfig, SamplingBackend, SFDConfig, require
 from sfd_fast.config.checks import one_of
 from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.files.home import with_home
 from sfd_fast.files.tensors import require_finite
 from sfd_fast.formats.hub import push_folder
 from sfd_fast.sampling.class_names import ClassNames, Labels, checked_id2label
@@ -85,6 +86,7 @@ class SFDPipeline(ImageSampler):
         self._progress_bar_config: dict[str, Any] = {}
 
     @classmethod
+    @with_home
     def from_pretrained(
         cls,
         source: str | Path,
@@ -192,6 +194,7 @@ class SFDPipeline(ImageSampler):
 
         return tqdm(iterable, total=total, **({"unit": "step"} | self._progress_bar_config))
 
+    @with_home
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the pipeline as a folder that from_pretrained reads.
 

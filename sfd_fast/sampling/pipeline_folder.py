@@ -13,6 +13,7 @@ from sfd_fast.config.checks import Count, NotNegative, Positive, Settings
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.files.digest import settings_digest
 from sfd_fast.files.documents import read_json
+from sfd_fast.files.home import with_home
 from sfd_fast.formats.marked_folder import PIPELINE as INDEX
 from sfd_fast.formats.marked_folder import WEIGHTS, check_files, replace_marked
 from sfd_fast.formats.model_folder import read_config, read_description, read_statistics, save_model
@@ -100,6 +101,7 @@ def folder_of_model(path: Path) -> Path:
     raise ValueError(f"{path} is {what}, not the folder of a pipeline or a network: {mend}")
 
 
+@with_home
 def load_parts(
     folder: Path,
     guide: str | Path | None,

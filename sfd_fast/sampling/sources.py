@@ -6,6 +6,7 @@ from pathlib import Path
 from sfd_fast.config import SamplerConfig, require
 from sfd_fast.diffusion.statistics import SEMANTIC_FILE, TEXTURE_FILE, LatentStatistics
 from sfd_fast.files.documents import read_json
+from sfd_fast.files.home import with_home
 from sfd_fast.files.torch_file import read_torch_file
 from sfd_fast.formats.hub import Repository
 from sfd_fast.formats.imagenet import imagenet_names
@@ -39,6 +40,7 @@ PIPELINE_FILES = (
 """all that sampling reads of a pipeline's or network's folder"""
 
 
+@with_home
 def local_folder(
     source: str | Path,
     *,
@@ -54,7 +56,7 @@ def local_folder(
     Raises FileNotFoundError where nothing is found, OSError where the hub or the disk fails, ValueError for what is no
     model, and for damaged files.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.exists():
         require(variant is None, f"variant '{variant}' belongs to the hub's {REPOSITORY}; {source} is a folder here")
         return folder_of_model(path)
@@ -75,6 +77,7 @@ def local_folder(
         ) from error
 
 
+@with_home
 def released_pipeline(
     name: str,
     target: Path | None = None,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sfd_fast.config import SemVAEConfig, SFDConfig, from_dict, require
 from sfd_fast.diffusion.statistics import LatentStatistics
+from sfd_fast.files.home import with_home
 from sfd_fast.files.messages import first_line
 from sfd_fast.formats.model_folder import CARD, save_model
 from sfd_fast.formats.released_model import export_released, write_released_dit
@@ -16,12 +17,14 @@ from sfd_fast.training.checkpoints import POINTER, STATE, Checkpoints, damage, r
 from sfd_fast.training.state import WEIGHT, consolidated
 
 
+@with_home
 def is_checkpoint(path: str | Path) -> bool:
     """Whether path is a run directory, its checkpoints folder, or one checkpoint."""
     path = Path(path)
     return any((path / part).is_file() for part in (STATE, POINTER, f"checkpoints/{POINTER}"))
 
 
+@with_home
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that a run directory, its checkpoints folder or a checkpoint stands for. ValueError if none."""
     path = Path(path)
@@ -35,6 +38,7 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
+@with_home
 def export_checkpoint(source: str | Path, target: str | Path, *, weights: str = "ema") -> None:
     """Writes a checkpoint's averages (weights "ema", "ema_1", ...) or raw weights ("model") as a model directory.
 
@@ -49,6 +53,7 @@ def export_checkpoint(source: str | Path, target: str | Path, *, weights: str = 
     save_model(target, model, weights=values, card=card, **options)
 
 
+@with_home
 def export_released_checkpoint(source: str | Path, target: str | Path, *, weights: str = "ema") -> None:
     """Writes a checkpoint as a file that the released code loads: raw weights as "model", the average `weights` as
     "ema"; no optimizer state. A SemVAE's format has one set of weights: those asked for.

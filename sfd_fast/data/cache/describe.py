@@ -10,6 +10,7 @@ from sfd_fast.data.cache import layout
 from sfd_fast.data.cache.manifest import read_manifest
 from sfd_fast.data.cache.remote import open_shards
 from sfd_fast.data.cache.shards import map_tensors
+from sfd_fast.files.home import with_home
 from sfd_fast.formats.imagenet import spelled_out
 
 
@@ -35,6 +36,7 @@ class CacheSizes:
     """what encoded the texture, as it was named; None: nothing tells"""
 
 
+@with_home
 def describe(paths: str | Path | Iterable[str | Path], cache_folder: str | Path | None = None) -> CacheSizes:
     """Sizes of a cache, from its first shard and its manifest; of one without a manifest all labels are read.
 

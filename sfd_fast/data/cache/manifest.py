@@ -10,6 +10,7 @@ from sfd_fast.data.cache.shards import Header, write_json
 from sfd_fast.diffusion.statistics import PARTS
 from sfd_fast.files.digest import settings_digest
 from sfd_fast.files.documents import read_json
+from sfd_fast.files.home import with_home
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -36,6 +37,7 @@ def shard_name(k: int) -> str:
     return f"shard-{k:05d}.safetensors"
 
 
+@with_home
 def read_manifest(folder: str | Path) -> dict | None:
     """The manifest of a folder, None where it has none.
 
@@ -99,6 +101,7 @@ def check_kinds(where: str, group: Any, kinds: dict[str, Any], needed: Sequence[
             checked(group[name], kind, f"{where}.{name}".lstrip("."))
 
 
+@with_home
 def begin(folder: str | Path, settings: dict, sources: dict[str, str], *, update: bool = False) -> dict:
     """Claims a folder for these settings and returns its manifest: a new one, or that of the run to continue.
 
@@ -131,6 +134,7 @@ def begin(folder: str | Path, settings: dict, sources: dict[str, str], *, update
     return manifest
 
 
+@with_home
 def check_complete(folder: str | Path, names: list[str]) -> dict | None:
     """The manifest of a folder whose shards are `names`, None for a folder without one (a released cache).
 
@@ -163,6 +167,7 @@ def check_complete(folder: str | Path, names: list[str]) -> dict | None:
     return manifest
 
 
+@with_home
 def check_shards(folder: str | Path, manifest: dict | None, paths: Sequence[str], headers: Sequence[Header]) -> None:
     """Raises ValueError where the headers of a folder's shards do not tell what its manifest lists, in its order.
 

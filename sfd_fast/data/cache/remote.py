@@ -14,6 +14,7 @@ from sfd_fast.data.images.index import INDEX_FOLDER
 from sfd_fast.files.atomic import write_atomically
 from sfd_fast.files.digest import file_digest
 from sfd_fast.files.documents import read_json
+from sfd_fast.files.home import with_home
 
 if TYPE_CHECKING:
     import fsspec
@@ -24,10 +25,12 @@ TIMES = ("generation", "LastModified", "last_modified", "last_commit", "mtime", 
 """what file systems of fsspec tell of a file's content: hashes tell it, and only where there are none, times do"""
 
 
+@with_home
 def is_remote(path: str | Path) -> bool:
     return "://" in str(path) and not str(path).startswith("file://")
 
 
+@with_home
 def open_shards(
     paths: str | Path | Iterable[str | Path], cache_folder: str | Path | None = None
 ) -> tuple[Path, list[str], list[Header]]:
@@ -66,6 +69,7 @@ def open_shards(
     return (given[0] if given[0].is_dir() else given[0].parent), found, headers
 
 
+@with_home
 def fetch_folder(address: str, cache_folder: str | Path) -> Path:
     """Copies what a remote cache has and the local copy has not, or has otherwise: shards, statistics, manifest, index.
 

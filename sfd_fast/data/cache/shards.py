@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sfd_fast.config import require
 from sfd_fast.files.atomic import AtomicFile, write_atomically
+from sfd_fast.files.home import with_home
 from sfd_fast.files.messages import first_line
 
 METADATA_KEY = "sfd"
@@ -60,6 +61,7 @@ class Header:
     """of the whole file, bytes"""
 
 
+@with_home
 def read_header(path: str | Path) -> Header:
     """The tensors and metadata of a shard, checked against each other and the file's size.
 
@@ -122,6 +124,7 @@ def allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+@with_home
 def map_tensors(path: str | Path, header: Header) -> dict[str, Tensor]:
     """Read-only tensors over a memory map of the file: nothing is read until it is used, nothing is copied.
 
@@ -187,6 +190,7 @@ class ShardWriter:
     block removes the temporary file. Raises OSError naming the file where the disk is full.
     """
 
+    @with_home
     def __init__(
         self,
         path: str | Path,
@@ -237,6 +241,7 @@ class ShardWriter:
             self._file.abandon()
 
 
+@with_home
 def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
     """Writes whole tensors as one shard, atomically, with one sorted-JSON metadata key.
 
@@ -252,6 +257,7 @@ def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
             writer.write(name, 0, value)
 
 
+@with_home
 def write_json(path: str | Path, content: Mapping) -> None:
     """Sorted JSON, written atomically. Raises OSError naming the file where the disk is full."""
     write_atomically(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -14,6 +14,7 @@ from sfd_fast.config import require
 from sfd_fast.data.cache.shards import map_tensors, read_header
 from sfd_fast.data.images.screening import COLUMNS, TRAITS, Finding
 from sfd_fast.data.images.sources import Reader
+from sfd_fast.files.home import with_home
 
 INDEX_FOLDER = "index"
 """within the folder of a cache"""
@@ -78,6 +79,7 @@ class ImageIndex:
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()
 
+    @with_home
     def at(self, source: str | Path) -> "ImageIndex":
         """This index of the same images at another place; each is checked when it is read."""
         root = absolute(source)
@@ -86,6 +88,7 @@ class ImageIndex:
         return ImageIndex(columns, self._names, self.metadata | {"root": root, "containers": moved})
 
     @classmethod
+    @with_home
     def load(cls, path: str | Path) -> "ImageIndex":
         """Raises ValueError naming a damaged file."""
         try:
@@ -117,6 +120,7 @@ class ImageIndex:
         return max(len(self.metadata["containers"]), 1)
 
 
+@with_home
 def absolute(source: str | Path) -> str:
     """A source's absolute path; an address as it is."""
     return str(source) if "://" in str(source) else str(Path(source).resolve())

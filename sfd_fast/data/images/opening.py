@@ -10,9 +10,11 @@ from sfd_fast.data.images.index import INDEX_FILE, ImageIndex, absolute
 from sfd_fast.data.images.listing import Scan
 from sfd_fast.data.images.screening import REPORT_FILE, Finding, empty_classes, screen
 from sfd_fast.data.images.sources import scan
+from sfd_fast.files.home import with_home
 from sfd_fast.ranks import Ranks
 
 
+@with_home
 def open_index(
     source: str | Path,
     folder: str | Path,

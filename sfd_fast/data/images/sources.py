@@ -14,8 +14,10 @@ from sfd_fast.data.images.decode import EXTENSIONS
 from sfd_fast.data.images.listing import NO_CLASS, Scan, is_hidden
 from sfd_fast.data.images.tables import HUB, column, is_dataset, open_dataset, scan_dataset
 from sfd_fast.data.images.tars import scan_tars
+from sfd_fast.files.home import with_home
 
 
+@with_home
 def scan(path: str | Path) -> Scan:
     """Lists the images of a source; the kind is recognised from what is there. Hidden names are passed over.
 

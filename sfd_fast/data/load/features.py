@@ -21,6 +21,7 @@ from sfd_fast.data.load.order import flips, shuffled_indices
 from sfd_fast.diffusion.statistics import first_not_finite
 from sfd_fast.diffusion.transport import feature_tokens
 from sfd_fast.files.ahead import ahead
+from sfd_fast.files.home import with_home
 
 log = logging.getLogger(__name__)
 KEY, FLIPPED = layout.FEATURES, layout.FEATURES + layout.FLIP
@@ -34,6 +35,7 @@ class FeatureShards(SampleSet):
     shape than the first, or other settings; FileNotFoundError where the folder or a shard of its manifest is missing.
     """
 
+    @with_home
     def __init__(self, path: str | Path, *, cache_folder: str | Path | None = None):
         self.folder, self.paths, headers = open_shards(path, cache_folder)
         key = layout.feature_key(headers[0].entries)

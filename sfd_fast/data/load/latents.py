@@ -20,6 +20,7 @@ from sfd_fast.data.load.held_out import Part, SampleSet
 from sfd_fast.data.load.rows import MappedMemory, Places, RowTable, RunTable
 from sfd_fast.diffusion.statistics import FILES, PARTS, ChannelMoments, LatentStatistics, first_not_finite
 from sfd_fast.diffusion.transport import split_latents
+from sfd_fast.files.home import with_home
 
 Batch = dict[str, Tensor]
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class LatentShards(SampleSet):
     FileNotFoundError where a file of the manifest is missing.
     """
 
+    @with_home
     def __init__(
         self,
         paths: str | Path | Iterable[str | Path],

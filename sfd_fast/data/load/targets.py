@@ -25,6 +25,7 @@ from sfd_fast.data.load.loader import LatentLoader
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import feature_tokens, split_latents
 from sfd_fast.files.digest import module_digest
+from sfd_fast.files.home import with_home
 from sfd_fast.formats.released_model import load_semvae
 from sfd_fast.models.vfm import VFM, load_vfm
 
@@ -103,6 +104,7 @@ class OnlineTargets:
         return self.vfm.features(pixels.to(latents.device)).float()
 
 
+@with_home
 def open_targets(
     kind: Literal["stored", "semvae", "online"],
     shards: LatentShards,
