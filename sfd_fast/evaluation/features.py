@@ -121,12 +121,12 @@ class DinoV2Features(FeatureExtractor):
             from transformers import AutoModel
 
             source = weights or self.published
-            self.network = load_pretrained(AutoModel, source, trust_remote_code=False).requires_grad_(False)
+            network = load_pretrained(AutoModel, source, setting="--weights", trust_remote_code=False)
+            self.network = network.requires_grad_(False)
         except (ImportError, OSError, ValueError) as error:
             raise ValueError(
-                f"cannot load DINOv2 from {weights or self.published}: {error}. Give --weights a local folder in the "
-                "Hugging Face layout "
-                f"(`huggingface-cli download {self.published}`), or --features digits for small images"
+                f"cannot load DINOv2 from {weights or self.published}: {error} (`hf download {self.published}`), or "
+                "--features digits for small images"
             ) from error
         if not self.network.config.model_type.startswith("dinov2"):
             raise ValueError(

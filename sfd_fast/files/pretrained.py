@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,27 @@ from sfd_fast.files.tensors import float32_by_default, require_finite
 LARGEST = 2**20
 """the largest whole number in a configuration that is believed; a width or a count of anything is smaller"""
 MOST_LAYERS = 1000
+log = logging.getLogger(__name__)
 NEVER_READ = ("mask_token", "position_ids")
 """what only training reads, and what old files hold needlessly"""
 
 
-def load_pretrained(kind: type, source: object, **options: Any) -> nn.Module:
+def load_pretrained(kind: type, source: object, *, setting: str = "", **options: Any) -> nn.Module:
     """kind.from_pretrained(source), float32, in eval mode, with every weight from the file and no code from there.
 
-    kind: a class of transformers or diffusers. A library would fill what is missing or of another shape with random
-    numbers. Raises ValueError in one line for a source that cannot be loaded, and for weights that are missing, that
-    belong to further layers, are of another shape, NaN or infinite.
+    kind: a class of transformers or diffusers. setting: what named the source, for the message. A library would fill
+    what is missing or of another shape with random numbers. Raises ValueError in one line for a source that cannot be
+    loaded, and for weights that are missing, that belong to further layers, are of another shape, NaN or infinite.
     """
-    read_config(source)
+    read_config(source, setting)
     try:
-        with quiet(kind), float32_by_default():
+        with quiet(kind.__module__.split(".")[0]), quiet("huggingface_hub"), float32_by_default():
             model, loaded = kind.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except Exception as error:  # the libraries raise many kinds, also for a damaged file and a network that is down
-        raise ValueError(f"{source}: its {kind.__name__} cannot be loaded: {first_line(error)}") from error
+        hint = remedy(source, setting)
+        raise ValueError(f"{source}: its {kind.__name__} cannot be loaded: {first_line(error)}{hint}") from error
     parts = {name.split(".")[0] for name in model.state_dict()}  # a decoder or a text tower is not asked for
     problems = {
         "lacks": loaded["missing_keys"],
@@ -51,7 +54,14 @@ def load_pretrained(kind: type, source: object, **options: Any) -> nn.Module:
     return model.float().eval()
 
 
-def read_config(source: object) -> dict[str, Any]:
+def remedy(source: object, setting: str) -> str:
+    """What to do where a model of the hub cannot be had; nothing for a folder."""
+    if Path(str(source)).is_dir():
+        return ""
+    return f"; without a network give the folder of a downloaded copy{f': {setting} FOLDER' if setting else ''}"
+
+
+def read_config(source: object, setting: str = "") -> dict[str, Any]:
     """config.json of a folder or of a model on the Hugging Face hub.
 
     Raises ValueError in one line where it cannot be read, or describes what would take minutes or all memory to build.
@@ -61,10 +71,12 @@ def read_config(source: object) -> dict[str, Any]:
         if not path.parent.is_dir():
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(str(source), "config.json"))
+            log.info("%s: asking the Hugging Face hub", source)
+            with quiet("huggingface_hub"):
+                path = Path(hf_hub_download(str(source), "config.json"))
         config = read_json(path)
     except Exception as error:  # the hub client raises many kinds: no network, no such model, no permission
-        hint = "" if Path(str(source)).is_dir() else "; give the folder of a downloaded copy"
+        hint = remedy(source, setting)
         raise ValueError(f"{source}: its config.json cannot be read: {first_line(error)}{hint}") from error
     require_plausible(config, source)
     return config
@@ -85,12 +97,12 @@ def require_plausible(config: Mapping[str, Any], source: object) -> None:
 
 
 @contextlib.contextmanager
-def quiet(kind: type) -> Iterator[None]:
-    """Without the library's own report of missing weights: load_pretrained has one line for it."""
-    logging = importlib.import_module(f"{kind.__module__.split('.')[0]}.utils.logging")
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+def quiet(library: str) -> Iterator[None]:
+    """Without a library's own reports, of missing weights or of a network that is down: we have one line for each."""
+    reports = importlib.import_module(f"{library}.utils.logging")
+    before = reports.get_verbosity()
+    reports.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        reports.set_verbosity(before)

@@ -113,10 +113,11 @@ class VFM(nn.Module):
 
 
 @with_home
-def load_vfm(path_or_id: str | Path, *, grid_size: int = 16) -> VFM:
+def load_vfm(path_or_id: str | Path, *, grid_size: int = 16, setting: str = "--vfm") -> VFM:
     """An encoder from a local directory (no network attempt), a short name of NAMES, or a Hugging Face hub id.
 
     grid_size: tokens along each axis; images are resized to grid_size * patch size (16 * 14 = 224 for DINOv2).
+    setting: what named the encoder, for messages.
     Nothing runs that the model brings along. Raises FileNotFoundError for a path that does not exist, ValueError for a
     model of another family and for one that is incomplete or damaged.
     """
@@ -126,14 +127,14 @@ def load_vfm(path_or_id: str | Path, *, grid_size: int = 16) -> VFM:
     local = Path(name).is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise FileNotFoundError(
-            f"{name} is no directory; give a directory saved by transformers, a hub id (organisation/name), or one of "
-            f"{', '.join(NAMES)}"
+            f"{name} is no directory; give a directory saved by transformers ({setting} FOLDER), a hub id "
+            f"(organisation/name), or one of {', '.join(NAMES)}"
         )
-    model_type = str(read_config(name).get("model_type"))
+    model_type = str(read_config(name, setting).get("model_type"))
     family = FAMILIES.get(model_type)
     if family is None:
         raise ValueError(f"{name} is a {model_type}; vision encoders supported: {', '.join(FAMILIES)}")
     options = {"mask_ratio": 0.0} if family.model == "ViTMAEModel" else {}
     kind = getattr(transformers, family.model)
-    model = load_pretrained(kind, name, local_files_only=local, dtype=torch.float32, **options)
+    model = load_pretrained(kind, name, setting=setting, local_files_only=local, dtype=torch.float32, **options)
     return VFM(model, family, grid_size=grid_size)

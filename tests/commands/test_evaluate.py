@@ -420,9 +420,8 @@ def test_missing_inception_weights_are_named(config, tmp_path):
 
 def test_missing_dinov2_weights_are_named(config, tmp_path):
     missing = replace(config, features="dinov2", weights=str(tmp_path / "none"))
-    with pytest.raises(
-        ValueError, match="cannot load DINOv2 from .*none: .*huggingface-cli download facebook/dinov2-large"
-    ):
+    remedy = "give the folder of a downloaded copy: --weights FOLDER .`hf download facebook/dinov2-large"
+    with pytest.raises(ValueError, match=f"cannot load DINOv2 from .*none: .*{remedy}"):
         run_evaluate(missing)
 
 

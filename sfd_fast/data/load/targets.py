@@ -146,7 +146,7 @@ def open_targets(
         raise ValueError("online targets need the VFM that the cache was encoded with: set data.vfm")
     index = _index(shards.folder, images)
     _check_same(settings, "images", index.fingerprint(), shards.folder)
-    encoder = load_vfm(vfm, grid_size=int(shards.grid[0]))
+    encoder = load_vfm(vfm, grid_size=int(shards.grid[0]), setting="--data.vfm")
     targets = OnlineTargets(encoder, index, settings, num_threads)
     _check_same(settings, "vfm", targets.fingerprint, shards.folder)
     return targets
