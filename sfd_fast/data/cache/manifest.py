@@ -1,18 +1,20 @@
 """The manifest of a cache: what it was made from and of, so that a mixed-up or unfinished cache is refused."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sfd_fast.config import require
 from sfd_fast.config.checks import Count, Natural, checked
-from sfd_fast.data.cache.shards import Header, write_json
+from sfd_fast.data.cache.shards import Header, read_header, write_json
 from sfd_fast.diffusion.statistics import PARTS
 from sfd_fast.files.digest import settings_digest
 from sfd_fast.files.documents import read_json
 from sfd_fast.files.home import with_home
 
 MANIFEST = "manifest.json"
+STATISTICS_SUFFIX = "_stats.pt"
 FORMAT = 1
 OF_IMAGES = ("images", "num_images")
 """settings that an update changes; a shard's fingerprint leaves them out"""
@@ -101,6 +103,38 @@ def check_kinds(where: str, group: Any, kinds: dict[str, Any], needed: Sequence[
             checked(group[name], kind, f"{where}.{name}".lstrip("."))
 
 
+def own_shards(folder: Path) -> dict[str, dict]:
+    """Shards of ours in a folder that has no manifest, as rows of one: they give way to new ones.
+
+    Raises ValueError for files under our names that this system did not write.
+    """
+    found = {}
+    for path in (*sorted(folder.glob("*.safetensors")), *sorted(folder.glob(f"*{STATISTICS_SUFFIX}"))):
+        ours = False
+        if path.name.startswith("shard-") and path.suffix == ".safetensors":
+            with contextlib.suppress(ValueError):
+                ours = "fingerprint" in read_header(path).metadata
+            found[path.name] = {"bytes": path.stat().st_size, "sha256": ""}
+        require(
+            ours or (found and path.suffix == ".pt"),
+            f"{path} was not written by this command, so its folder is left alone: choose another output folder, or "
+            "move the file away",
+        )
+    return found
+
+
+def check_place(folder: Path, images: str) -> None:
+    """Raises ValueError where a cache may not be made: in place of files of others, or among the images themselves."""
+    source = Path(images).expanduser()
+    require(
+        not (source.is_dir() and folder.resolve().is_relative_to(source.resolve())),
+        f"out {folder} lies among the images of {images}: its files would be taken for images next time; choose "
+        "another folder",
+    )
+    if read_manifest(folder) is None:
+        own_shards(folder)
+
+
 @with_home
 def begin(folder: str | Path, settings: dict, sources: dict[str, str], *, update: bool = False) -> dict:
     """Claims a folder for these settings and returns its manifest: a new one, or that of the run to continue.
@@ -128,8 +162,9 @@ def begin(folder: str | Path, settings: dict, sources: dict[str, str], *, update
         "sources": sources,
         "fingerprint": settings_digest({key: value for key, value in settings.items() if key not in OF_IMAGES}),
     }
-    if before:
-        manifest["previous"] = before.get("shards", before.get("previous", {}))
+    previous = before.get("shards", before.get("previous", {})) if before else own_shards(Path(folder))
+    if previous:
+        manifest["previous"] = previous
     write_json(Path(folder, MANIFEST), manifest)
     return manifest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfd_fast.config import require
-from sfd_fast.data.cache.manifest import MANIFEST, check_complete, check_shards, read_manifest
+from sfd_fast.data.cache.manifest import MANIFEST, STATISTICS_SUFFIX, check_complete, check_shards, read_manifest
 from sfd_fast.data.cache.shards import Header, allow_open_files, read_header, write_json
 from sfd_fast.data.images.index import INDEX_FOLDER
 from sfd_fast.files.atomic import write_atomically
@@ -19,7 +19,6 @@ from sfd_fast.files.home import with_home
 if TYPE_CHECKING:
     import fsspec
 
-STATISTICS_SUFFIX = "_stats.pt"
 HASHES = ("ETag", "etag", "md5", "md5Hash", "content_md5", "crc32c", "checksum", "sha256", "blob_id", "xet_hash")
 TIMES = ("generation", "LastModified", "last_modified", "last_commit", "mtime", "updated", "created")
 """what file systems of fsspec tell of a file's content: hashes tell it, and only where there are none, times do"""

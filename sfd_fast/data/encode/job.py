@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from sfd_fast.data.cache import layout
-from sfd_fast.data.cache.manifest import MANIFEST, begin, read_manifest, shard_name
+from sfd_fast.data.cache.manifest import MANIFEST, begin, check_place, read_manifest, shard_name
 from sfd_fast.data.cache.shards import ShardWriter, map_tensors, read_header, write_json
 from sfd_fast.data.encode.encoders import FeatureEncoder, LatentEncoder
 from sfd_fast.data.encode.options import RELEASED, CacheOptions
 from sfd_fast.data.images.batches import decoded_batches
 from sfd_fast.data.images.decode import colour
 from sfd_fast.data.images.index import INDEX_FOLDER, ImageIndex
-from sfd_fast.data.images.opening import open_index
+from sfd_fast.data.images.opening import open_index, traits_of
 from sfd_fast.data.progress import Progress
 from sfd_fast.diffusion.statistics import (
     FILES,
@@ -57,6 +57,7 @@ def make_cache(
     """
     out, advice = Path(config.out), "choose another folder with --out"
     command = "sfd features" if encoder.kind == "features" else "sfd encode"
+    check_place(out, config.images)
     with (
         FolderLock(out, command=command, launch=launch_name(), advice=advice, clean=lambda: sweep(out)),
         ranks.together(),
@@ -98,17 +99,6 @@ def begin_cache(
     sources = {name: located(getattr(config, name)) for name in (*encoder.parts, "images")}
     manifest = ranks.on_first(lambda: begin(out, settings, sources, update=config.update))
     return CacheJob(out, index, encoder, manifest, config, num_threads, device)
-
-
-def traits_of(index: ImageIndex, background: str) -> list[str]:
-    """What to say of images that people and decoders see differently; nothing where there are none."""
-    counts = {trait: count for trait, count in index.counts_of_traits().items() if count}
-    if not counts:
-        return []
-    found = ", ".join(f"{count} {trait}" for trait, count in counts.items())
-    done = f"turned, put on {background}, scaled to 8 bits (--background)"
-    released = "read as the released trainers do, EXIF ignored, transparency dropped, 16 bits cut"
-    return [f"images {found}: {released if background == RELEASED else done}"]
 
 
 def located(source: str) -> str:
@@ -192,7 +182,7 @@ class CacheJob:
         row = self.manifest.get("previous", {}).get(self.path(k).name)
         if row is None or self.recorded(k) is not None or not self.is_whole(k, row):
             return
-        if row["images"] == self.index.fingerprint(self.images(k)):
+        if row.get("images") == self.index.fingerprint(self.images(k)):
             record = self.record(k, row.get("cosine"))
             if record["sha256"] == row["sha256"]:
                 write_json(self.record_path(k), record | {key: row[key] for key in ("dali_failures",) if key in row})

@@ -66,8 +66,12 @@ def shown(image: Image.Image, background: Colour) -> tuple[Image.Image, set[str]
     if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
         image = ImageOps.exif_transpose(image)
         traits.add(ROTATED)
+    if image.mode == "F":
+        raise ValueError("its values are floating point, whose range nothing tells: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # PIL's 16-bit grey
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        values = np.asarray(image).astype(np.int64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ValueError(f"its values reach from {values.min()} to {values.max()}: convert it to 8 or 16 bits")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
         traits.add(DEEP)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from sfd_fast.data.encode.options import RELEASED
 from sfd_fast.data.images.changes import compare, untouched
 from sfd_fast.data.images.index import INDEX_FILE, ImageIndex, absolute
 from sfd_fast.data.images.listing import Scan
@@ -46,7 +47,6 @@ def open_index(
             "the index if the images only moved"
         )
 
-
     def look() -> tuple[str, Scan | None, dict[int, Finding]]:
         if screened or untouched(index):
             return "", None, {}
@@ -77,3 +77,14 @@ def _refuse(count: int, report: Path) -> None:
         f"{count} images are unreadable, the first is {name} ({reason}); all are listed in {report}. Repair or remove "
         "them and delete the index, or pass on_bad=skip"
     )
+
+
+def traits_of(index: ImageIndex, background: str) -> list[str]:
+    """What to say of images that people and decoders see differently; nothing where there are none."""
+    counts = {trait: count for trait, count in index.counts_of_traits().items() if count}
+    if not counts:
+        return []
+    found = ", ".join(f"{count} {trait}" for trait, count in counts.items())
+    done = f"turned, put on {background}, scaled to 8 bits (--background)"
+    released = "read as the released trainers do, EXIF ignored, transparency dropped, 16 bits cut"
+    return [f"images {found}: {released if background == RELEASED else done}"]

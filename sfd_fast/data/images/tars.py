@@ -45,7 +45,7 @@ def scan_tars(root: Path) -> Scan:
 
 
 def label_of(path: Path, sample: str, found: dict) -> int | None:
-    """The class number of a sample; None where it has neither .cls nor .json."""
+    """The class number of a sample; None where it has neither .cls nor a .json with a label."""
     for extension in (".cls", ".json"):
         if extension not in found:
             continue
@@ -56,9 +56,11 @@ def label_of(path: Path, sample: str, found: dict) -> int | None:
                 values = json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is unreadable: {error}") from None
-            keys = [key for key in ("label", "cls") if isinstance(values, dict) and key in values]
-            if not keys:
-                raise ValueError(f"{where} is unreadable: it has neither 'label' nor 'cls'")
+            if not isinstance(values, dict):
+                raise ValueError(f"{where} is unreadable: it is no JSON object")
+            keys = [key for key in ("label", "cls") if key in values]
+            if not keys:  # captions and the like
+                continue
             content = values[keys[0]]
         return checked_label(content, where)
     return None

@@ -335,3 +335,42 @@ def test_the_shards_of_a_new_cache_are_small_on_a_cpu_and_a_begun_one_keeps_its_
     assert len(list((tmp_path / "out").glob("shard-*"))) == 3
     run_encode(replace(config, shard_size=0, out=str(tmp_path / "new")))
     assert json.loads((tmp_path / "new" / "manifest.json").read_text())["settings"]["shard_size"] == 64
+
+
+@pytest.fixture
+def pixels(tmp_path):
+    """Settings that need no encoder, and an output folder that is there already."""
+    (tmp_path / "out").mkdir()
+    write_tree(tmp_path / "tree", {"china": 3})
+    parts = {"images": str(tmp_path / "tree"), "texture_codec": "pixels"}
+    return encode_config(parts, tmp_path / "out", flip=False), tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "weights.safetensors", "latents_stats.pt"])
+def test_files_of_others_are_never_overwritten(pixels, name):
+    config, out = pixels
+    (out / name).write_bytes(b"of someone")
+    with pytest.raises(ValueError, match=f"{name} was not written by this command, so its folder is left alone"):
+        run_encode(config)
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_bytes() == b"of someone"
+
+
+def test_shards_of_ours_without_their_manifest_give_way(pixels):
+    """Fewer shards than before: those that are too many go."""
+    config, out = pixels
+    run_encode(replace(config, shard_size=1))
+    (out / "manifest.json").unlink()
+    (out / "thesis.txt").write_text("of someone, in nobody's way")
+    run_encode(replace(config, shard_size=2))
+    assert sorted(path.name for path in out.glob("shard-*")) == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert len(LatentShards(out)) == 3 and (out / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("inside", [".", "cache", "china/cache"])
+def test_a_cache_among_the_images_is_refused(pixels, tmp_path, inside):
+    config, _ = pixels
+    place = tmp_path / "tree" / inside
+    with pytest.raises(ValueError, match="lies among the images of .*choose another folder"):
+        run_encode(replace(config, out=str(place)))
+    run_encode(config)

@@ -185,6 +185,19 @@ def test_sixteen_bits_are_scaled_to_eight():
     assert np.asarray(decode(encoded(Image.fromarray(values), "png")))[0, :, 0].tolist() == [0, 255, 255, 255]
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [(np.array([[0.0, 0.5, 1.0]], np.float32), "floating point"), (np.array([[0, 70_000]], np.int32), "0 to 70000"),
+     (np.array([[-1, 5]], np.int32), "-1 to 5")],
+)  # fmt: skip
+def test_values_whose_range_nothing_tells_are_refused(values, message):
+    """A scientific TIFF of numbers between 0 and 1 would be an image of black."""
+    data = encoded(Image.fromarray(values), "tiff")
+    with pytest.raises(ValueError, match=message):
+        decode(data, WHITE)
+    assert decode(data).mode == "RGB"  # as the released trainers read it
+
+
 def test_an_unknown_background_is_named():
     assert colour("white") == WHITE and colour("#0000ff") == BLUE
     with pytest.raises(ValueError, match="background 'whitish' is no colour: give a name"):

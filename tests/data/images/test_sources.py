@@ -196,6 +196,17 @@ def test_names_that_are_not_utf_8_are_listed_as_unreadable(tmp_path):
     assert found.unreadable == {"china/caf\\xe9.jpg": "its name is not UTF-8: rename it"}
 
 
+def test_json_without_a_label_is_none(tmp_path):
+    """Captions and addresses, as download tools write them."""
+    members = [("0.jpg", b"x"), ("0.json", b'{"caption": "a dog"}'), ("1.jpg", b"x"), ("1.json", b"{}")]
+    write_tar(tmp_path / "a.tar", members)
+    found = scan(tmp_path)
+    assert found.labels == [0, 0] and found.classes == ["all"] and "has no labels" in found.notes[0]
+    write_tar(tmp_path / "a.tar", [*members, ("2.jpg", b"x"), ("2.cls", b"1")])
+    with pytest.raises(ValueError, match=r"a.tar: sample '0' has no label"):
+        scan(tmp_path)
+
+
 def test_a_cls_file_wins_over_json_that_holds_other_things(tmp_path):
     image = encoded(crops("china", 1)[0])
     write_tar(tmp_path / "a.tar", [("0.json", b'{"width": 5}'), ("0.jpg", image), ("0.cls", b"3")])
