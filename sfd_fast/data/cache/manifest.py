@@ -109,7 +109,7 @@ def own_shards(folder: Path) -> dict[str, dict]:
     Raises ValueError for files under our names that this system did not write.
     """
     found = {}
-    for path in (*sorted(folder.glob("*.safetensors")), *sorted(folder.glob(f"*{STATISTICS_SUFFIX}"))):
+    for path in (*sorted(folder.glob("[!.]*.safetensors")), *sorted(folder.glob(f"[!.]*{STATISTICS_SUFFIX}"))):
         ours = False
         if path.name.startswith("shard-") and path.suffix == ".safetensors":
             with contextlib.suppress(ValueError):
