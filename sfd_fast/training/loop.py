@@ -105,7 +105,7 @@ def train_job(job: Job, engine: Engine, *, resume: bool, progress: bool) -> Trai
         run.restore(state, latest / STATE)
 
     def prepare() -> RunLog:
-        prepare_directory(folder, job.config, resume=resume, write=leader, files=engine.files())
+        prepare_directory(folder, job.config, resume=resume, write=leader, step=run.step, files=engine.files())
         if leader:
             checkpoints.begin()
         return RunLog(

@@ -164,8 +164,8 @@ def test_shards_of_another_dtype_do_not_mix(tmp_path):
 
 
 def test_an_unfinished_folder_of_features_is_refused(tmp_path):
-    feature_shard(tmp_path, "a.safetensors")
     begin(tmp_path, {"kind": "features"}, {})
+    feature_shard(tmp_path, "a.safetensors")
     with pytest.raises(ValueError, match="is an unfinished cache: run the same command again"):
         FeatureShards(tmp_path)
 

@@ -1,25 +1,26 @@
 """The directory of a run: taken by one launch, resumed from, or refused because it belongs to another run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from sfd_fast.config import to_dict
+from sfd_fast.config import require, to_dict
 from sfd_fast.config.checks import PATH, changeable, flatten, marked
 from sfd_fast.files.atomic import sweep, write_atomically
 from sfd_fast.files.digest import settings_digest
-from sfd_fast.files.documents import require_kinds
+from sfd_fast.files.documents import read_json, require_kinds
 from sfd_fast.files.lock import FolderLock
 from sfd_fast.formats.marked_folder import strangers
-from sfd_fast.training.checkpoints import STATE, Checkpoints, read_state
+from sfd_fast.training.checkpoints import POINTER, STATE, Checkpoints, is_ours, read_state
 from sfd_fast.training.engines.interface import Engine, together
 from sfd_fast.training.job import Job
+from sfd_fast.training.run.log import METRICS
 from sfd_fast.training.run.stop import STOP_FILE
 
-MODEL = "model"
+MODEL, CONFIG = "model", "config.json"
 STORED = {
     "config": dict, "identity": dict, "record": dict, "world_size": int, "threads": list, "changes": list,
     "bad_in_row": int, "skipped": int, "wall_s": (int, float), "interval": dict, "recent_norms": list,
@@ -32,10 +33,35 @@ def lock(folder: Path) -> FolderLock:
     return FolderLock(folder, command="training", advice="choose another run.out", clean=partial(sweep, folder))
 
 
+def is_run(path: Path) -> bool:
+    """Whether a file is the config.json of a run of ours."""
+    try:
+        return {"train", "run", "optimizer", "data"} <= read_json(path).keys()
+    except (OSError, ValueError):
+        return False
+
+
+def require_ours(folder: Path, step: int, names: Iterable[str]) -> None:
+    """Raises ValueError where the directory of a run that is at `step` holds files of others in the place of ours."""
+    for path in sorted((folder / "checkpoints").glob("[0-9]*")):
+        later = path.name.isdecimal() and path.name == f"{int(path.name):08d}" and int(path.name) > step
+        require(not later or is_ours(path), f"{path} is there already and is no checkpoint: move it away")
+    if (folder / "checkpoints" / POINTER).is_file():
+        return
+    advice = "choose another run.out, or move it away to start anew"
+    if is_run(folder / CONFIG):
+        log = folder / METRICS
+        lost = log.is_file() and log.stat().st_size > 0
+        require(not lost, f"{log} is the log of a run whose checkpoints are gone: {advice}")
+        return
+    for path in (folder / name for name in (CONFIG, METRICS, *names)):
+        require(not path.exists(), f"{path} is there already and was not written by this command: {advice}")
+
+
 def prepare_directory(
-    folder: Path, config: object, *, resume: bool, write: bool, files: Mapping[str, str] | None = None
+    folder: Path, config: object, *, resume: bool, write: bool, step: int = 0, files: Mapping[str, str] | None = None
 ) -> None:
-    """Creates the run directory with config.json and the engine's `files` (name -> text).
+    """Creates the run directory with config.json and the engine's `files` (name -> text). step: where the run is.
 
     OSError where it cannot be written, ValueError where it is taken.
     """
@@ -45,10 +71,11 @@ def prepare_directory(
         )
     if not write:
         return
+    require_ours(folder, step, files or ())
     strangers(folder / MODEL)  # raises where the model could not take its place at the end
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+        write_atomically(folder / CONFIG, json.dumps(to_dict(config), indent=1) + "\n")
         for name, text in (files or {}).items():
             write_atomically(folder / name, text)
         (folder / STOP_FILE).unlink(missing_ok=True)

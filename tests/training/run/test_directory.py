@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,31 @@ def test_a_folder_of_unknown_origin_in_the_place_of_the_model_is_left_alone(tmp_
     (mine / "model.safetensors").unlink()
     assert train(tiny_config(data, tmp_path / "run", max_steps=4)).model == mine  # an empty folder is nobody's
     assert train(tiny_config(data, tmp_path / "run", max_steps=5)).model == mine
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints/00000002/photo.jpg"])
+def test_files_of_others_in_the_place_of_ours_end_a_run_before_it_writes(tmp_path, data, name):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(ValueError, match="is there already and (was not written by this command|is no checkpoint)"):
+        train(tiny_config(data, tmp_path / "run", max_steps=4))
+    assert mine.read_text() == "{}"
+    assert [path for path in sorted((tmp_path / "run").rglob("*")) if path.name != ".lock"] == before
+
+
+def test_a_log_without_checkpoints_is_not_emptied(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", max_steps=4)
+    train(config)
+    rows = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ValueError, match="metrics.jsonl is the log of a run whose checkpoints are gone"):
+        train(config)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == rows
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train(config)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()) == len(rows.splitlines())
 
 
 def test_a_missing_pointer_does_not_start_the_run_anew(tmp_path, data):
