@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from sfd_fast import pictures
 from sfd_fast.config import (
@@ -18,7 +18,7 @@ from sfd_fast.config import (
     require,
     with_settings,
 )
-from sfd_fast.config.checks import Count, FilePath, Natural, NotNegative, Positive
+from sfd_fast.config.checks import Count, FilePath, Natural, NotNegative, Positive, Range
 from sfd_fast.config.sampling import SETTINGS
 from sfd_fast.ranks import Ranks
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sfd_fast.sampling.large_scale import Generation
     from sfd_fast.sampling.pipeline import SFDPipeline
 
-GRID, STAGES = "grid.png", "stages.png"
 STRIP_IMAGES, STRIP_FRAMES = 4, 10
 
 
@@ -37,7 +36,7 @@ class SampleConfig(SingleSettings):
     model: FilePath = ""
     """pipeline folder or hub name; a run of `sfd train`; or the folder of a network that `sfd convert` wrote"""
     out: FilePath = "runs/samples"
-    num_images: Natural = 0
+    num_images: Annotated[int, Range(0, 100_000_000)] = 0
     """0: one per entry of `labels`, or 64"""
     labels: tuple[int | str, ...] | str = ()
     """numbers or names of classes, comma-separated ("golden retriever,tabby cat"), which images take in turn; empty:
@@ -161,6 +160,7 @@ def finish(config: SampleConfig, generation: "Generation", num_drawn: int, start
 def draw_grid(generation: "Generation", count: int) -> Path:
     """grid.png of the first images, as long as they are not in the npz."""
     from sfd_fast.sampling.image_writer import is_whole
+    from sfd_fast.sampling.output import GRID
 
     files = generation.files
     path, count = files.out / GRID, min(count, files.num)
@@ -171,6 +171,8 @@ def draw_grid(generation: "Generation", count: int) -> Path:
 
 def draw_stages(generation: "Generation") -> Path:
     """stages.png: how the first images come about."""
+    from sfd_fast.sampling.output import STAGES
+
     pipeline, request, path = generation.pipeline, generation.request, generation.files.out / STAGES
     labels = request.labels[: min(STRIP_IMAGES, pipeline.micro_batch_size)]
     frames = pipeline.trajectory(

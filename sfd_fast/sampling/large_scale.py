@@ -75,6 +75,13 @@ class Generation:
     def claim(self) -> None:
         """Marks the folder as holding these samples; ValueError where it holds others."""
         path, record = self.files.out / RUN, self.record()
+        # run.json comes before every image: without it they are of another program
+        found = [name for name in self.files.outputs if (self.files.out / name).exists()]
+        if found and not path.exists():
+            raise ValueError(
+                f"{self.files.out / found[0]} is there already and was not written by this command, as {path} is "
+                "missing: choose another folder with --out, or move it away"
+            )
         if create_once(path, (json.dumps(record, indent=1) + "\n").encode()):
             return
         there = read_claim(path)

@@ -22,7 +22,7 @@ from sfd_fast.files.messages import first_line
 from sfd_fast.ranks import launch_name
 from sfd_fast.sampling.image_writer import AsyncWriter, is_whole, write_array, write_image, write_npz
 
-NPZ = "samples.npz"
+NPZ, GRID, STAGES = "samples.npz", "grid.png", "stages.png"
 PULSE = ".alive-"
 POLL_S, PULSE_S = 0.2, 1.0
 LOOK_SHARE = 10
@@ -59,6 +59,12 @@ class SampleFiles:
     @property
     def npz(self) -> Path:
         return self.out / NPZ
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names that this run puts into its folder."""
+        own = NPZ if self.format == "npz" else "labels.npy"
+        return own, self.folder.name, GRID, STAGES
 
     def image(self, number: int) -> Path:
         return self.folder / f"{number:06d}.{self.format}"

@@ -243,6 +243,20 @@ def test_the_three_stage_strip_shows_each_stage_moving_its_streams(model, tmp_pa
     assert width > 500 and height > 500
 
 
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [("npz", "samples.npz"), ("npz", "parts/00000000.npy"), ("png", "images/000000.png"), ("png", "labels.npy"),
+     ("png", "grid.png"), ("npz", "stages.png")],
+)  # fmt: skip
+def test_a_folder_with_files_of_others_is_left_alone(model, tmp_path, format, name):
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"of someone")
+    with pytest.raises(ValueError, match=r"is there already and was not written by this command"):
+        run_sample(settings(model, tmp_path / "out", format=format))
+    assert mine.read_bytes() == b"of someone" and not (tmp_path / "out" / "run.json").exists()
+
+
 def test_a_folder_of_other_samples_is_an_error(model, tmp_path):
     run_sample(settings(model, tmp_path))
     with pytest.raises(ValueError, match="holds samples of other settings: seed is 0 there and 1 now"):
@@ -582,7 +596,8 @@ def test_contradictory_rank_is_an_error(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_images": -1}, "num_images -1 must not be negative"),
+        ({"num_images": -1}, r"num_images -1 must be in \[0, 100000000\]"),
+        ({"num_images": 10**12}, r"num_images 1000000000000 must be in \[0, 100000000\]"),
         ({"format": "jpeg"}, "format 'jpeg' is unknown"),
         ({"num_writers": 0}, "num_writers 0 must be at least 1"),
         ({"stall_s": 0}, "stall_s 0 must be greater than 0"),
