@@ -53,6 +53,14 @@ def is_installed(name: str) -> bool:
         return False
 
 
+@pytest.fixture(scope="session", autouse=True)
+def the_same_default_on_every_cpu():
+    """Pipelines are fp32 unless a test says otherwise: a CPU with bf16 units would sample in bf16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfd_fast.sampling.latents.has_bf16_units", lambda: False)
+        yield
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("golden") and not GOLDEN.is_dir():

@@ -124,6 +124,8 @@ def convert_yaml(source: Path, target: Path, overwrite: bool) -> None:
 
 def assemble(config: ConvertConfig) -> None:
     """Networks, codec and statistics as one pipeline folder."""
+    import torch
+
     from sfd_fast.diffusion.statistics import LatentStatistics
     from sfd_fast.formats.imagenet import imagenet_names
     from sfd_fast.formats.model_folder import read_config
@@ -158,5 +160,6 @@ def assemble(config: ConvertConfig) -> None:
             texture_codec=folders["codec"],
             statistics=statistics,
             device="cpu",
+            torch_dtype=torch.float32,
             **({} if known is None else {"id2label": known}),
         ).save_pretrained(config.target)

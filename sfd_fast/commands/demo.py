@@ -196,6 +196,8 @@ def write_latents(
 
 def assemble(config: DemoConfig, folder: Path, main: "TrainResult", guide: "TrainResult") -> None:
     """The folder that `sfd sample` and SFDPipeline load: network, guide, codec, statistics and sampling defaults."""
+    import torch
+
     from sfd_fast.models.texture import IdentityCodec
     from sfd_fast.sampling.pipeline import SFDPipeline
 
@@ -208,6 +210,7 @@ def assemble(config: DemoConfig, folder: Path, main: "TrainResult", guide: "Trai
         id2label=NAMES,
         micro_batch_size=100,
         device="cpu",
+        torch_dtype=torch.float32,  # what is saved keeps every bit
     ).save_pretrained(folder)
 
 

@@ -6,7 +6,6 @@ Backward: the gradient of the weight is dy^T x. oneDNN multiplies a transposed o
 so dy is transposed first, by an operator that sums the bias's gradient in the same pass.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from sfd_kernels import transpose_with_sums
 from sfd_kernels.registry import is_reference_only, needs_reference
 from torch import Tensor, nn
+
+from sfd_fast.models.processor import has_amx
 
 ENOUGH_ROWS = 256
 """fewer are multiplied in less time than a call of ours takes"""
@@ -51,12 +52,6 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None or x.dim() < 2 or not x.numel() or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # what torch.compile calls
-
-
-@functools.cache
-def has_amx() -> bool:
-    """Whether the CPU multiplies tiles of bf16."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 class _Product(torch.autograd.Function):

@@ -4,6 +4,7 @@ Letters: B micro-batch, C channels, H height, W width.
 """
 
 import copy
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from sfd_fast.config.checks import one_of
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.transport import noise
 from sfd_fast.files.tensors import require_finite
+from sfd_fast.models.processor import has_bf16_units
 from sfd_fast.sampling.allocator import keep_freed_memory
 from sfd_fast.sampling.guidance import Velocity, autoguidance, bind_labels, bind_null, cfg
 from sfd_fast.sampling.runner import Recent, StepRunners
@@ -52,18 +54,23 @@ def own_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None 
 def chosen_for(device: torch.device, dtype: torch.dtype | None, backend: SamplingBackend) -> tuple[torch.dtype, str]:
     """The networks' dtype, None: the best for the device, and what backend "auto" means on it.
 
-    CUDA: bf16 from compute capability 8 on (below it bf16 is software), and captured graphs. Else fp32, eager: the bits
-    that tests compare with the released system's.
+    CUDA: bf16 from compute capability 8 on (below it bf16 is software), and captured graphs. A CPU with bf16 units
+    (AMX, AVX512_BF16): bf16, eager. Else fp32, eager.
     """
     cuda = device.type == "cuda"
-    fast = cuda and torch.cuda.get_device_capability(device)[0] >= 8
+    fast = torch.cuda.get_device_capability(device)[0] >= 8 if cuda else device.type == "cpu" and has_bf16_units()
     chosen = (
         dtype or (torch.bfloat16 if fast else torch.float32),
         ("cuda_graph" if cuda else "eager") if backend == "auto" else backend,
     )
-    if cuda and chosen != (dtype, backend):
-        log.info("sampling in %s with backend %s; torch_dtype (--precision) and backend name others", *chosen)
+    if fast and dtype is None or cuda and chosen != (dtype, backend):
+        say_once("sampling in %s with backend %s; torch_dtype (--precision) and backend name others", *chosen)
     return chosen
+
+
+@functools.cache
+def say_once(message: str, *values: object) -> None:
+    log.info(message, *values)
 
 
 class LatentSampler:

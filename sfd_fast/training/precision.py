@@ -6,11 +6,11 @@ from typing import TypeVar
 import torch
 
 from sfd_fast.config import SemVAETrainingConfig, SFDConfig, overlaid
+from sfd_fast.models.processor import has_bf16_units
 from sfd_fast.ranks import Ranks
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config", SFDConfig, SemVAETrainingConfig)
-BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 
 
 def settled(config: Config, device: torch.device | str | None = None) -> Config:
@@ -26,9 +26,3 @@ def settled(config: Config, device: torch.device | str | None = None) -> Config:
     if precision == "fp32" and Ranks.read().first:
         log.info("precision: fp32, as this CPU has no bf16 units; --train.precision parity computes as a GPU would")
     return overlaid(config, {"train.precision": precision})
-
-
-def has_bf16_units() -> bool:
-    """Whether the CPU multiplies in bf16 itself."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(found.get(name) for name in BF16_UNITS)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from harness.tiny_pipelines import build
 
-from sfd_fast.sampling.latents import chosen_for
+from sfd_fast.sampling.latents import chosen_for, say_once
 
 
 def on_cuda(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    say_once.cache_clear()
     return torch.device("cuda", 0)
 
 
@@ -33,9 +34,15 @@ def test_a_gpu_samples_in_bf16_with_graphs_unless_told_otherwise(monkeypatch, ca
     assert said == ([] if given == expected else [wanted])
 
 
-def test_a_cpu_samples_in_fp32_eagerly():
-    pipeline = build(device="cpu")
-    assert (pipeline.precision, pipeline.backend) == ("fp32", "eager")
+@pytest.mark.parametrize(("units", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_a_cpu_samples_eagerly_and_in_bf16_where_it_has_units_for_it(units, precision, monkeypatch, caplog):
+    monkeypatch.setattr("sfd_fast.sampling.latents.has_bf16_units", lambda: units)
+    say_once.cache_clear()
+    with caplog.at_level("INFO"):
+        pipelines = [build(device="cpu") for _ in range(2)]
+    assert all((made.precision, made.backend) == (precision, "eager") for made in pipelines)
+    assert caplog.text.count("--precision") == units  # said once, and only where it is not fp32
+    assert build(device="cpu", torch_dtype=torch.float32).precision == "fp32"
     assert chosen_for(torch.device("cpu"), torch.bfloat16, "compile") == (torch.bfloat16, "compile")
 
 
