@@ -5,6 +5,8 @@ docs/METHOD.md 3 to 5 with the weights of our own LightningDiT; not for use.
 Letters: B batch, N tokens, D width, H heads.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
@@ -82,7 +84,15 @@ def network(model: LightningDiT, x: Tensor, t_tex: Tensor, t_sem: Tensor, labels
 
 @torch.no_grad()
 def guided_euler(
-    model: LightningDiT, guide: LightningDiT, x: Tensor, labels: Tensor, *, grid: Tensor, delta_t: float, scale: float
+    model: LightningDiT,
+    guide: LightningDiT,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    grid: Tensor,
+    delta_t: float,
+    scale: float,
+    network: Callable = network,
 ) -> Tensor:
     """Euler with AutoGuidance on the given times: both networks at every evaluation, masks as tensors."""
     texture = model.config.texture_channels
@@ -107,9 +117,10 @@ def guided_euler(
 def matrix_products(model: LightningDiT, batch: int) -> None:
     """Only the matrix products and attention of one evaluation's blocks: the time that no fusion can go below."""
     config = model.config
-    h = torch.zeros(batch, config.num_tokens, config.hidden_size)
-    inner = torch.zeros(batch, config.num_tokens, config.mlp_hidden)
-    q = torch.zeros(batch, config.num_heads, config.num_tokens, config.head_dim)
+    kind = {"dtype": model.pos_embed.dtype}
+    h = torch.zeros(batch, config.num_tokens, config.hidden_size, **kind)
+    inner = torch.zeros(batch, config.num_tokens, config.mlp_hidden, **kind)
+    q = torch.zeros(batch, config.num_heads, config.num_tokens, config.head_dim, **kind)
     for block in model.blocks:
         block.attn.qkv(h)
         scaled_dot_product_attention(q, q, q)

@@ -61,10 +61,10 @@ class SFDPipeline(ImageSampler):
 
         sampler, guidance: defaults of every call. id2label: names of the classes. classes: those that the model has
         seen in training, where they are not all. training: its config, saved along with the model.
-        torch_dtype: float32 or bfloat16, of the networks' weights; the state stays fp32. None: bfloat16 on a device that
-        computes in it (most GPUs; CPUs with AMX or AVX512_BF16), else float32. device: default cuda where there is one.
-        backend: eager, compile or cuda_graph; auto: cuda_graph on CUDA, else eager. keep_memory: on a CPU, freed memory
-        stays in the process from now on (allocator.py), which spares page faults.
+        torch_dtype: float32 or bfloat16, of the networks' weights; the state stays fp32. None: bfloat16 on devices
+        that compute in it (most GPUs; CPUs with AMX or AVX512_BF16), else float32. device: default cuda where there is
+        one. backend: eager, compile or cuda_graph; auto: cuda_graph on CUDA, else eager. keep_memory: on a CPU, freed
+        memory stays in the process from now on (allocator.py), which spares page faults.
         The given networks and codec stay as they are; the pipeline's copies share their weights where they can.
         Raises ValueError where the parts do not fit together or weights are not finite.
         """
