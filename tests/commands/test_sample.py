@@ -139,8 +139,8 @@ def slowly(path, images):
     time.sleep(0.5)  # so that the kill comes while parts are missing
 sample_files.write_array = slowly
 generate.run_sample(generate.SampleConfig(
-    model=sys.argv[1], out=sys.argv[2], num_images=18, format="npz", progress=False, device="cpu", grid=9, precision="fp32",
-    num_writers=1))
+    model=sys.argv[1], out=sys.argv[2], num_images=18, format="npz", progress=False, device="cpu", grid=9,
+    num_writers=1, precision="fp32"))
 """
     process = subprocess.Popen([sys.executable, "-c", script, str(model), str(tmp_path)], env=environment())
     deadline = time.monotonic() + 120
