@@ -470,6 +470,7 @@ cli.main(sys.argv[2:])
 """
     out = tmp_path / "out"
     options = ["--num_images", "18", "--format", "npz", "--grid", "9", "--device", "cpu", "--progress", "false"]
+    options += ["--precision", "fp32"]
     command = [sys.executable, "-c", script, str(tmp_path)]
     command += ["sample", "--model", str(model), "--out", str(out), *options]
     processes = [
