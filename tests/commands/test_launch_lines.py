@@ -106,7 +106,7 @@ def small(command: str, parts: dict[str, str], out: Path) -> list[str]:
     if command == "train":
         return ["--config", "tiny.yaml"]
     if command == "sample":
-        options = {"model": "PIPELINE", "out": out, "num_images": 6, "micro_batch_size": 2, "num_steps": 4}
+        options = {"model": "PIPELINE", "out": out, "num_images": 6, "micro_batch_size": 2, "num_inference_steps": 4}
     else:
         assert command == "encode", f"no small work for {command} here: add it to this test"
         options = parts | {"out": out, "image_size": SIZE, "shard_size": 2, "batch_size": 4}

@@ -46,7 +46,7 @@ def test_features_in_two_tasks_of_a_slurm_step(parts, tmp_path, srun):
 
 def test_sample_in_two_tasks_of_a_slurm_step(tmp_path, srun):
     build(guide=None, guidance=None, micro_batch_size=2).save_pretrained(tmp_path / "model")
-    settings = {"model": tmp_path / "model", "num_images": 10, "num_steps": 4, "format": "npz"}
+    settings = {"model": tmp_path / "model", "num_images": 10, "num_inference_steps": 4, "format": "npz"}
     srun("sample", 2, out=tmp_path / "two", **settings)
     srun("sample", 0, out=tmp_path / "one", **settings)
     assert (tmp_path / "two" / "samples.npz").read_bytes() == (tmp_path / "one" / "samples.npz").read_bytes()
