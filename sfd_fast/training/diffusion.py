@@ -24,6 +24,7 @@ from sfd_fast.files.digest import tensors_digest
 from sfd_fast.formats.model_folder import CARD, save_model
 from sfd_fast.formats.released_model import load_model
 from sfd_fast.models.dit import LightningDiT, num_flops
+from sfd_fast.sampling.pipeline_folder import folder_of_model
 from sfd_fast.training.engines.interface import Batch, Engine
 from sfd_fast.training.held_out import VALIDATION_IDS, held_out_means
 from sfd_fast.training.job import Job, a_few, check_default_dtype
@@ -130,6 +131,9 @@ def initial_model(config: SFDConfig) -> LightningDiT:
 def load_initial_weights(model: LightningDiT, config: SFDConfig) -> None:
     """Fine-tuning: copies the weights of train.init_from. ValueError names what does not fit."""
     path = Path(config.train.init_from)
+    if path.is_dir():  # a run directory stands for its model, a pipeline for its network
+        path = folder_of_model(path)
+        path = path / "transformer" if (path / "transformer").is_dir() else path
     given, wanted = load_model(path).state_dict(), model.state_dict()
     table = "y_embedder.embedding_table.weight"
     if config.train.init_classes == "new" and given[table].shape[1:] == wanted[table].shape[1:]:

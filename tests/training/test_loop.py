@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 from dataclasses import replace
 
@@ -18,9 +19,10 @@ from sfd_fast.data.cache.shards import write_shard
 from sfd_fast.diffusion import random_numbers
 from sfd_fast.diffusion.statistics import LatentStatistics
 from sfd_fast.diffusion.transport import noise
+from sfd_fast.formats.released_model import load_model
 from sfd_fast.planning.description import show
 from sfd_fast.training.checkpoints import read_state, write_state
-from sfd_fast.training.diffusion import diffusion_job, held_out_batch, run_train, split_held_out
+from sfd_fast.training.diffusion import diffusion_job, held_out_batch, initial_model, run_train, split_held_out
 from sfd_fast.training.engines import interface
 from sfd_fast.training.export import export_checkpoint, is_checkpoint
 from sfd_fast.training.held_out import VALIDATION_IDS
@@ -455,6 +457,22 @@ def test_fine_tuning_starts_from_the_given_weights(tmp_path, data):
     source, target = tensors(tmp_path / "first", 8), tensors(tmp_path / "second", 1)
     name = "blocks.1.attn.qkv.weight"
     torch.testing.assert_close(target[f"{name}|param"], source[f"{name}|ema"], rtol=0, atol=1e-8)
+
+
+def test_a_run_directory_or_a_pipeline_may_be_given_and_a_checkpoint_names_the_command(tmp_path, data):
+    first = train(tiny_config(data, tmp_path / "first"))
+    config = tiny_config(data, tmp_path / "second", init_from=str(first.directory))
+    expected = load_model(first.model).state_dict()
+    found = initial_model(config).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    shutil.copytree(first.model, tmp_path / "pipeline" / "transformer")
+    (tmp_path / "pipeline" / "pipeline.json").write_text("{}")
+    found = initial_model(tiny_config(data, tmp_path / "third", init_from=str(tmp_path / "pipeline"))).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for part in ("checkpoints", "checkpoints/00000008"):
+        place = first.directory / part
+        with pytest.raises(ValueError, match=f"is a training checkpoint, .*sfd convert --source {place} --target"):
+            initial_model(tiny_config(data, tmp_path / "fourth", init_from=str(place)))
 
 
 def test_weights_of_another_size_cannot_start_a_run(tmp_path, data):
