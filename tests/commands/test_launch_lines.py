@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from sfd_fast.config import to_dict
 from sfd_fast.ranks import free_port
+from sfd_fast.sampling.image_writer import is_whole
 
 pytest_plugins = ["harness.cache_fixtures"]
 pytestmark = pytest.mark.skipif(
@@ -121,8 +122,9 @@ def check(command: str, out: Path, output: str) -> None:
         with safe_open(out / "model" / "model.safetensors", "pt") as file:
             assert file.keys()
     elif command == "sample":
-        assert len(list((out / "images").glob("*.png"))) == 6
-        assert "6 images in" in output
+        pictures = sorted((out / "images").glob("*.png"))
+        assert [path.stem for path in pictures] == [f"{number:06d}" for number in range(6)]
+        assert all(is_whole(path) for path in pictures) and (out / "labels.npy").is_file()  # written by the first rank
     else:
         assert "13 images in 7 shards" in output and "on 2 rank(s)" in output
 
