@@ -6,7 +6,7 @@
 // dQ^T = K^T dS^T takes the same rows as its depth.
 #include "attention.h"
 
-SFD_KERNEL(attention_backward_tasks, AttentionBackwardArgs)
+SFD_BF16_KERNEL(attention_backward_tasks, AttentionBackwardArgs)
 
 #ifdef SFD_ISA
 namespace sfd::SFD_ISA {
@@ -49,7 +49,7 @@ SFD_INLINE void weights_of_key(const BackwardScratch<E>& s, i64 row, i64 query, 
   for (int i = 0; i < kVectors; ++i) {
     const int n = i * W;
     const i64 at = (row / kTile * 2 + n / kTile) * kBlock + row % kTile * kTile + n % kTile;
-    weights[i] = exp2(load(s.scores + at, Full{}) * factor - load(s.lse + query + n, Full{}));
+    weights[i] = weight_of(load(s.scores + at, Full{}) * factor - load(s.lse + query + n, Full{}));
     dscores[i] = weights[i] * (load(s.dweights + at, Full{}) - load(s.delta + query + n, Full{}));
   }
 }
@@ -156,7 +156,7 @@ static void backward(const AttentionBackwardArgs& a, i64 begin, i64 end) {
 
 void attention_backward_tasks(const AttentionBackwardArgs& a, i64 begin, i64 end) {
   Matrix::begin();
-  with_type(a.dtype, [&]<class T>(T*) { backward<T>(a, begin, end); });
+  with_input_type(a.dtype, [&]<class T>(T*) { backward<T>(a, begin, end); });
   Matrix::end();
 }
 
@@ -191,7 +191,7 @@ static std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor
       nullptr};
   Scratch needed{nullptr};
   backward_scratch<float>(needed, tokens, d);
-  run(attention_backward_tasks, args, batch * heads, grain(tokens * tokens), needed.bytes);
+  run(q.scalar_type() == ScalarType::BFloat16 ? attention_backward_tasks_bf16 : attention_backward_tasks, args, batch * heads, grain(tokens * tokens), needed.bytes);
   return {dq, dk, dv};
 }
 

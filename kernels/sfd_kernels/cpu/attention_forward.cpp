@@ -2,7 +2,7 @@
 // arXiv 1805.02867). A task is one head of one sample and up to 512 of its queries.
 #include "attention.h"
 
-SFD_KERNEL(attention_tasks, AttentionArgs)
+SFD_BF16_KERNEL(attention_tasks, AttentionArgs)
 
 #ifdef SFD_ISA
 namespace sfd::SFD_ISA {
@@ -15,41 +15,43 @@ SFD_INLINE float* in_tiles(float* c, i64 row, i64 columns, i64 k) {
   return c + row / kTile * columns * kTile + k / kTile * kBlock + row % kTile * kTile + k % kTile;
 }
 
-static float row_maximum(float* scores, i64 row, i64 keys) {
-  vf most[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
-  for (i64 key = 0; key < keys; key += kPair)
-    for (int i = 0; i < kPair; i += W)
-      most[i / kTile] = greater(load(in_tiles(scores, row, keys, key + i), Full{}), most[i / kTile]);
-  return greatest(greater(most[0], most[1]));
+// The new maximum of 32 queries, in `top`, and what weights relative to the old one are multiplied with, in `kept`.
+static void new_maxima(float* scores, float* top, float* kept, i64 keys, float factor, bool first) {
+  for (i64 row = 0; row < kTokenStep; ++row) {
+    vf most[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
+    for (i64 key = 0; key < keys; key += kPair)
+      for (int i = 0; i < kPair; i += W)
+        most[i / kTile] = greater(load(in_tiles(scores, row, keys, key + i), Full{}), most[i / kTile]);
+    const float now = greatest(greater(most[0], most[1])) * factor, before = top[row];
+    top[row] = first || now > before ? now : before;
+    kept[row] = before - top[row];
+  }
+  for (i64 row = 0; row < kTokenStep; row += W) store(kept + row, weight_of(load(kept + row, Full{})), Full{});
 }
 
 // weights = 2^(scores factor - top) of 32 queries. `top` is the maximum so far and `total` the sum of the weights
 // relative to it; what was summed up before is scaled to the new maximum.
 static void softmax_rows(const ForwardScratch<E>& s, i64 query, i64 keys, i64 width, float factor, bool first) {
+  alignas(64) float kept[kTokenStep];
+  new_maxima(s.scores, s.top + query, kept, keys, factor, first);
   for (i64 row = 0; row < kTokenStep; ++row) {
-    const float before = s.top[query + row], now = row_maximum(s.scores, row, keys) * factor;
-    const float top = first || now > before ? now : before;
+    const vf top = splat(s.top[query + row]);
     vf sums = {};
     for (i64 key = 0; key < keys; key += kPair) {
       vf weights[kPair / W];
       for (int i = 0; i < kPair; i += W) {
-        const vf x = exp2(load(in_tiles(s.scores, row, keys, key + i), Full{}) * factor - top);
-        weights[i / W] = x;
-        sums += x;
+        weights[i / W] = weight_of(load(in_tiles(s.scores, row, keys, key + i), Full{}) * factor - top);
+        sums += weights[i / W];
       }
       Matrix::put_row(s.weights, keys, row, key, Matrix::rounded(weights));
     }
-    s.top[query + row] = top;
-    float total = sum(sums);
-    if (!first) {
-      const vf kept = exp2(splat(before - top));
-      total += s.total[query + row] * kept[0];
-      for (i64 dim = 0; dim < width; dim += W) {
-        float* out = in_tiles(s.out + query * width, row, width, dim);
-        store(out, load(out, Full{}) * kept, Full{});
-      }
+    const float total = sum(sums);
+    s.total[query + row] = first ? total : s.total[query + row] * kept[row] + total;
+    if (first) continue;
+    for (i64 dim = 0; dim < width; dim += W) {
+      float* out = in_tiles(s.out + query * width, row, width, dim);
+      store(out, load(out, Full{}) * kept[row], Full{});
     }
-    s.total[query + row] = total;
   }
 }
 
@@ -70,16 +72,34 @@ static void write_task(const AttentionArgs& a, const ForwardScratch<E>& s, i64 s
   }
 }
 
+struct Queries {  // of a task
+  i64 sample, head, first, count;
+};
+
+SFD_INLINE Queries queries_of(const AttentionArgs& a, i64 task) {
+  const i64 per_head = (a.tokens + kQueriesPerTask - 1) / kQueriesPerTask;
+  const i64 first = task % per_head * kQueriesPerTask;
+  return {task / per_head / a.heads, task / per_head % a.heads, first, smaller(a.tokens - first, kQueriesPerTask)};
+}
+
+// What the task begins with, and its output.
+template <class T>
+static void fetch_task(const AttentionArgs& a, const Queries& x, i64 part, i64 parts) {
+  const i64 keys = smaller(a.tokens, kBlockTokens);
+  fetch(head_source<T>(a.q, x.sample, x.head, x.first, x.count, a.d), part, parts);
+  fetch(head_source<T>(a.k, x.sample, x.head, 0, keys, a.d), part, parts);
+  fetch(head_source<T>(a.v, x.sample, x.head, 0, keys, a.d), part, parts);
+}
+
 template <class T>
 static void forward(const AttentionArgs& a, i64 begin, i64 end) {
   Scratch memory{a.scratch};
   const ForwardScratch<E> s = forward_scratch<E>(memory, a.tokens, a.d);
   const i64 depth = round_up(a.d, Matrix::kDepth), width = round_up(a.d, kTile);
-  const i64 tasks_per_head = (a.tokens + kQueriesPerTask - 1) / kQueriesPerTask;
   for (i64 task = begin; task < end; ++task) {
-    const i64 sample = task / tasks_per_head / a.heads, head = task / tasks_per_head % a.heads;
-    const i64 first = task % tasks_per_head * kQueriesPerTask, count = smaller(a.tokens - first, kQueriesPerTask);
+    const auto [sample, head, first, count] = queries_of(a, task);
     const i64 queries = round_up(count, kTokenStep);
+    const Queries next = queries_of(a, task + 1 < end ? task + 1 : task);
     Matrix::pack_rows(s.q, head_source<T>(a.q, sample, head, first, count, a.d), queries, depth);
     for (i64 from = 0; from < a.tokens; from += kBlockTokens) {
       const i64 inside = smaller(a.tokens - from, kBlockTokens), keys = round_up(inside, kTokenStep);
@@ -90,6 +110,8 @@ static void forward(const AttentionArgs& a, i64 begin, i64 end) {
         if (inside < keys) hide_padding(s.scores, keys, inside);
         softmax_rows(s, query, keys, width, a.scale * kLog2E, from == 0);
         float* out = s.out + query * width;
+        if (from == 0) { HeadRows o{a.out, a.tokens*a.heads*a.d, a.heads*a.d, a.d}; fetch(head_source<T>(o, sample, head, first, count, a.d), query / kTokenStep, queries / kTokenStep); }
+        if (from == 0) fetch_task<T>(a, next, query / kTokenStep, queries / kTokenStep);
         if (from == 0) {
           Matrix::product<false>(out, s.weights, s.v, 2, width / kTile, keys);
         } else {
@@ -103,7 +125,7 @@ static void forward(const AttentionArgs& a, i64 begin, i64 end) {
 
 void attention_tasks(const AttentionArgs& a, i64 begin, i64 end) {
   Matrix::begin();
-  with_type(a.dtype, [&]<class T>(T*) { forward<T>(a, begin, end); });
+  with_input_type(a.dtype, [&]<class T>(T*) { forward<T>(a, begin, end); });
   Matrix::end();
 }
 
@@ -128,7 +150,7 @@ static std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v) {
   Scratch needed{nullptr};
   forward_scratch<float>(needed, tokens, d);
   const i64 tasks = batch * heads * ceil_div(tokens, kQueriesPerTask);
-  run(attention_tasks, args, tasks, grain(std::min(tokens, kQueriesPerTask) * tokens), needed.bytes);
+  run(q.scalar_type() == ScalarType::BFloat16 ? attention_tasks_bf16 : attention_tasks, args, tasks, grain(std::min(tokens, kQueriesPerTask) * tokens), needed.bytes);
   return {out, lse};
 }
 

@@ -4,17 +4,48 @@
 
 #include "operator.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace sfd {
 
+static constexpr const char* kIsaNames[kIsas] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
+
+#if defined(SFD_HAS_BF16_ISAS)
+static bool has_avx512_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
+}
+
+// The tiles' registers are 8 KiB, for which a process must ask the system once.
+static bool has_amx() {
+#if defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & bf16) == 0 || (edx & tiles) == 0) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 static Isa best_isa() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#if defined(SFD_HAS_BF16_ISAS)
+    if (has_avx512_bf16()) return has_amx() ? Isa::amx : Isa::avx512_bf16;
+#endif
     return Isa::avx512;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     return Isa::avx2;
 #endif
@@ -25,14 +56,14 @@ Isa isa() {
   static const Isa chosen = [] {
     const char* name = std::getenv("SFD_KERNELS_ISA");
     const Isa best = best_isa();
-    if (name == nullptr || std::strcmp(name, "avx512") == 0) return best;
-    if (std::strcmp(name, "avx2") == 0) return std::min(best, Isa::avx2);
-    return std::strcmp(name, "baseline") == 0 ? Isa::baseline : best;
+    for (int i = 0; name != nullptr && i < kIsas; ++i)
+      if (std::strcmp(name, kIsaNames[i]) == 0) return std::min(best, static_cast<Isa>(i));
+    return best;
   }();
   return chosen;
 }
 
-static std::string capability() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "baseline"; }
+static std::string capability() { return kIsaNames[static_cast<int>(isa())]; }
 
 Tensor fresh(const i64* sizes, i64 dim, ScalarType dtype) {
   i64 strides[8], count = 1;

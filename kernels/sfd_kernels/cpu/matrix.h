@@ -43,8 +43,9 @@ SFD_INLINE void for_transposed(const Source<T>& x, i64 rows, F&& f) {
 
 struct FloatMatrix {
   using Element = float;
-  static constexpr i64 kDepth = 1;  // K is a multiple of it
-  struct Row {                      // 32 elements of a row
+  static constexpr i64 kDepth = 1;      // K is a multiple of it
+  static constexpr int kExpDegree = 5;  // of exp2 for an operand
+  struct Row {                          // 32 elements of a row
     vf part[2 * kTile / W];
   };
 

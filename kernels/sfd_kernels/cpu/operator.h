@@ -24,15 +24,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 // ---- instruction set ----
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };  // each holds those before it
+inline constexpr int kIsas = 5;
 
 Isa isa();  // the best of this machine, or a lesser one that SFD_KERNELS_ISA names
 
 template <class Args>
 struct Kernel {
   using Function = void (*)(const Args&, i64, i64);
-  Function avx512, avx2, baseline;
-  Function get() const { return isa() == Isa::avx512 ? avx512 : isa() == Isa::avx2 ? avx2 : baseline; }
+  std::array<Function, kIsas> of;
+  Function get() const { return of[static_cast<size_t>(isa())]; }
 };
 
 // Runs tasks 0 to count - 1 on torch's threads, `grain` of them at least on each.
