@@ -31,12 +31,19 @@ def load_cpu_kernels() -> None:
             _cpu_error = f"{built[0].name} does not load: {error}"
 
 
+def cpu_instruction_set() -> str:
+    """What the C++ kernels use here: amx, avx512_bf16, avx512, avx2 or baseline; "none" where there are none."""
+    if _cpu_error is not None or not hasattr(torch.ops.sfd_cpu, "capability"):
+        return "none"
+    return torch.ops.sfd_cpu.capability()
+
+
 def backends() -> dict[str, str]:
     """What serves tensors of each device and, where it is the reference, why: for `sfd doctor`."""
     if _cpu_error is not None:
         cpu = "triton interpreter" if INTERPRET else f"reference (plain PyTorch); {_cpu_error}"
     else:
-        cpu = f"C++ ({torch.ops.sfd_cpu.capability()})" if hasattr(torch.ops.sfd_cpu, "capability") else "C++"
+        cpu = f"C++ ({cpu_instruction_set()})"
     if importlib.util.find_spec("triton") is None:
         cuda = "reference (plain PyTorch); Triton is not installed: pip install triton"
     else:

@@ -79,7 +79,7 @@ class TrainConfig(Settings, section="train"):
     residual: Precision = "fp32"
     """dtype of the residual stream; fp32 is the released network's, bf16 moves fewer bytes"""
     attention: Annotated[
-        Literal["auto", "flash4", "flash3", "flash2", "xformers", "cudnn", "sdpa"], MAY_CHANGE
+        Literal["auto", "flash4", "flash3", "flash2", "xformers", "cudnn", "sfd", "sdpa"], MAY_CHANGE
     ] = "auto"
     """library behind attention; auto takes what fits, on a GPU the fastest (measured once, kept on disk)"""
     deterministic: Annotated[bool, MAY_CHANGE] = False

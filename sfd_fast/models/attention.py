@@ -1,4 +1,4 @@
-"""Attention as one function over (B, N, H, d): flash-attn 4, 3, 2, xformers, cuDNN or torch SDPA behind it.
+"""Attention as one function over (B, N, H, d): flash-attn 4, 3, 2, xformers, cuDNN, torch SDPA or, on CPUs, our own.
 
 B batch, N tokens, H heads, d head_dim (72 in XL, 64 in XXL and B).
 """
@@ -10,8 +10,11 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+import sfd_kernels
 import torch
 import torch.nn.functional as F
+from sfd_kernels.loading import cpu_instruction_set
+from sfd_kernels.registry import is_reference_only
 from torch import Tensor
 
 from sfd_fast.models.attention_speed import fastest, measure
@@ -47,6 +50,12 @@ def _call_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+
+
+def _call_ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (q, k, v))
+    return sfd_kernels.attention(q, k, v)[0]
 
 
 def _call_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -110,6 +119,10 @@ BACKENDS: dict[str, Backend] = {
         "cuDNN through torch SDPA", "torch.nn.attention", _call_cudnn, "pip install torch",
         (8, 9, 10, 11, 12), HALF, 128, True, False,
     ),
+    "sfd": Backend(
+        "sfd_kernels' operator for CPUs", "sfd_kernels", _call_ours, "pip install --no-build-isolation sfd_fast",
+        (), (torch.bfloat16, torch.float32), 256, True, True,
+    ),
     "sdpa": Backend(
         "torch SDPA", "torch.nn.functional", _call_sdpa, "pip install torch",
         (), (), 65536, True, True,
@@ -136,6 +149,8 @@ def _not_installed(name: str) -> str:
 def _does_not_fit(name: str, device_type: str, capability: int, dtype: torch.dtype, head_dim: int) -> str:
     """Why this library cannot run such an attention, or an empty string."""
     backend = BACKENDS[name]
+    if name == "sfd" and (reason := _ours_does_not_pay(device_type, dtype)):
+        return reason
     if backend.capabilities and device_type != "cuda":
         return f"needs a CUDA device, not {device_type}"
     if backend.capabilities and capability not in backend.capabilities:
@@ -144,9 +159,18 @@ def _does_not_fit(name: str, device_type: str, capability: int, dtype: torch.dty
         return f"runs {' or '.join(str(d).removeprefix('torch.') for d in backend.dtypes)}, not {dtype}"
     if not backend.deterministic and device_type == "cuda" and torch.are_deterministic_algorithms_enabled():
         return "has no backward pass that sums in a fixed order, which deterministic training asks for"
-    if head_dim > backend.max_head_dim or (backend.capabilities and head_dim % 8):
+    if head_dim > backend.max_head_dim or ((backend.capabilities or name == "sfd") and head_dim % 8):
         return f"needs head_dim to be a multiple of 8 up to {backend.max_head_dim}, not {head_dim}"
     return ""
+
+
+def _ours_does_not_pay(device_type: str, dtype: torch.dtype) -> str:
+    """Why our own operator is not the one to take, or an empty string (benchmarks/results/kernels-cpu.json)."""
+    if device_type != "cpu":
+        return f"serves CPU tensors, not {device_type}"
+    isa = cpu_instruction_set()
+    wanted = ("amx", "avx512_bf16") if dtype == torch.bfloat16 else ("amx", "avx512_bf16", "avx512")
+    return "" if isa in wanted else f"wins over torch SDPA in {dtype} on {' or '.join(wanted)}, and this CPU runs {isa}"
 
 
 def _order(capability: int) -> tuple[str, ...]:
@@ -156,7 +180,7 @@ def _order(capability: int) -> tuple[str, ...]:
     cuDNN's, and a wheel built for another torch imports without its own.
     """
     newest = ("flash3", "flash4") if capability == 9 else ("flash4", "flash3")
-    return (*newest, "flash2", "sdpa", "cudnn", "xformers")
+    return (*newest, "flash2", "sfd", "sdpa", "cudnn", "xformers")
 
 
 def _capability(device_type: str) -> int:
@@ -217,7 +241,7 @@ def _remembered_choice(
 ) -> str:
     """As `choose`, but "auto" on CUDA takes the fastest candidate. in_order is part of the key alone."""
     names = candidates(device.type, dtype, shape[-1]) if backend == "auto" else []
-    if len(names) < 2 or torch.cuda.is_current_stream_capturing():
+    if len(names) < 2 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return choose(backend, device.type, dtype, shape[-1])
     name = fastest({name: BACKENDS[name].call for name in names}, shape, dtype, device, training)
     _say_once(f"attention: {BACKENDS[name].package} for {shape}, {dtype}, the fastest of {', '.join(names)}")
@@ -243,6 +267,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
     if torch.compiler.is_compiling():
         name = choose(backend, q.device.type, q.dtype, q.shape[-1], True)
     else:
+        if is_reference_only():
+            return _call_sdpa(q, k, v)
         training = q.requires_grad and torch.is_grad_enabled()
         in_order = torch.are_deterministic_algorithms_enabled()
         name = _remembered_choice(backend, q.device, q.dtype, tuple(q.shape), training, in_order)
