@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+import sfd_kernels
 import torch
 from torch import Tensor
 
@@ -142,7 +143,45 @@ def test_auto_passes_over_libraries_that_do_not_fit(gpu_of):
     assert choose("auto", "cuda", torch.float32, 72) == "sdpa"
     assert choose("auto", "cuda", torch.float64, 72) == "sdpa"
     assert choose("auto", "cuda", torch.bfloat16, 20) == "sdpa"
-    assert choose("auto", "cpu", torch.bfloat16, 72) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("isa", "of_bf16", "of_fp32"),
+    [("amx", "sfd", "sfd"), ("avx512_bf16", "sfd", "sfd"), ("avx512", "sdpa", "sfd"), ("avx2", "sdpa", "sdpa"),
+     ("none", "sdpa", "sdpa")],
+)  # fmt: skip
+def test_a_cpu_takes_our_operator_where_it_wins(monkeypatch, isa, of_bf16, of_fp32):
+    monkeypatch.setattr(module, "cpu_instruction_set", lambda: isa)
+    monkeypatch.setattr(module, "_capability", lambda device_type: 9)
+    assert choose("auto", "cpu", torch.bfloat16, 72) == of_bf16
+    assert choose("auto", "cpu", torch.float32, 64) == of_fp32
+    assert choose("auto", "cpu", torch.float32, 60) == choose("auto", "cpu", torch.float64, 64) == "sdpa"
+    with pytest.raises(ValueError, match="serves CPU tensors, not cuda"):
+        choose("sfd", "cuda", torch.bfloat16, 72)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_operator_gives_what_sdpa_gives(monkeypatch, dtype):
+    monkeypatch.setattr(module, "cpu_instruction_set", lambda: "amx")
+    given = [tensor.detach().to(dtype).requires_grad_() for tensor in heads(64)]
+    found, expected = (attention(*given, backend=name) for name in ("sfd", "sdpa"))
+    assert found.dtype == dtype
+    close = {"rtol": 2e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, expected, **close)
+    ours, theirs = (torch.autograd.grad(y.float().square().sum(), given) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, **{name: 5 * value for name, value in close.items()})
+
+
+def test_autocast_casts_for_our_operator_as_for_sdpa(monkeypatch):
+    monkeypatch.setattr(module, "cpu_instruction_set", lambda: "amx")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(*heads(64), backend="sfd").dtype == torch.bfloat16
+
+
+def test_the_reference_is_sdpa(monkeypatch):
+    monkeypatch.setattr(module, "_call_ours", None)
+    with sfd_kernels.reference_only():
+        assert attention(*heads(64)).shape == heads(64)[0].shape
 
 
 def test_auto_keeps_to_traceable_libraries_inside_torch_compile(gpu_of):
@@ -152,12 +191,14 @@ def test_auto_keeps_to_traceable_libraries_inside_torch_compile(gpu_of):
     assert choose("auto", "cuda", torch.bfloat16, 72, True) == "flash3"
 
 
-def test_the_choice_is_said_once(caplog):
+def test_the_choice_is_said_once(caplog, monkeypatch):
     module._say_once.cache_clear()
     module._remembered_choice.cache_clear()
+    monkeypatch.setattr(module, "cpu_instruction_set", lambda: "avx2")
     with caplog.at_level(logging.INFO, "sfd_fast.attention"):
         for _ in range(3):
             attention(*heads(64))
+    module._remembered_choice.cache_clear()
     said = [record.message for record in caplog.records if record.name == "sfd_fast.attention"]
     assert said == ["attention: torch SDPA for float32, head_dim 64, cpu"]
 

@@ -124,6 +124,7 @@ def test_auto_measures_among_what_fits_and_a_named_library_is_not_questioned(mon
 
 def test_one_candidate_is_taken_unmeasured(monkeypatch):
     monkeypatch.setattr(module, "fastest", None)
+    monkeypatch.setattr(module, "cpu_instruction_set", lambda: "avx2")
     key = (CPU, torch.float32, SHAPE, True, False)
     assert module._remembered_choice.__wrapped__("auto", *key) == "sdpa"
 
