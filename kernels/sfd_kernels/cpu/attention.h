@@ -114,24 +114,17 @@ SFD_INLINE void with_input_type(Dtype dtype, F&& f) {
 
 inline constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
-SFD_INLINE vf weight_of(vf x) { return exp2<Matrix::kExpDegree>(x); }
-
 // A head's tokens from `first` on, `count` of them.
 template <class T>
 SFD_INLINE Source<T> head_source(const HeadRows& x, i64 sample, i64 head, i64 first, i64 count, i64 d) {
   return {static_cast<const T*>(x.data) + sample * x.batch + head * x.head + first * x.token, x.token, count, d};
 }
 
-// Part `part` of `parts` of the rows, on their way into the second cache: heads lie a row's length apart, which the
-// hardware does not foresee. Packing a head that waits in no cache took a third of its time.
-template <class T>
-SFD_INLINE void fetch(const Source<T>& x, i64 part, i64 parts) {
-  const i64 bytes = x.width * static_cast<i64>(sizeof(T));
-  for (i64 row = x.rows * part / parts; row < x.rows * (part + 1) / parts; ++row) {
-    const char* from = reinterpret_cast<const char*>(x.data + row * x.stride);
-    for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-    __builtin_prefetch(from + bytes - 1, 0, 2);
-  }
+inline constexpr int kPair = 2 * kTile;  // scores of two tiles side by side
+
+// Row `row`, column k of a result in tiles: where a vector of it lies.
+SFD_INLINE float* in_tiles(float* c, i64 row, i64 columns, i64 k) {
+  return c + row / kTile * columns * kTile + k / kTile * kBlock + row % kTile * kTile + k % kTile;
 }
 
 // Row `row` of a result in tiles, times `factor`, to d elements of a dtype.

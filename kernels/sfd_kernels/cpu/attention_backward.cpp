@@ -12,7 +12,6 @@ SFD_BF16_KERNEL(attention_backward_tasks, AttentionBackwardArgs)
 namespace sfd::SFD_ISA {
 
 using E = Matrix::Element;
-inline constexpr int kPair = 2 * kTile;
 inline constexpr int kVectors = kPair / W;
 
 struct Block {  // tokens from `first` on: `count` of them, `padded` with zeros
@@ -32,12 +31,9 @@ static void query_statistics(const AttentionBackwardArgs& a, const BackwardScrat
   const Source<T> dout = head_source<T>(a.dout, sample, head, queries.first, queries.count, a.d);
   const i64 row = (sample * a.heads + head) * a.tokens + queries.first;
   for (i64 query = 0; query < queries.count; ++query) {
-    vf products = {};
-    sweep(a.d, [&](i64 i, auto lanes) {
-      products += load(out.data + query * out.stride + i, lanes) * load(dout.data + query * dout.stride + i, lanes);
-    });
+    const float product = Matrix::dot(out.data + query * out.stride, dout.data + query * dout.stride, a.d);
     s.lse[query] = a.lse[row + query] * kLog2E;
-    s.delta[query] = sum(products) - (a.dlse ? a.dlse[row + query] : 0.0f);
+    s.delta[query] = product - (a.dlse ? a.dlse[row + query] : 0.0f);
   }
   fill(s.lse + queries.count, 0.0f, queries.padded - queries.count);
   fill(s.delta + queries.count, 0.0f, queries.padded - queries.count);
@@ -47,15 +43,16 @@ static void query_statistics(const AttentionBackwardArgs& a, const BackwardScrat
 SFD_INLINE void weights_of_key(const BackwardScratch<E>& s, i64 row, i64 query, float factor, vf (&weights)[kVectors],
                                vf (&dscores)[kVectors]) {
   for (int i = 0; i < kVectors; ++i) {
-    const int n = i * W;
-    const i64 at = (row / kTile * 2 + n / kTile) * kBlock + row % kTile * kTile + n % kTile;
-    weights[i] = weight_of(load(s.scores + at, Full{}) * factor - load(s.lse + query + n, Full{}));
-    dscores[i] = weights[i] * (load(s.dweights + at, Full{}) - load(s.delta + query + n, Full{}));
+    const i64 n = i * W;
+    const vf score = load(in_tiles(s.scores, row, kTokenStep, n), Full{});
+    const vf dweight = load(in_tiles(s.dweights, row, kTokenStep, n), Full{});
+    weights[i] = exp2<Matrix::kExpDegree>(score * factor - load(s.lse + query + n, Full{}));
+    dscores[i] = weights[i] * (dweight - load(s.delta + query + n, Full{}));
   }
 }
 
-// The same for 32 keys, put where the products find them. Keys past the last `inside` have dS = 0; their P meets
-// nothing but rows of dV that are not written.
+// The same for 32 keys from `key` on, put where the products find them. Keys past the last `inside` have dS = 0; their P
+// meets nothing but rows of dV that are not written.
 static void score_gradients(const BackwardScratch<E>& s, i64 key, i64 inside, i64 query, i64 keys, i64 queries,
                             float factor) {
   for (i64 row = 0; row < kTokenStep; row += 2) {

@@ -8,13 +8,6 @@ SFD_BF16_KERNEL(attention_tasks, AttentionArgs)
 namespace sfd::SFD_ISA {
 
 using E = Matrix::Element;
-inline constexpr int kPair = 2 * kTile;  // scores of two tiles side by side
-
-// Row `row` of 32 in tiles, column k: where a vector of it lies.
-SFD_INLINE float* in_tiles(float* c, i64 row, i64 columns, i64 k) {
-  return c + row / kTile * columns * kTile + k / kTile * kBlock + row % kTile * kTile + k % kTile;
-}
-
 // The new maximum of 32 queries, in `top`, and what weights relative to the old one are multiplied with, in `kept`.
 static void new_maxima(float* scores, float* top, float* kept, i64 keys, float factor, bool first) {
   for (i64 row = 0; row < kTokenStep; ++row) {
@@ -26,7 +19,7 @@ static void new_maxima(float* scores, float* top, float* kept, i64 keys, float f
     top[row] = first || now > before ? now : before;
     kept[row] = before - top[row];
   }
-  for (i64 row = 0; row < kTokenStep; row += W) store(kept + row, weight_of(load(kept + row, Full{})), Full{});
+  for (i64 row = 0; row < kTokenStep; row += W) store(kept + row, exp2(load(kept + row, Full{})), Full{});
 }
 
 // weights = 2^(scores factor - top) of 32 queries. `top` is the maximum so far and `total` the sum of the weights
@@ -40,7 +33,7 @@ static void softmax_rows(const ForwardScratch<E>& s, i64 query, i64 keys, i64 wi
     for (i64 key = 0; key < keys; key += kPair) {
       vf weights[kPair / W];
       for (int i = 0; i < kPair; i += W) {
-        weights[i / W] = weight_of(load(in_tiles(s.scores, row, keys, key + i), Full{}) * factor - top);
+        weights[i / W] = exp2(load(in_tiles(s.scores, row, keys, key + i), Full{}) * factor - top);
         sums += weights[i / W];
       }
       Matrix::put_row(s.weights, keys, row, key, Matrix::rounded(weights));
@@ -64,11 +57,15 @@ static void hide_padding(float* scores, i64 keys, i64 inside) {
 template <class T>
 static void write_task(const AttentionArgs& a, const ForwardScratch<E>& s, i64 sample, i64 head, i64 first, i64 count) {
   const i64 column_tiles = round_up(a.d, kTile) / kTile;
+  float* lse = a.lse + (sample * a.heads + head) * a.tokens + first;
+  sweep(count, [&](i64 row, auto lanes) {
+    const vf total = load(s.total + row, Full{});
+    store(lse + row, load(s.top + row, Full{}) * kLn2 + log(total), lanes);
+    store(s.total + row, 1.0f / total, Full{});
+  });
   for (i64 row = 0; row < count; ++row) {
-    const i64 query = first + row;
-    T* out = static_cast<T*>(a.out) + ((sample * a.tokens + query) * a.heads + head) * a.d;
-    write_row(out, s.out, row, column_tiles, a.d, 1.0f / s.total[row]);
-    a.lse[(sample * a.heads + head) * a.tokens + query] = (s.top[row] + __builtin_log2f(s.total[row])) * kLn2;
+    T* out = static_cast<T*>(a.out) + ((sample * a.tokens + first + row) * a.heads + head) * a.d;
+    write_row(out, s.out, row, column_tiles, a.d, s.total[row]);
   }
 }
 
@@ -82,15 +79,6 @@ SFD_INLINE Queries queries_of(const AttentionArgs& a, i64 task) {
   return {task / per_head / a.heads, task / per_head % a.heads, first, smaller(a.tokens - first, kQueriesPerTask)};
 }
 
-// What the task begins with, and its output.
-template <class T>
-static void fetch_task(const AttentionArgs& a, const Queries& x, i64 part, i64 parts) {
-  const i64 keys = smaller(a.tokens, kBlockTokens);
-  fetch(head_source<T>(a.q, x.sample, x.head, x.first, x.count, a.d), part, parts);
-  fetch(head_source<T>(a.k, x.sample, x.head, 0, keys, a.d), part, parts);
-  fetch(head_source<T>(a.v, x.sample, x.head, 0, keys, a.d), part, parts);
-}
-
 template <class T>
 static void forward(const AttentionArgs& a, i64 begin, i64 end) {
   Scratch memory{a.scratch};
@@ -99,7 +87,6 @@ static void forward(const AttentionArgs& a, i64 begin, i64 end) {
   for (i64 task = begin; task < end; ++task) {
     const auto [sample, head, first, count] = queries_of(a, task);
     const i64 queries = round_up(count, kTokenStep);
-    const Queries next = queries_of(a, task + 1 < end ? task + 1 : task);
     Matrix::pack_rows(s.q, head_source<T>(a.q, sample, head, first, count, a.d), queries, depth);
     for (i64 from = 0; from < a.tokens; from += kBlockTokens) {
       const i64 inside = smaller(a.tokens - from, kBlockTokens), keys = round_up(inside, kTokenStep);
@@ -110,8 +97,6 @@ static void forward(const AttentionArgs& a, i64 begin, i64 end) {
         if (inside < keys) hide_padding(s.scores, keys, inside);
         softmax_rows(s, query, keys, width, a.scale * kLog2E, from == 0);
         float* out = s.out + query * width;
-        if (from == 0) { HeadRows o{a.out, a.tokens*a.heads*a.d, a.heads*a.d, a.d}; fetch(head_source<T>(o, sample, head, first, count, a.d), query / kTokenStep, queries / kTokenStep); }
-        if (from == 0) fetch_task<T>(a, next, query / kTokenStep, queries / kTokenStep);
         if (from == 0) {
           Matrix::product<false>(out, s.weights, s.v, 2, width / kTile, keys);
         } else {

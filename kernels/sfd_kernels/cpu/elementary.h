@@ -87,7 +87,7 @@ SFD_INLINE void cos_sin(vd r, vl q, vd& cosine, vd& sine) {
 inline constexpr double kRound =
     6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
 
-// ln(u) for u in (0, 1): u = 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)) as its series;
+// ln(u) for normal u > 0: u = 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)) as its series;
 // the relative error is about 1e-15, also next to 1, where m - 1 is exact.
 SFD_INLINE vd log(vd u) {
   const vl k = bits<vl>(u) - 0x3fe6a09e667f3bcdLL;
@@ -105,6 +105,16 @@ SFD_INLINE vd log(vd u) {
   p = p * z + 2.0 / 5;
   p = p * z + 2.0 / 3;
   return exponent * 0.6931471805599453094 + (2.0 * s + s * z * p);
+}
+
+// The same, rounded to a float; not a number for infinity and NaN.
+SFD_INLINE vf log(vf u) {
+  struct Halves {
+    vf_half part[2];
+  } halves = bits<Halves>(u);
+  for (vf_half& half : halves.part)
+    half = __builtin_convertvector(log(__builtin_convertvector(half, vd)), vf_half);
+  return bits<vf>(halves) + (u - u);
 }
 
 }  // namespace sfd::SFD_ISA

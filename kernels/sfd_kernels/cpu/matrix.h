@@ -44,7 +44,7 @@ SFD_INLINE void for_transposed(const Source<T>& x, i64 rows, F&& f) {
 struct FloatMatrix {
   using Element = float;
   static constexpr i64 kDepth = 1;      // K is a multiple of it
-  static constexpr int kExpDegree = 5;  // of exp2 for an operand
+  static constexpr int kExpDegree = 5;  // of exp2 for what is only an operand
   struct Row {                          // 32 elements of a row
     vf part[2 * kTile / W];
   };
@@ -101,6 +101,14 @@ struct FloatMatrix {
     Row row;
     for (int i = 0; i < 2 * kTile / W; ++i) row.part[i] = x[i];
     return row;
+  }
+
+  // Sum of the products of n elements.
+  template <class T>
+  static SFD_INLINE float dot(const T* x, const T* y, i64 n) {
+    vf sums = {};
+    sweep(n, [&](i64 i, auto lanes) { sums += load(x + i, lanes) * load(y + i, lanes); });
+    return sum(sums);
   }
 
   // Columns k to k + 31 of a row of A.

@@ -95,6 +95,14 @@ struct Bf16Matrix {
     return bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(x[1]), bits<__m512>(x[0])));
   }
 
+  // Sum of the products of n elements.
+  static SFD_INLINE float dot(const BF16* x, const BF16* y, i64 n) {
+    __m512 sums = _mm512_setzero_ps();
+    for (i64 i = 0; i < n; i += kTileDepth)
+      sums = _mm512_dpbf16_ps(sums, bits<__m512bh>(some(x + i, n - i)), bits<__m512bh>(some(y + i, n - i)));
+    return _mm512_reduce_add_ps(sums);
+  }
+
   // Columns k to k + 31 of a row of A.
   static SFD_INLINE void put_row(BF16* a, i64 depth, i64 row, i64 k, Row x) {
     _mm512_store_si512(a + row / kTile * kTile * depth + k * kTile + row % kTile * kTileDepth, x);
@@ -132,11 +140,14 @@ struct Bf16Matrix {
   }
 
  private:
-  // Elements k to k + 31 of a token, zeros past its end.
+  // The first 32 of n elements, zeros past their end.
+  static SFD_INLINE __m512i some(const BF16* x, i64 n) {
+    return _mm512_maskz_loadu_epi16(n >= kTileDepth ? ~0u : n > 0 ? (1u << n) - 1u : 0u, x);
+  }
+
+  // Elements k to k + 31 of a token, zeros past its end and past the last token.
   static SFD_INLINE __m512i piece(const Source<BF16>& x, i64 token, i64 k) {
-    const i64 inside = token < x.rows ? x.width - k : 0;
-    const __mmask32 lanes = inside >= kTileDepth ? ~0u : inside > 0 ? (1u << inside) - 1u : 0u;
-    return _mm512_maskz_loadu_epi16(lanes, x.data + token * x.stride + k);
+    return some(x.data + token * x.stride + k, token < x.rows ? x.width - k : 0);
   }
 
   // Pairs of elements k + 2 i of 16 tokens.
