@@ -124,15 +124,22 @@ def test_loading_leaves_denormal_numbers_alone():
 # Instruction sets ----------------------------------------------------------------------------------------------------
 
 
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]  # each holds those before it
+
+
 @needs_library
 @pytest.mark.skipif(not IS_X86_LINUX, reason="other machines have one instruction set")
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "baseline"])
 def test_lesser_instruction_set_is_as_accurate(isa):
     """The tests of accuracy, once more in a process that is told to do without the machine's best instructions."""
-    if torch.ops.sfd_cpu.capability() in (isa, "baseline"):
-        pytest.skip(f"this process runs {torch.ops.sfd_cpu.capability()} kernels already")
-    tests = [str(ROOT / "tests" / "kernels" / name) for name in ("test_ops.py", "test_cpu_backend.py")]
-    chosen = "error_is_at_most_twice or elementary or (streaming and not mix)"
+    best = torch.ops.sfd_cpu.capability()
+    if ISAS.index(best) <= ISAS.index(isa):
+        pytest.skip(f"this process runs {best} kernels already")
+    names, chosen = ["test_attention.py"], "attention"  # alone has kernels for more sets than these two
+    if isa in ("avx2", "baseline"):
+        names += ["test_ops.py", "test_cpu_backend.py"]
+        chosen = "test_attention or error_is_at_most_twice or elementary or (streaming and not mix)"
+    tests = [str(ROOT / "tests" / "kernels" / name) for name in names]
     done = python(
         "import sys, pytest, torch, sfd_kernels\n"
         f"assert torch.ops.sfd_cpu.capability() == '{isa}'\n"

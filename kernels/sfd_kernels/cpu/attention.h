@@ -1,8 +1,8 @@
 // softmax(q k^T / sqrt(d)) v: what its forward and backward kernels share.
 //
-// Heads are packed block by block into scratch memory that stays in a core's second cache (512 KiB at head_dim 72), and
-// multiplied there: see matrix.h. Exponents are to base 2, so that the scale, log2(e) and the maximum cost one
-// multiplication and addition.
+// Heads are packed block by block, with zeros up to a multiple of Matrix::kTokens tokens, into scratch memory that
+// stays in a core's second cache (512 KiB at head_dim 72), and multiplied there: see matrix.h. Exponents are to base 2,
+// so that the scale, log2(e) and the maximum cost one multiplication and addition.
 #pragma once
 
 #include "elementary.h"
@@ -14,8 +14,8 @@ namespace sfd {
 struct AttentionArgs {
   Dtype dtype;
   HeadRows q, k, v;
-  void* out;            // (B, N, H, d)
-  float* lse;           // (B, H, N)
+  void* out;   // (B, N, H, d)
+  float* lse;  // (B, H, N)
   i64 tokens, heads, d;
   float scale;
   char* scratch;
@@ -33,7 +33,7 @@ struct AttentionBackwardArgs {
 
 inline constexpr i64 kQueriesPerTask = 512;  // a task packs the keys and values of its head anew: 3 % at 512 queries
 inline constexpr i64 kBlockTokens = 256;     // keys (forward), queries and keys (backward) that are packed at a time
-inline constexpr i64 kTokenStep = 32;        // tokens are padded to it, with zeros
+inline constexpr i64 kTokenStep = 32;        // queries (forward), keys and queries (backward) multiplied at a time
 inline constexpr i64 kMaxAttentionDim = 256;
 
 // A part of the scratch memory, in elements of 4 bytes; bf16 operands use half of theirs. Start from 0 counts the
@@ -114,13 +114,21 @@ SFD_INLINE void with_input_type(Dtype dtype, F&& f) {
 
 inline constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
+// C += A B where `add` says so, else C = A B.
+SFD_INLINE void multiply(bool add, float* c, const Matrix::Element* a, const Matrix::Element* b, i64 row_tiles,
+                         i64 column_tiles, i64 depth) {
+  if (add) {
+    Matrix::product<true>(c, a, b, row_tiles, column_tiles, depth);
+  } else {
+    Matrix::product<false>(c, a, b, row_tiles, column_tiles, depth);
+  }
+}
+
 // A head's tokens from `first` on, `count` of them.
 template <class T>
 SFD_INLINE Source<T> head_source(const HeadRows& x, i64 sample, i64 head, i64 first, i64 count, i64 d) {
   return {static_cast<const T*>(x.data) + sample * x.batch + head * x.head + first * x.token, x.token, count, d};
 }
-
-inline constexpr int kPair = 2 * kTile;  // scores of two tiles side by side
 
 // Row `row`, column k of a result in tiles: where a vector of it lies.
 SFD_INLINE float* in_tiles(float* c, i64 row, i64 columns, i64 k) {
@@ -132,9 +140,8 @@ template <class T>
 SFD_INLINE void write_row(T* to, const float* c, i64 row, i64 column_tiles, i64 d, float factor) {
   const float* from = c + row / kTile * column_tiles * kBlock + row % kTile * kTile;
   for (i64 dim = 0; dim < d; dim += kTile)
-    sweep(d - dim < kTile ? d - dim : kTile, [&](i64 i, auto lanes) {
-      store(to + dim + i, load(from + dim * kTile + i, Full{}) * factor, lanes);
-    });
+    sweep(d - dim < kTile ? d - dim : kTile,
+          [&](i64 i, auto lanes) { store(to + dim + i, load(from + dim * kTile + i, Full{}) * factor, lanes); });
 }
 
 }  // namespace sfd::SFD_ISA

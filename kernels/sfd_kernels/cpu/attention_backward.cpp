@@ -12,7 +12,7 @@ SFD_BF16_KERNEL(attention_backward_tasks, AttentionBackwardArgs)
 namespace sfd::SFD_ISA {
 
 using E = Matrix::Element;
-inline constexpr int kVectors = kPair / W;
+using Vectors = vf[Matrix::kVectors];
 
 struct Block {  // tokens from `first` on: `count` of them, `padded` with zeros
   i64 first, count, padded;
@@ -20,7 +20,7 @@ struct Block {  // tokens from `first` on: `count` of them, `padded` with zeros
 
 SFD_INLINE Block block_at(i64 first, i64 tokens) {
   const i64 count = smaller(tokens - first, kBlockTokens);
-  return {first, count, round_up(count, kTokenStep)};
+  return {first, count, round_up(count, Matrix::kTokens)};
 }
 
 // lse of the block's queries to base 2, and delta = rowsum(dO O) - dlse.
@@ -39,46 +39,43 @@ static void query_statistics(const AttentionBackwardArgs& a, const BackwardScrat
   fill(s.delta + queries.count, 0.0f, queries.padded - queries.count);
 }
 
-// P and dS of one key (row `row` of 32) and 32 queries from `query` on.
-SFD_INLINE void weights_of_key(const BackwardScratch<E>& s, i64 row, i64 query, float factor, vf (&weights)[kVectors],
-                               vf (&dscores)[kVectors]) {
-  for (int i = 0; i < kVectors; ++i) {
-    const i64 n = i * W;
-    const vf score = load(in_tiles(s.scores, row, kTokenStep, n), Full{});
-    const vf dweight = load(in_tiles(s.dweights, row, kTokenStep, n), Full{});
-    weights[i] = exp2<Matrix::kExpDegree>(score * factor - load(s.lse + query + n, Full{}));
-    dscores[i] = weights[i] * (dweight - load(s.delta + query + n, Full{}));
+struct Step {  // some keys of a block and some of its queries, padded
+  i64 key, keys, query, queries;
+};
+
+// P and dS of one key (a row of the scores) and Matrix::kTokens queries from column n on.
+SFD_INLINE void weights_of_key(const BackwardScratch<E>& s, const Step& x, i64 row, i64 n, float factor,
+                               Vectors& weights, Vectors& dscores) {
+  for (int i = 0; i < Matrix::kVectors; ++i, n += W) {
+    const vf score = load(in_tiles(s.scores, row, x.queries, n), Full{});
+    const vf dweight = load(in_tiles(s.dweights, row, x.queries, n), Full{});
+    weights[i] = exp2<Matrix::kExpDegree>(score * factor - load(s.lse + x.query + n, Full{}));
+    dscores[i] = weights[i] * (dweight - load(s.delta + x.query + n, Full{}));
   }
 }
 
-// The same for 32 keys from `key` on, put where the products find them. Keys past the last `inside` have dS = 0; their P
-// meets nothing but rows of dV that are not written.
-static void score_gradients(const BackwardScratch<E>& s, i64 key, i64 inside, i64 query, i64 keys, i64 queries,
+// The same for all of a step, put where the products find them. Keys past the block's last have dS = 0; their P meets
+// nothing but rows of dV that are not written.
+static void score_gradients(const BackwardScratch<E>& s, const Step& x, const Block& keys, const Block& queries,
                             float factor) {
-  for (i64 row = 0; row < kTokenStep; row += 2) {
-    Matrix::Row pair[2];
-    for (int i = 0; i < 2; ++i) {
-      vf weights[kVectors], dscores[kVectors];
-      weights_of_key(s, row + i, query, factor, weights, dscores);
-      if (key + row + i >= inside)
-        for (vf& x : dscores) x = vf{};
-      Matrix::put_row(s.weights, queries, row + i, query, Matrix::rounded(weights));
-      pair[i] = Matrix::rounded(dscores);
-      Matrix::put_row(s.dscores, queries, row + i, query, pair[i]);
+  for (i64 row = 0; row < x.keys; row += 2)
+    for (i64 n = 0; n < x.queries; n += Matrix::kTokens) {
+      Matrix::Row pair[2];
+      for (int i = 0; i < 2; ++i) {
+        Vectors weights, dscores;
+        weights_of_key(s, x, row + i, n, factor, weights, dscores);
+        if (x.key + row + i >= keys.count)
+          for (vf& dscore : dscores) dscore = vf{};
+        Matrix::put_row(s.weights, queries.padded, row + i, x.query + n, Matrix::rounded(weights));
+        pair[i] = Matrix::rounded(dscores);
+        Matrix::put_row(s.dscores, queries.padded, row + i, x.query + n, pair[i]);
+      }
+      Matrix::put_pair(s.dscores_depth, keys.padded, x.key + row, x.query + n, pair[0], pair[1]);
     }
-    Matrix::put_pair(s.dscores_depth, keys, key + row, query, pair[0], pair[1]);
-  }
 }
 
-SFD_INLINE void multiply(bool add, float* c, const E* a, const E* b, i64 row_tiles, i64 column_tiles, i64 depth) {
-  if (add) {
-    Matrix::product<true>(c, a, b, row_tiles, column_tiles, depth);
-  } else {
-    Matrix::product<false>(c, a, b, row_tiles, column_tiles, depth);
-  }
-}
-
-// A block of queries with a block of keys: adds to dQ^T (unless they are the first keys), dK and dV (the first queries).
+// A block of queries with a block of keys: adds to dQ^T (unless they are the first keys), dK and dV (the first
+// queries).
 template <class T>
 static void key_block(const AttentionBackwardArgs& a, const BackwardScratch<E>& s, i64 sample, i64 head,
                       const Block& queries, const Block& keys) {
@@ -89,15 +86,18 @@ static void key_block(const AttentionBackwardArgs& a, const BackwardScratch<E>& 
   Matrix::pack_transposed(s.k_transposed, k, keys.padded);
   Matrix::pack_rows(s.v, v, keys.padded, depth);
   for (i64 key = 0; key < keys.padded; key += kTokenStep) {
+    const i64 step_keys = smaller(keys.padded - key, kTokenStep), row_tiles = step_keys / kTile;
     for (i64 query = 0; query < queries.padded; query += kTokenStep) {
-      Matrix::product<false>(s.scores, s.k + key * depth, s.q + query * depth, 2, 2, depth);
-      Matrix::product<false>(s.dweights, s.v + key * depth, s.dout + query * depth, 2, 2, depth);
-      score_gradients(s, key, keys.count, query, keys.padded, queries.padded, a.scale * kLog2E);
+      const Step step{key, step_keys, query, smaller(queries.padded - query, kTokenStep)};
+      const i64 column_tiles = step.queries / kTile;
+      Matrix::product<false>(s.scores, s.k + key * depth, s.q + query * depth, row_tiles, column_tiles, depth);
+      Matrix::product<false>(s.dweights, s.v + key * depth, s.dout + query * depth, row_tiles, column_tiles, depth);
+      score_gradients(s, step, keys, queries, a.scale * kLog2E);
     }
     const bool add = queries.first > 0;
     const i64 row = (keys.first + key) * width;
-    multiply(add, s.dv + row, s.weights, s.dout_depth, 2, width / kTile, queries.padded);
-    multiply(add, s.dk + row, s.dscores, s.q_depth, 2, width / kTile, queries.padded);
+    multiply(add, s.dv + row, s.weights, s.dout_depth, row_tiles, width / kTile, queries.padded);
+    multiply(add, s.dk + row, s.dscores, s.q_depth, row_tiles, width / kTile, queries.padded);
   }
   multiply(keys.first > 0, s.dq, s.k_transposed, s.dscores_depth, width / kTile, queries.padded / kTile, keys.padded);
 }
@@ -111,12 +111,12 @@ static void write_transposed(const AttentionBackwardArgs& a, const float* c, i64
       vf rows[W];
       for (int i = 0; i < W; ++i)
         rows[i] = load(c + (dim / kTile * queries.padded + query / kTile * kTile) * kTile + (dim % kTile + i) * kTile +
-                           query % kTile, Full{});
+                           query % kTile,
+                       Full{});
       transpose(rows);
       const i64 width = smaller(a.d - dim, W), last = smaller(queries.count - query, W);
       for (i64 i = 0; i < last; ++i) {
-        T* to = static_cast<T*>(a.dq) +
-                ((sample * a.tokens + queries.first + query + i) * a.heads + head) * a.d + dim;
+        T* to = static_cast<T*>(a.dq) + ((sample * a.tokens + queries.first + query + i) * a.heads + head) * a.d + dim;
         sweep(width, [&](i64, auto lanes) { store(to, rows[i] * a.scale, lanes); });
       }
     }
@@ -176,19 +176,32 @@ static bool is_supported(const Tensor& dout, const Tensor& q, const Tensor& k, c
 static std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
                                                              Tensor lse, OptionalTensor dlse) {
   if (!is_supported(dout, q, k, v, out, lse, dlse))
-    return reference<std::tuple<Tensor, Tensor, Tensor>>("attention_backward", dout, q, k, v, out, lse, dlse);
+    return reference<std::tuple<Tensor, Tensor, Tensor> >("attention_backward", dout, q, k, v, out, lse, dlse);
   const i64 batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3);
   const Tensor dq = fresh_like(q), dk = fresh_like(q), dv = fresh_like(q);
   lse = dense(lse);
   if (dlse.has_value()) dlse = dense(*dlse);
   const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
-  const AttentionBackwardArgs args{
-      dtype_of(q), head_rows(q), head_rows(k), head_rows(v), head_rows(out), head_rows(dout), pointer<float>(lse),
-      dlse.has_value() ? pointer<float>(*dlse) : nullptr, output(dq), output(dk), output(dv), tokens, heads, d, scale,
-      nullptr};
+  const AttentionBackwardArgs args{dtype_of(q),
+                                   head_rows(q),
+                                   head_rows(k),
+                                   head_rows(v),
+                                   head_rows(out),
+                                   head_rows(dout),
+                                   pointer<float>(lse),
+                                   dlse.has_value() ? pointer<float>(*dlse) : nullptr,
+                                   output(dq),
+                                   output(dk),
+                                   output(dv),
+                                   tokens,
+                                   heads,
+                                   d,
+                                   scale,
+                                   nullptr};
   Scratch needed{nullptr};
   backward_scratch<float>(needed, tokens, d);
-  run(q.scalar_type() == ScalarType::BFloat16 ? attention_backward_tasks_bf16 : attention_backward_tasks, args, batch * heads, grain(tokens * tokens), needed.bytes);
+  run(q.scalar_type() == ScalarType::BFloat16 ? attention_backward_tasks_bf16 : attention_backward_tasks, args,
+      batch * heads, grain(tokens * tokens), needed.bytes);
   return {dq, dk, dv};
 }
 

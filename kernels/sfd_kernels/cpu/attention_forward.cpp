@@ -8,50 +8,59 @@ SFD_BF16_KERNEL(attention_tasks, AttentionArgs)
 namespace sfd::SFD_ISA {
 
 using E = Matrix::Element;
-// The new maximum of 32 queries, in `top`, and what weights relative to the old one are multiplied with, in `kept`.
-static void new_maxima(float* scores, float* top, float* kept, i64 keys, float factor, bool first) {
-  for (i64 row = 0; row < kTokenStep; ++row) {
+
+struct Step {  // queries from `query` on with the keys of a block, padded
+  i64 query, queries, keys;
+  bool first;  // block of the head
+};
+
+// The new maximum of a step's queries, in `top`, and what weights relative to the old one are multiplied with.
+static void new_maxima(const ForwardScratch<E>& s, const Step& x, float factor, float* kept) {
+  float* top = s.top + x.query;
+  for (i64 row = 0; row < x.queries; ++row) {
     vf most[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
-    for (i64 key = 0; key < keys; key += kPair)
-      for (int i = 0; i < kPair; i += W)
-        most[i / kTile] = greater(load(in_tiles(scores, row, keys, key + i), Full{}), most[i / kTile]);
+    for (i64 key = 0; key < x.keys; key += kTile)
+      for (int i = 0; i < kTile; i += W) {
+        vf& kept_of = most[(key + i) / W % 2];
+        kept_of = greater(load(in_tiles(s.scores, row, x.keys, key + i), Full{}), kept_of);
+      }
     const float now = greatest(greater(most[0], most[1])) * factor, before = top[row];
-    top[row] = first || now > before ? now : before;
+    top[row] = x.first || now > before ? now : before;
     kept[row] = before - top[row];
   }
-  for (i64 row = 0; row < kTokenStep; row += W) store(kept + row, exp2(load(kept + row, Full{})), Full{});
+  for (i64 row = 0; row < x.queries; row += W) store(kept + row, exp2(load(kept + row, Full{})), Full{});
 }
 
-// weights = 2^(scores factor - top) of 32 queries. `top` is the maximum so far and `total` the sum of the weights
+// weights = 2^(scores factor - top) of a step's queries. `top` is the maximum so far and `total` the sum of the weights
 // relative to it; what was summed up before is scaled to the new maximum.
-static void softmax_rows(const ForwardScratch<E>& s, i64 query, i64 keys, i64 width, float factor, bool first) {
+static void softmax_rows(const ForwardScratch<E>& s, const Step& x, i64 width, float factor) {
   alignas(64) float kept[kTokenStep];
-  new_maxima(s.scores, s.top + query, kept, keys, factor, first);
-  for (i64 row = 0; row < kTokenStep; ++row) {
-    const vf top = splat(s.top[query + row]);
+  new_maxima(s, x, factor, kept);
+  for (i64 row = 0; row < x.queries; ++row) {
+    const vf top = splat(s.top[x.query + row]);
     vf sums = {};
-    for (i64 key = 0; key < keys; key += kPair) {
-      vf weights[kPair / W];
-      for (int i = 0; i < kPair; i += W) {
-        weights[i / W] = exp2(load(in_tiles(s.scores, row, keys, key + i), Full{}) * factor - top);
-        sums += weights[i / W];
+    for (i64 key = 0; key < x.keys; key += Matrix::kTokens) {
+      vf weights[Matrix::kVectors];
+      for (int i = 0; i < Matrix::kVectors; ++i) {
+        weights[i] = exp2(load(in_tiles(s.scores, row, x.keys, key + i * W), Full{}) * factor - top);
+        sums += weights[i];
       }
-      Matrix::put_row(s.weights, keys, row, key, Matrix::rounded(weights));
+      Matrix::put_row(s.weights, x.keys, row, key, Matrix::rounded(weights));
     }
-    const float total = sum(sums);
-    s.total[query + row] = first ? total : s.total[query + row] * kept[row] + total;
-    if (first) continue;
+    float& total = s.total[x.query + row];
+    total = x.first ? sum(sums) : total * kept[row] + sum(sums);
+    if (x.first) continue;
     for (i64 dim = 0; dim < width; dim += W) {
-      float* out = in_tiles(s.out + query * width, row, width, dim);
+      float* out = in_tiles(s.out + x.query * width, row, width, dim);
       store(out, load(out, Full{}) * kept[row], Full{});
     }
   }
 }
 
 // Keys past the last get no weight.
-static void hide_padding(float* scores, i64 keys, i64 inside) {
-  for (i64 row = 0; row < kTokenStep; ++row)
-    for (i64 key = inside; key < keys; ++key) *in_tiles(scores, row, keys, key) = -__builtin_inff();
+static void hide_padding(const ForwardScratch<E>& s, const Step& x, i64 inside) {
+  for (i64 row = 0; row < x.queries; ++row)
+    for (i64 key = inside; key < x.keys; ++key) *in_tiles(s.scores, row, x.keys, key) = -__builtin_inff();
 }
 
 template <class T>
@@ -86,22 +95,19 @@ static void forward(const AttentionArgs& a, i64 begin, i64 end) {
   const i64 depth = round_up(a.d, Matrix::kDepth), width = round_up(a.d, kTile);
   for (i64 task = begin; task < end; ++task) {
     const auto [sample, head, first, count] = queries_of(a, task);
-    const i64 queries = round_up(count, kTokenStep);
+    const i64 queries = round_up(count, Matrix::kTokens);
     Matrix::pack_rows(s.q, head_source<T>(a.q, sample, head, first, count, a.d), queries, depth);
     for (i64 from = 0; from < a.tokens; from += kBlockTokens) {
-      const i64 inside = smaller(a.tokens - from, kBlockTokens), keys = round_up(inside, kTokenStep);
+      const i64 inside = smaller(a.tokens - from, kBlockTokens), keys = round_up(inside, Matrix::kTokens);
       Matrix::pack_columns(s.k, head_source<T>(a.k, sample, head, from, inside, a.d), keys, depth);
       Matrix::pack_depth(s.v, head_source<T>(a.v, sample, head, from, inside, a.d), keys);
       for (i64 query = 0; query < queries; query += kTokenStep) {
-        Matrix::product<false>(s.scores, s.q + query * depth, s.k, 2, keys / kTile, depth);
-        if (inside < keys) hide_padding(s.scores, keys, inside);
-        softmax_rows(s, query, keys, width, a.scale * kLog2E, from == 0);
-        float* out = s.out + query * width;
-        if (from == 0) {
-          Matrix::product<false>(out, s.weights, s.v, 2, width / kTile, keys);
-        } else {
-          Matrix::product<true>(out, s.weights, s.v, 2, width / kTile, keys);
-        }
+        const Step step{query, smaller(queries - query, kTokenStep), keys, from == 0};
+        const i64 row_tiles = step.queries / kTile;
+        Matrix::product<false>(s.scores, s.q + query * depth, s.k, row_tiles, keys / kTile, depth);
+        if (inside < keys) hide_padding(s, step, inside);
+        softmax_rows(s, step, width, a.scale * kLog2E);
+        multiply(from > 0, s.out + query * width, s.weights, s.v, row_tiles, width / kTile, keys);
       }
     }
     write_task<T>(a, s, sample, head, first, count);
@@ -126,16 +132,18 @@ static bool is_supported(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 static std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v) {
-  if (!is_supported(q, k, v)) return reference<std::tuple<Tensor, Tensor>>("attention", q, k, v);
+  if (!is_supported(q, k, v)) return reference<std::tuple<Tensor, Tensor> >("attention", q, k, v);
   const i64 batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3);
   const Tensor out = fresh_like(q), lse = fresh({batch, heads, tokens}, ScalarType::Float);
   const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
-  const AttentionArgs args{dtype_of(q), head_rows(q), head_rows(k), head_rows(v), output(out), output<float>(lse),
-                           tokens,      heads,        d,            scale,        nullptr};
+  const AttentionArgs args{
+      dtype_of(q), head_rows(q), head_rows(k), head_rows(v), output(out), output<float>(lse), tokens, heads,
+      d,           scale,        nullptr};
   Scratch needed{nullptr};
   forward_scratch<float>(needed, tokens, d);
   const i64 tasks = batch * heads * ceil_div(tokens, kQueriesPerTask);
-  run(q.scalar_type() == ScalarType::BFloat16 ? attention_tasks_bf16 : attention_tasks, args, tasks, grain(std::min(tokens, kQueriesPerTask) * tokens), needed.bytes);
+  run(q.scalar_type() == ScalarType::BFloat16 ? attention_tasks_bf16 : attention_tasks, args, tasks,
+      grain(std::min(tokens, kQueriesPerTask) * tokens), needed.bytes);
   return {out, lse};
 }
 

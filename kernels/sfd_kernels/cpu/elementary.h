@@ -7,8 +7,8 @@
 namespace sfd::SFD_ISA {
 
 // e^x to about 1 ulp, infinite where it overflows; near the smallest normal numbers it stays at 2.4e-38. NaN stays NaN.
-// Cody-Waite reduction by n ln 2, then twice the degree-6 minimax polynomial of Cephes expf, times 2^(n - 1): so n = 128
-// needs no exponent that fp32 does not have.
+// Cody-Waite reduction by n ln 2, then twice the degree-6 minimax polynomial of Cephes expf, times 2^(n - 1): so n =
+// 128 needs no exponent that fp32 does not have.
 SFD_INLINE vf exp(vf x) {
   x = at_most(at_least(x, -86.6f), 89.0f);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
@@ -112,8 +112,7 @@ SFD_INLINE vf log(vf u) {
   struct Halves {
     vf_half part[2];
   } halves = bits<Halves>(u);
-  for (vf_half& half : halves.part)
-    half = __builtin_convertvector(log(__builtin_convertvector(half, vd)), vf_half);
+  for (vf_half& half : halves.part) half = __builtin_convertvector(log(__builtin_convertvector(half, vd)), vf_half);
   return bits<vf>(halves) + (u - u);
 }
 

@@ -29,32 +29,32 @@
 #else
 #include "operator.h"
 #if defined(__x86_64__)
-#define SFD_KERNEL(name, Args)                                                                            \
-  SFD_DECLARE(baseline, name, Args)                                                                       \
-  SFD_DECLARE(avx2, name, Args)                                                                           \
-  SFD_DECLARE(avx512, name, Args)                                                                         \
-  namespace sfd {                                                                                         \
+#define SFD_KERNEL(name, Args)                                                                      \
+  SFD_DECLARE(baseline, name, Args)                                                                 \
+  SFD_DECLARE(avx2, name, Args)                                                                     \
+  SFD_DECLARE(avx512, name, Args)                                                                   \
+  namespace sfd {                                                                                   \
   inline Kernel<Args> name{{baseline::name, avx2::name, avx512::name, avx512::name, avx512::name}}; \
   }
 #else
-#define SFD_KERNEL(name, Args)                                                                                    \
-  SFD_DECLARE(baseline, name, Args)                                                                               \
-  namespace sfd {                                                                                                 \
+#define SFD_KERNEL(name, Args)                                                                                \
+  SFD_DECLARE(baseline, name, Args)                                                                           \
+  namespace sfd {                                                                                             \
   inline Kernel<Args> name{{baseline::name, baseline::name, baseline::name, baseline::name, baseline::name}}; \
   }
 #endif
 #if defined(SFD_HAS_BF16_ISAS)
-#define SFD_BF16_KERNEL(name, Args)                                                                            \
-  SFD_KERNEL(name, Args)                                                                                       \
-  SFD_DECLARE(avx512_bf16, name, Args)                                                                         \
-  SFD_DECLARE(amx, name, Args)                                                                                 \
-  namespace sfd {                                                                                              \
+#define SFD_BF16_KERNEL(name, Args)                                                                          \
+  SFD_KERNEL(name, Args)                                                                                     \
+  SFD_DECLARE(avx512_bf16, name, Args)                                                                       \
+  SFD_DECLARE(amx, name, Args)                                                                               \
+  namespace sfd {                                                                                            \
   inline Kernel<Args> name##_bf16{{baseline::name, avx2::name, avx512::name, avx512_bf16::name, amx::name}}; \
   }
 #else
-#define SFD_BF16_KERNEL(name, Args)             \
-  SFD_KERNEL(name, Args)                        \
-  namespace sfd {                               \
+#define SFD_BF16_KERNEL(name, Args)         \
+  SFD_KERNEL(name, Args)                    \
+  namespace sfd {                           \
   inline Kernel<Args> name##_bf16{name.of}; \
   }
 #endif

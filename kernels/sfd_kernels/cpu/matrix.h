@@ -43,10 +43,12 @@ SFD_INLINE void for_transposed(const Source<T>& x, i64 rows, F&& f) {
 
 struct FloatMatrix {
   using Element = float;
-  static constexpr i64 kDepth = 1;      // K is a multiple of it
-  static constexpr int kExpDegree = 5;  // of exp2 for what is only an operand
-  struct Row {                          // 32 elements of a row
-    vf part[2 * kTile / W];
+  static constexpr i64 kDepth = 1;       // K is a multiple of it
+  static constexpr i64 kTokens = kTile;  // a number of tokens too
+  static constexpr int kExpDegree = 5;   // of exp2 for what is only an operand
+  static constexpr int kVectors = kTile / W;
+  struct Row {  // kTokens elements of a row
+    vf part[kVectors];
   };
 
   static void begin() {}
@@ -58,9 +60,8 @@ struct FloatMatrix {
     for (i64 row = 0; row < rows; ++row) {
       const bool inside = row < x.rows;
       if (inside)
-        sweep(x.width, [&](i64 i, auto lanes) {
-          store(a + row * depth + i, load(x.data + row * x.stride + i, lanes), lanes);
-        });
+        sweep(x.width,
+              [&](i64 i, auto lanes) { store(a + row * depth + i, load(x.data + row * x.stride + i, lanes), lanes); });
       const i64 filled = inside ? x.width : 0;
       fill(a + row * depth + filled, 0.0f, depth - filled);
     }
@@ -84,7 +85,8 @@ struct FloatMatrix {
       for (i64 token = 0; token < tokens; ++token) {
         float* row = b + (tile * tokens + token) * kTile;
         const i64 filled = token < x.rows ? inside : 0;
-        sweep(filled, [&](i64 i, auto lanes) { store(row + i, load(x.data + token * x.stride + dim + i, lanes), lanes); });
+        sweep(filled,
+              [&](i64 i, auto lanes) { store(row + i, load(x.data + token * x.stride + dim + i, lanes), lanes); });
         fill(row + filled, 0.0f, kTile - filled);
       }
     }
@@ -97,9 +99,9 @@ struct FloatMatrix {
     fill(a + x.width * tokens, 0.0f, (round_up(x.width, kTile) - x.width) * tokens);
   }
 
-  static SFD_INLINE Row rounded(const vf (&x)[2 * kTile / W]) {
+  static SFD_INLINE Row rounded(const vf (&x)[kVectors]) {
     Row row;
-    for (int i = 0; i < 2 * kTile / W; ++i) row.part[i] = x[i];
+    for (int i = 0; i < kVectors; ++i) row.part[i] = x[i];
     return row;
   }
 
@@ -111,17 +113,17 @@ struct FloatMatrix {
     return sum(sums);
   }
 
-  // Columns k to k + 31 of a row of A.
+  // Elements from column k on of a row of A.
   static SFD_INLINE void put_row(float* a, i64 depth, i64 row, i64 k, const Row& x) {
-    for (int i = 0; i < 2 * kTile / W; ++i) store(a + row * depth + k + i * W, x.part[i], Full{});
+    for (int i = 0; i < kVectors; ++i) store(a + row * depth + k + i * W, x.part[i], Full{});
   }
 
-  // Rows k and k + 1 of B, columns n to n + 31.
+  // Elements from column n on of the rows k and k + 1 of B.
   static SFD_INLINE void put_pair(float* b, i64 depth, i64 k, i64 n, const Row& first, const Row& second) {
-    for (int i = 0; i < 2 * kTile / W; ++i) {
-      float* to = b + (n / kTile + i * W / kTile) * kTile * depth + k * kTile + i * W % kTile;
-      store(to, first.part[i], Full{});
-      store(to + kTile, second.part[i], Full{});
+    float* to = b + n * depth + k * kTile;
+    for (int i = 0; i < kVectors; ++i) {
+      store(to + i * W, first.part[i], Full{});
+      store(to + kTile + i * W, second.part[i], Full{});
     }
   }
 
@@ -129,7 +131,8 @@ struct FloatMatrix {
   template <bool Add>
   static void product(float* c, const float* a, const float* b, i64 row_tiles, i64 column_tiles, i64 depth) {
     i64 j = 0;
-    for (; j + kColumns <= column_tiles; j += kColumns) columns<kColumns, Add>(c, a, b, row_tiles, column_tiles, depth, j);
+    for (; j + kColumns <= column_tiles; j += kColumns)
+      columns<kColumns, Add>(c, a, b, row_tiles, column_tiles, depth, j);
     if constexpr (kColumns > 2) {
       if (j + 2 <= column_tiles) columns<2, Add>(c, a, b, row_tiles, column_tiles, depth, j), j += 2;
     }

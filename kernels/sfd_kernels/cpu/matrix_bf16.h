@@ -23,8 +23,10 @@ struct alignas(64) TileConfig {
 struct Bf16Matrix {
   using Element = BF16;
   static constexpr i64 kDepth = kTileDepth;
+  static constexpr i64 kTokens = kTileDepth;
   static constexpr int kExpDegree = 4;
-  using Row = __m512i;  // 32 elements of a row
+  static constexpr int kVectors = 2;
+  using Row = __m512i;  // kTokens elements of a row
 
 #if defined(__AMX_BF16__)
   static void begin() {
@@ -91,7 +93,7 @@ struct Bf16Matrix {
 
   // ---- rows that a kernel computes ----
 
-  static SFD_INLINE Row rounded(const vf (&x)[2]) {
+  static SFD_INLINE Row rounded(const vf (&x)[kVectors]) {
     return bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(x[1]), bits<__m512>(x[0])));
   }
 
@@ -103,12 +105,12 @@ struct Bf16Matrix {
     return _mm512_reduce_add_ps(sums);
   }
 
-  // Columns k to k + 31 of a row of A.
+  // Elements from column k on of a row of A.
   static SFD_INLINE void put_row(BF16* a, i64 depth, i64 row, i64 k, Row x) {
     _mm512_store_si512(a + row / kTile * kTile * depth + k * kTile + row % kTile * kTileDepth, x);
   }
 
-  // Rows k and k + 1 of B, columns n to n + 31.
+  // Elements from column n on of the rows k and k + 1 of B.
   static SFD_INLINE void put_pair(BF16* b, i64 depth, i64 k, i64 n, Row first, Row second) {
     __m512i left, right;
     interleave(first, second, left, right);

@@ -78,8 +78,8 @@ SFD_INLINE T load_raw(const void* p) {
 
 SFD_INLINE vf widen(vh h, const BF16*) { return bits<vf>(__builtin_convertvector(h, vu) << 16); }
 
-// Round to nearest, ties to even; a NaN keeps its sign and becomes quiet. The instruction, which kernels that multiply in
-// bf16 have, makes 0 of numbers below 2^-126.
+// Round to nearest, ties to even; a NaN keeps its sign and becomes quiet. The instruction, which kernels that multiply
+// in bf16 have, makes 0 of numbers below 2^-126.
 SFD_INLINE vh narrow(vf v, const BF16*) {
 #if defined(__AVX512BF16__)
   return bits<vh>(_mm512_cvtneps_pbh(bits<__m512>(v)));
