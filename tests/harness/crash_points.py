@@ -188,7 +188,9 @@ def sample(shared: Path, place: Path) -> None:
 def prepare_samples(shared: Path) -> None:
     from harness.tiny_pipelines import build
 
-    build(guide=None, guidance=None, micro_batch_size=2).save_pretrained(shared / "pipeline")
+    # fp32 on every CPU: a pipeline that was rounded to bf16 is not saved
+    pipeline = build(guide=None, guidance=None, micro_batch_size=2, torch_dtype=torch.float32)
+    pipeline.save_pretrained(shared / "pipeline")
 
 
 def encode(shared: Path, place: Path) -> None:
