@@ -9,7 +9,7 @@ from gpu_part import Part
 from timing import machine
 
 PACKAGES = (
-    "torch", "triton", "numpy", "liger-kernel", "diffusers", "jsonargparse", "omegaconf", "safetensors", "deepspeed",
+    "torch", "triton", "numpy", "liger-kernel", "diffusers", "omegaconf", "safetensors", "deepspeed",
     "nvidia-dali-cuda130", "nvidia-dali-cuda120", "flash-attn", "flash-attn-4", "xformers",
 )  # fmt: skip
 

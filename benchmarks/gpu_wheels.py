@@ -11,8 +11,7 @@ from pathlib import Path
 
 WHEELS = Path(__file__).resolve().parent / "wheels"
 PACKAGES = (
-    "omegaconf", "jsonargparse", "docstring-parser", "typeshed-client", "importlib-metadata<9", "zipp", "liger-kernel",
-    "diffusers", "torchdiffeq==0.2.5",
+    "omegaconf", "importlib-metadata<9", "zipp", "liger-kernel", "diffusers", "torchdiffeq==0.2.5",
 )  # fmt: skip
 """importlib-metadata from 9 on needs a further package"""
 
