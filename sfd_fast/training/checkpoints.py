@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from sfd_fast.files.atomic import TEMPORARY, put_folder, remove_folder, sweep, write_atomically
 from sfd_fast.files.digest import file_digest, settings_digest
 from sfd_fast.files.documents import read_json, require_kinds
@@ -141,6 +139,8 @@ class Checkpoints:
         temporary = self.root / f"{TEMPORARY}{step:08d}"
         if self.pointed_step() == step:
             return  # it is there; replacing it would leave the pointer without its folder for a moment
+        from safetensors import SafetensorError  # here: engines are measured where only torch is installed
+
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             write(temporary)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfd_fast.files.messages import first_line
@@ -132,6 +131,8 @@ class StateReader:
         if not self.unopened:
             return False
         path = self.unopened.pop(0)
+        from safetensors import SafetensorError, safe_open  # here: engines are measured where only torch is installed
+
         try:
             file = safe_open(path, "pt")
             found = stored(file)
