@@ -1,10 +1,10 @@
 """Training state by parameter name: read by any number of ranks from the files of any number."""
 
 import pytest
+import safetensors
 import torch
 
 from sfd_fast.files.tensors import write_safetensors
-from sfd_fast.training import state as sharded
 from sfd_fast.training.state import Piece, StateReader, consolidated, write_pieces
 
 
@@ -25,13 +25,13 @@ def test_pieces_of_three_ranks_are_read_across_their_borders(tmp_path):
 @pytest.fixture
 def opened(monkeypatch):
     """Names of the files that are opened, in order."""
-    names, safe_open = [], sharded.safe_open
+    names, safe_open = [], safetensors.safe_open
 
     def watched(path, framework):
         names.append(path.name)
         return safe_open(path, framework)
 
-    monkeypatch.setattr(sharded, "safe_open", watched)
+    monkeypatch.setattr(safetensors, "safe_open", watched)
     return names
 
 
