@@ -52,10 +52,15 @@ def _call_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return memory_efficient_attention(q, k, v, scale=q.shape[-1] ** -0.5)
 
 
+def _cast_by_autocast(tensor: Tensor) -> torch.dtype:
+    """In which dtype a CPU computes this tensor's attention: torch casts for SDPA, but not for an operator of ours."""
+    if tensor.device.type != "cpu" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
+        return tensor.dtype
+    return torch.get_autocast_dtype("cpu")
+
+
 def _call_ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        q, k, v = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (q, k, v))
-    return sfd_kernels.attention(q, k, v)[0]
+    return sfd_kernels.attention(*(tensor.to(_cast_by_autocast(tensor)) for tensor in (q, k, v)))[0]
 
 
 def _call_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,8 +125,9 @@ BACKENDS: dict[str, Backend] = {
         (8, 9, 10, 11, 12), HALF, 128, True, False,
     ),
     "sfd": Backend(
-        "sfd_kernels' operator for CPUs", "sfd_kernels", _call_ours, "pip install --no-build-isolation sfd_fast",
-        (), (torch.bfloat16, torch.float32), 256, True, True,
+        "sfd_kernels' operator for CPUs", "sfd_kernels", _call_ours,
+        "SFD_KERNELS_BUILD=require pip install --no-build-isolation -e . (needs a C++20 compiler)",
+        (), (*HALF, torch.float32), 256, True, True,
     ),
     "sdpa": Backend(
         "torch SDPA", "torch.nn.functional", _call_sdpa, "pip install torch",
@@ -143,14 +149,16 @@ def _not_installed(name: str) -> str:
         importlib.import_module(BACKENDS[name].module)
     except (ImportError, OSError) as error:  # built for another torch, Python or CUDA
         return f"is installed but does not import ({error})"
+    if name == "sfd" and cpu_instruction_set() == "none":
+        return f"has no C++ operators here ({sfd_kernels.backends()['cpu'].splitlines()[0]})"
     return ""
 
 
 def _does_not_fit(name: str, device_type: str, capability: int, dtype: torch.dtype, head_dim: int) -> str:
     """Why this library cannot run such an attention, or an empty string."""
     backend = BACKENDS[name]
-    if name == "sfd" and (reason := _ours_does_not_pay(device_type, dtype)):
-        return reason
+    if name == "sfd" and device_type != "cpu":
+        return f"serves CPU tensors, not {device_type}"
     if backend.capabilities and device_type != "cuda":
         return f"needs a CUDA device, not {device_type}"
     if backend.capabilities and capability not in backend.capabilities:
@@ -164,13 +172,20 @@ def _does_not_fit(name: str, device_type: str, capability: int, dtype: torch.dty
     return ""
 
 
-def _ours_does_not_pay(device_type: str, dtype: torch.dtype) -> str:
-    """Why our own operator is not the one to take, or an empty string (benchmarks/results/kernels-cpu.json)."""
-    if device_type != "cpu":
-        return f"serves CPU tensors, not {device_type}"
-    isa = cpu_instruction_set()
-    wanted = ("amx", "avx512_bf16") if dtype == torch.bfloat16 else ("amx", "avx512_bf16", "avx512")
-    return "" if isa in wanted else f"wins over torch SDPA in {dtype} on {' or '.join(wanted)}, and this CPU runs {isa}"
+# Against torch SDPA in one process, one thread, head_dim 64 and 72, 16 to 1024 tokens, lesser sets simulated on a
+# Sapphire Rapids by holding SDPA to them too. fp32 on AVX2: 0.95 to 1.1 times as fast, so SDPA stays. Not measured: AMD
+# (the only CPUs that run avx512_bf16 kernels), ARM (baseline).
+WINS_ON = {
+    torch.float32: ("amx", "avx512_bf16", "avx512"),
+    torch.bfloat16: ("amx", "avx512_bf16", "avx512", "avx2"),
+    torch.float16: ("amx", "avx512_bf16", "avx512", "avx2"),
+}
+"""instruction sets of sfd_kernels on which our operator is faster than torch SDPA, by dtype"""
+
+
+def _wins(name: str, dtype: torch.dtype) -> bool:
+    """Whether "auto" may take it: what stands before SDPA on a CPU must be faster there."""
+    return name != "sfd" or cpu_instruction_set() in WINS_ON[dtype]
 
 
 def _order(capability: int) -> tuple[str, ...]:
@@ -230,6 +245,7 @@ def candidates(device_type: str, dtype: torch.dtype, head_dim: int, tracing: boo
         for name in _order(capability)
         if name != "xformers"
         and not _does_not_fit(name, device_type, capability, dtype, head_dim)
+        and _wins(name, dtype)
         and (BACKENDS[name].traceable or not tracing)
         and not _not_installed(name)
     ]
@@ -261,17 +277,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
     """softmax(q k^T / sqrt(d)) v for each head, without mask or dropout.
 
     q, k, v: (B, N, H, d), last dimension contiguous (v may be a strided view of packed qkv), fp32, fp16 or bf16.
-    Returns (B, N, H, d) in the same dtype; under autocast SDPA casts to the autocast dtype first.
-    Raises as `choose`.
+    Returns (B, N, H, d) in the same dtype; under autocast SDPA and our operator cast to the autocast dtype first.
+    Inside sfd_kernels.reference_only() it is SDPA. Raises as `choose`.
     """
+    if is_reference_only():
+        return _call_sdpa(q, k, v)
+    dtype = _cast_by_autocast(q)
     if torch.compiler.is_compiling():
-        name = choose(backend, q.device.type, q.dtype, q.shape[-1], True)
+        name = choose(backend, q.device.type, dtype, q.shape[-1], True)
     else:
-        if is_reference_only():
-            return _call_sdpa(q, k, v)
         training = q.requires_grad and torch.is_grad_enabled()
         in_order = torch.are_deterministic_algorithms_enabled()
-        name = _remembered_choice(backend, q.device, q.dtype, tuple(q.shape), training, in_order)
+        name = _remembered_choice(backend, q.device, dtype, tuple(q.shape), training, in_order)
     return BACKENDS[name].call(q, k, v)
 
 

@@ -147,17 +147,33 @@ def test_auto_passes_over_libraries_that_do_not_fit(gpu_of):
 
 @pytest.mark.parametrize(
     ("isa", "of_bf16", "of_fp32"),
-    [("amx", "sfd", "sfd"), ("avx512_bf16", "sfd", "sfd"), ("avx512", "sdpa", "sfd"), ("avx2", "sdpa", "sdpa"),
-     ("none", "sdpa", "sdpa")],
+    [("amx", "sfd", "sfd"), ("avx512_bf16", "sfd", "sfd"), ("avx512", "sfd", "sfd"), ("avx2", "sfd", "sdpa"),
+     ("baseline", "sdpa", "sdpa"), ("none", "sdpa", "sdpa")],
 )  # fmt: skip
 def test_a_cpu_takes_our_operator_where_it_wins(monkeypatch, isa, of_bf16, of_fp32):
     monkeypatch.setattr(module, "cpu_instruction_set", lambda: isa)
-    monkeypatch.setattr(module, "_capability", lambda device_type: 9)
-    assert choose("auto", "cpu", torch.bfloat16, 72) == of_bf16
+    monkeypatch.setattr(module, "_not_installed", lambda name: "" if name in ("sfd", "sdpa") else "is absent")
+    for half in (torch.bfloat16, torch.float16):
+        assert choose("auto", "cpu", half, 72) == of_bf16
     assert choose("auto", "cpu", torch.float32, 64) == of_fp32
     assert choose("auto", "cpu", torch.float32, 60) == choose("auto", "cpu", torch.float64, 64) == "sdpa"
+
+
+def test_our_operator_is_taken_where_it_is_asked_for_and_not_on_cuda(monkeypatch, gpu_of):
+    gpu_of(9, ("sfd",))
+    monkeypatch.setattr(module, "cpu_instruction_set", lambda: "avx2")
+    assert choose("sfd", "cpu", torch.float32, 72) == "sfd"
     with pytest.raises(ValueError, match="serves CPU tensors, not cuda"):
         choose("sfd", "cuda", torch.bfloat16, 72)
+    assert choose("auto", "cuda", torch.bfloat16, 72) == "sdpa"
+
+
+def test_our_operator_without_a_library_names_the_command_that_builds_it(monkeypatch):
+    monkeypatch.setattr(module, "cpu_instruction_set", lambda: "none")
+    module._not_installed.cache_clear()
+    with pytest.raises(ImportError, match="has no C.. operators here .*install it with: SFD_KERNELS_BUILD=require pip"):
+        choose("sfd", "cpu", torch.bfloat16, 72)
+    module._not_installed.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -172,16 +188,34 @@ def test_our_operator_gives_what_sdpa_gives(monkeypatch, dtype):
     torch.testing.assert_close(ours, theirs, **{name: 5 * value for name, value in close.items()})
 
 
-def test_autocast_casts_for_our_operator_as_for_sdpa(monkeypatch):
-    monkeypatch.setattr(module, "cpu_instruction_set", lambda: "amx")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_casts_for_our_operator_as_for_sdpa(monkeypatch, compiled):
+    monkeypatch.setattr(module, "cpu_instruction_set", lambda: "avx2")  # where fp32 alone would be SDPA's
+    module._remembered_choice.cache_clear()
+    q, k, v = heads(64)
+    function = torch.compile(attention, backend="aot_eager", fullgraph=True) if compiled else attention
     with torch.autocast("cpu", torch.bfloat16):
-        assert attention(*heads(64), backend="sfd").dtype == torch.bfloat16
+        found = function(q, k, v)
+        theirs = attention(q, k, v, backend="sdpa")
+    module._remembered_choice.cache_clear()
+    assert found.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(found, theirs, rtol=2e-2, atol=2e-2)
+    assert torch.equal(found, sfd_kernels.attention(*(x.bfloat16() for x in (q, k, v)))[0])
 
 
-def test_the_reference_is_sdpa(monkeypatch):
+def test_autocast_leaves_float64_alone():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(*heads(64, torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_reference_is_sdpa(monkeypatch, compiled):
     monkeypatch.setattr(module, "_call_ours", None)
+    monkeypatch.setitem(BACKENDS, "sfd", BACKENDS["sfd"]._replace(call=None))
+    function = torch.compile(attention, backend="aot_eager", fullgraph=True) if compiled else attention
+    q, k, v = heads(64)
     with sfd_kernels.reference_only():
-        assert attention(*heads(64)).shape == heads(64)[0].shape
+        assert torch.equal(function(q, k, v), attention(q, k, v, backend="sdpa"))
 
 
 def test_auto_keeps_to_traceable_libraries_inside_torch_compile(gpu_of):

@@ -3,14 +3,9 @@
 // With w the weight, c and s the tables and j' = j ^ 1 the other entry of a pair, a head turns into
 //   q_j = rstd (x_j w_j c_j -+ x_j' w_j' s_j)     (- for even j)
 // so the products with w are taken once a token, for all of its heads; neighbours change places by one permutation.
-#include "kernel.h"
+#include "heads.h"
 
 namespace sfd {
-struct HeadRows {  // (B, N, H, d) by strides; the last is 1
-  const void* data;
-  i64 batch, token, head;
-};
-
 struct QkArgs {
   Dtype dtype;
   const void* qkv;              // (B, N, 3, H, d)
@@ -284,10 +279,6 @@ static std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_backward(Tensor dq, Tenso
   qkv = dense(qkv), q_weight = floats(q_weight), k_weight = floats(k_weight), cos = floats(cos), sin = floats(sin);
   QkArgs args = arguments(qkv, q_weight, k_weight, cos, sin, eps);
   // Attention returns gradients as (B, H, N, d) in memory, seen as (B, N, H, d): read by strides, not copied first.
-  const auto head_rows = [](Tensor& grad) {
-    if (grad.size(3) > 1 && grad.stride(3) != 1) grad = torch::stable::contiguous(grad);
-    return HeadRows{pointer(grad), grad.stride(0), grad.stride(1), grad.stride(2)};
-  };
   args.grad[0] = head_rows(dq), args.grad[1] = head_rows(dk);
   args.grad[2] = dv.has_value() ? head_rows(*dv) : HeadRows{nullptr, 0, 0, 0};
   args.dqkv = output(dqkv);
